@@ -224,6 +224,12 @@ class Architecture:
         return layers
 
     @property
+    def original_layers(self) -> list[int]:
+        """Each layer's index in the model before blocks were dropped from it."""
+        kept = getattr(self.model.config, "prunekit_kept_blocks", None)
+        return list(range(len(self.layers))) if kept is None else list(kept)
+
+    @property
     def parallel(self) -> bool:
         """Whether attention and MLP of a layer both read the layer's input (GPT-NeoX)."""
         return bool(getattr(self.model.config, "use_parallel_residual", False))
@@ -357,7 +363,9 @@ class Architecture:
             )
         gone = set(indices)
         kept = [index for index in range(len(self.layers)) if index not in gone]
+        originals = self.original_layers
         slice_config_(self.model.config, kept)
+        self.model.config.prunekit_kept_blocks = [originals[index] for index in kept]
         layers = self.layers
         for index in sorted(gone, reverse=True):
             del layers[index]
