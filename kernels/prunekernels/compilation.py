@@ -1,0 +1,341 @@
+"""Compile Triton and Gluon kernels without a GPU and read what the machine code became.
+
+A kernel module lists what it compiles to in a function `compile_cases()`:
+
+    def compile_cases() -> list[KernelCase]:
+        return [
+            KernelCase(
+                name="pair_stats/core/bf16",
+                kernel=_pair_stats_fwd_kernel,
+                signature={"base_ptr": "*bf16", "out_ptr": "*fp32", "stride": "i64", "V": "i32"},
+                constants={"BLOCK_V": 1024},
+                divisible=("base_ptr", "out_ptr"),
+                opcodes=("MUFU.EX2",),
+            )
+        ]
+
+`signature` names every argument that is not a constant; the order is the kernel's own. Tests call
+`compile_case(case, 90)` and assert on the report:
+
+    report = compile_case(case, 90)
+    assert report.spills == 0 and not report.missing
+
+Architectures are compute capabilities as integers (80, 89, 90, ...) or an AMD name ("gfx942",
+plain Triton only; opcodes are then read from the AMD assembly, and loops are not analysed).
+Triton's own wheel carries the `cuobjdump` and `nvdisasm` used here. Importing this module does
+not import Triton. `python -m prunekernels.compilation [arch ...]` prints every registered case.
+
+Instructions per element = instructions of one iteration of the hot loop, times 32 lanes, over the
+elements that one warp handles in the iteration. The hot loop is the innermost loop holding most of
+the `per_iteration` (else the first meant) opcode; `per_iteration` also undoes unrolling by ptxas.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Arch = int | str
+
+#: Bytes of shared memory one program may use, by compute capability (CUDA programming guide).
+SHARED_LIMIT: dict[Arch, int] = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One specialisation of a kernel, and what its machine code is meant to contain.
+
+    Attributes:
+        name: Unique label, shown in reports.
+        kernel: The `@triton.jit` or `@gluon.jit` function.
+        signature: Type of every non-constant argument, such as `"*bf16"`, `"i32"`.
+        constants: Value of every `constexpr` argument.
+        num_warps: Warps per program.
+        num_stages: Software pipelining depth (plain Triton).
+        divisible: Arguments that are multiples of 16 (pointers: aligned to 16 bytes).
+        opcodes: Opcode prefixes that must occur, such as `"HMMA.SP.16832.F32.BF16"`; names in lower
+            case are looked for on AMD only, others on NVIDIA only.
+        elements_per_iteration: Elements one warp handles in one source-level loop iteration;
+            0 leaves instructions per element out of the report.
+        per_iteration: `(opcode prefix, count)` in one source-level iteration; None = not unrolled.
+        archs: Where the case is meant to compile.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    divisible: Sequence[str] = ()
+    opcodes: Sequence[str] = ()
+    elements_per_iteration: int = 0
+    per_iteration: tuple[str, int] | None = None
+    archs: Sequence[Arch] = (80, 89, 90)
+
+
+@dataclass(frozen=True)
+class CompiledReport:
+    """What one case became on one architecture.
+
+    Attributes:
+        name: The case's name.
+        arch: The architecture compiled for.
+        registers: Registers per thread (AMD: vector registers).
+        spills: Local-memory loads and stores in the machine code (AMD: spilled vector registers).
+        shared_bytes: Shared memory per program, in bytes.
+        opcodes: How often each meant opcode prefix occurs in the whole kernel.
+        loop_instructions: Instructions in the hot loop as compiled (0 if there is no loop).
+        instructions_per_element: Per-lane instructions per element, or None if not asked for.
+        instructions: Instructions in the whole kernel.
+        loop_opcodes: Opcode (first component) counts in the hot loop.
+    """
+
+    name: str
+    arch: Arch
+    registers: int
+    spills: int
+    shared_bytes: int
+    opcodes: Mapping[str, int]
+    loop_instructions: int
+    instructions_per_element: float | None
+    instructions: int
+    loop_opcodes: Mapping[str, int]
+
+    @property
+    def missing(self) -> list[str]:
+        """Meant opcodes that the machine code lacks."""
+        return [name for name, count in self.opcodes.items() if count == 0]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the shared memory is within the architecture's limit."""
+        return self.shared_bytes <= SHARED_LIMIT[self.arch]
+
+
+def compile_case(case: KernelCase, arch: Arch) -> CompiledReport:
+    """Compile `case` for `arch` and read the result; needs Triton's wheel, not a GPU.
+
+    Args:
+        case: What to compile.
+        arch: Compute capability (80, 89, 90, ...) or an AMD architecture name.
+
+    Returns:
+        The report.
+
+    Raises:
+        ValueError: If kernels are being interpreted, or arguments and constants do not match.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.runtime.jit import JITFunction
+
+    kernel = case.kernel
+    if not isinstance(kernel, JITFunction):
+        raise ValueError("compile-only checks need compiled kernels: unset TRITON_INTERPRET")
+    given = set(case.signature) | set(case.constants)
+    if given != set(kernel.arg_names):
+        odd = sorted(given ^ set(kernel.arg_names))
+        raise ValueError(f"{case.name}: signature and constants disagree with the kernel on {odd}")
+    signature = {name: case.signature.get(name, "constexpr") for name in kernel.arg_names}
+    attributes = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.divisible
+    }
+    source_type: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_type = GluonASTSource
+    source = source_type(kernel, signature, dict(case.constants), attributes)
+    is_cuda = isinstance(arch, int)
+    target = GPUTarget("cuda", arch, 32) if is_cuda else GPUTarget("hip", arch, 64)
+    options: dict[str, int] = {"num_warps": case.num_warps}
+    if not kernel.is_gluon():
+        options["num_stages"] = case.num_stages
+    compiled = triton.compile(source, target=target, options=options)
+    shared = int(compiled.metadata.shared)
+    if not is_cuda:
+        return _read_amd(case, arch, compiled.asm["amdgcn"], shared)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        text = _tool("cuobjdump", "-sass", str(path))
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
+    return _read_sass(case, arch, parse_sass(text), int(registers.group(1)), shared)
+
+
+def discover() -> list[KernelCase]:
+    """All cases that the package's kernel modules register through `compile_cases()`."""
+    package = importlib.import_module(__package__ or "prunekernels")
+    cases: list[KernelCase] = []
+    for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if info.name == __name__:
+            continue
+        module = importlib.import_module(info.name)
+        if hasattr(module, "compile_cases"):
+            cases += module.compile_cases()
+    return cases
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One machine instruction: byte address, opcode with modifiers, operands as text."""
+
+    address: int
+    opcode: str
+    operands: str
+
+
+_SASS_LINE = re.compile(
+    r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:\{\s*)?(?:@!?U?P[T\d]+\s+)?([A-Z][\w.]*)\s*([^;]*);", re.M
+)
+
+
+def parse_sass(text: str) -> list[Instruction]:
+    """Instructions of the text that `cuobjdump -sass` prints, without predicates."""
+    return [
+        Instruction(int(address, 16), opcode, operands.strip())
+        for address, opcode, operands in _SASS_LINE.findall(text)
+    ]
+
+
+def innermost_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
+    """Bodies of the loops that contain no other loop, from backward branches."""
+    spans: list[tuple[int, int]] = []
+    for instruction in code:
+        if instruction.opcode.split(".")[0] != "BRA":
+            continue
+        target = re.search(r"0x([0-9a-f]+)\s*$", instruction.operands)
+        # a branch to itself pads the end of every kernel
+        if target is not None and int(target.group(1), 16) < instruction.address:
+            spans.append((int(target.group(1), 16), instruction.address))
+    inner = [
+        span
+        for span in spans
+        if not any(o != span and span[0] <= o[0] and o[1] <= span[1] for o in spans)
+    ]
+    return [[i for i in code if first <= i.address <= last] for first, last in inner]
+
+
+def _count(code: Iterable[Instruction], prefix: str) -> int:
+    return sum(i.opcode.startswith(prefix) for i in code)
+
+
+def _read_sass(
+    case: KernelCase, arch: Arch, code: Sequence[Instruction], registers: int, shared: int
+) -> CompiledReport:
+    # lower-case names are meant for AMD
+    found = {prefix: _count(code, prefix) for prefix in case.opcodes if not prefix.islower()}
+    marker = case.per_iteration[0] if case.per_iteration else next(iter(case.opcodes), "")
+    loop = max(
+        innermost_loops(code), key=lambda body: (_count(body, marker), len(body)), default=[]
+    )
+    per_element = None
+    if case.elements_per_iteration and loop:
+        unrolled = 1.0
+        if case.per_iteration is not None:
+            unrolled = _count(loop, marker) / case.per_iteration[1]
+        if unrolled:
+            per_element = 32 * len(loop) / (unrolled * case.elements_per_iteration)
+    return CompiledReport(
+        name=case.name,
+        arch=arch,
+        registers=registers,
+        spills=_count(code, "STL") + _count(code, "LDL"),
+        shared_bytes=shared,
+        opcodes=found,
+        loop_instructions=len(loop),
+        instructions_per_element=per_element,
+        instructions=len(code),
+        loop_opcodes=Counter(i.opcode.split(".")[0] for i in loop),
+    )
+
+
+def _read_amd(case: KernelCase, arch: Arch, text: str, shared: int) -> CompiledReport:
+    def number(key: str) -> int:
+        match = re.search(rf"\.{key}:\s*(\d+)", text)
+        return int(match.group(1)) if match else 0
+
+    lines = re.findall(r"^\t([a-z]\w+)", text, re.M)
+    # upper-case names are NVIDIA's
+    found = {n: sum(i.startswith(n) for i in lines) for n in case.opcodes if n.islower()}
+    return CompiledReport(
+        name=case.name,
+        arch=arch,
+        registers=number("vgpr_count"),
+        spills=number("vgpr_spill_count"),
+        shared_bytes=shared,
+        opcodes=found,
+        loop_instructions=0,
+        instructions_per_element=None,
+        instructions=len(lines),
+        loop_opcodes={},
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    import triton
+
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    # cuobjdump finds nvdisasm through PATH
+    environment = {**os.environ, "PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}
+    done = subprocess.run(
+        [str(folder / name), *arguments], capture_output=True, text=True, env=environment
+    )
+    if done.returncode:
+        raise RuntimeError(f"{name} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def format_report(report: CompiledReport) -> str:
+    """One line: name, architecture, registers, spills, shared memory, opcodes, loop."""
+    meant = ", ".join(f"{name} ×{count}" for name, count in report.opcodes.items())
+    density = report.instructions_per_element
+    return (
+        f"{report.name:<40} {report.arch!s:>7}  {report.registers:3d} registers  "
+        f"{report.spills} spills  {report.shared_bytes:6d} B shared  "
+        f"loop {report.loop_instructions:4d} instructions"
+        + (f" = {density:.3f} per element" if density is not None else "")
+        + (f"  {meant}" if meant else "")
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile every registered case for its architectures, or for those named, and print."""
+    wanted = [int(a) if a.isdigit() else a for a in arguments]
+    failed = 0
+    for case in discover():
+        for arch in case.archs:
+            if wanted and arch not in wanted:
+                continue
+            report = compile_case(case, arch)
+            ok = not report.missing and report.spills == 0 and report.fits
+            failed += not ok
+            print(("ok   " if ok else "FAIL ") + format_report(report))
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
