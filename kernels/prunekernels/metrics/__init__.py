@@ -1,0 +1,17 @@
+"""Statistics of pairs of logits, of hidden states through the output head, and of vectors."""
+
+from prunekernels.metrics.fields import PairStats, TopKStats, VectorStats
+from prunekernels.metrics.head import head_pair_stats
+from prunekernels.metrics.pair import pair_stats
+from prunekernels.metrics.summary import summarize
+from prunekernels.metrics.vector import vector_stats
+
+__all__ = [
+    "PairStats",
+    "TopKStats",
+    "VectorStats",
+    "head_pair_stats",
+    "pair_stats",
+    "summarize",
+    "vector_stats",
+]

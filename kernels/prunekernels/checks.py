@@ -1,0 +1,161 @@
+"""Validation shared by the public ops: one-line ValueErrors that name both values.
+
+What depends on shapes, dtypes and devices is checked before the op (and can be traced); what
+depends on the values inside a tensor is checked within it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunekernels.layout import LEVELS, WEIGHTS
+from prunekernels.runtime import check_impl
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def floats(op: str, **tensors: Tensor | None) -> None:
+    """Each is a float32, bfloat16 or float16 tensor without a gradient to lose."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in FLOATS:
+            raise ValueError(
+                f"{op}: {name} must be float32, bfloat16 or float16, got {tensor.dtype}; "
+                f"convert it with {name}.float()"
+            )
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} requires grad, but the op has no backward; "
+                f"pass {name}.detach() or call it under torch.no_grad()"
+            )
+
+
+def alike(op: str, **pair: Tensor) -> None:
+    """Two tensors have the same shape, dtype and device, and a non-empty last dimension."""
+    (name_a, a), (name_b, b) = pair.items()
+    for what in ("shape", "dtype", "device"):
+        left, right = getattr(a, what), getattr(b, what)
+        if left != right:
+            if what == "shape":
+                left, right = tuple(left), tuple(right)
+            raise ValueError(
+                f"{op}: {name_a} and {name_b} must have the same {what}, got {left} and {right}"
+            )
+    if a.dim() == 0 or a.shape[-1] == 0:
+        raise ValueError(
+            f"{op}: {name_a} and {name_b} need a non-empty last dimension, "
+            f"got shapes {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+
+
+def same_device(op: str, first: Tensor, **tensors: Tensor | None) -> None:
+    """Every further tensor lies on the first one's device."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != first.device:
+            raise ValueError(
+                f"{op}: {name} is on {tensor.device} and the rest on {first.device}; "
+                f"move it with {name}.to({str(first.device)!r})"
+            )
+
+
+def pair_options(
+    op: str,
+    *,
+    lead: torch.Size,
+    vocab: int,
+    device: torch.device,
+    temperature: float,
+    labels: Tensor | None,
+    subset: Tensor | Sequence[int] | None,
+    topk: int,
+    level: str,
+    weights: str,
+    impl: str,
+) -> Tensor | None:
+    """Check the options of the pair ops and return the subset as an int64 tensor."""
+    check_impl(impl)
+    if level not in LEVELS:
+        raise ValueError(f"{op}: level must be one of {', '.join(LEVELS)}, got {level!r}")
+    if weights not in WEIGHTS:
+        raise ValueError(f"{op}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
+    positive(op, "temperature", temperature)
+    if not 0 <= topk <= vocab:
+        raise ValueError(f"{op}: topk must lie in 0..{vocab} (the vocabulary), got {topk}")
+    if labels is not None:
+        integers(op, "labels", labels, device)
+        if labels.shape != lead:
+            raise ValueError(
+                f"{op}: labels must have the logits' leading shape {tuple(lead)}, "
+                f"got {tuple(labels.shape)}"
+            )
+    if subset is None:
+        return None
+    if not isinstance(subset, Tensor):
+        subset = torch.tensor(list(subset), dtype=torch.int64, device=device)
+    integers(op, "subset", subset, device)
+    if subset.dim() != 1 or subset.numel() == 0:
+        raise ValueError(
+            f"{op}: subset must be a non-empty list of token ids, got shape {tuple(subset.shape)}"
+        )
+    return subset.long()
+
+
+def integers(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """An int64 or int32 tensor on the given device."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int64, torch.int32):
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise ValueError(f"{op}: {name} must be an int64 or int32 tensor, got {kind}")
+    if tensor.device != device:
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device} and the logits on {device}; "
+            f"move it with {name}.to({str(device)!r})"
+        )
+
+
+def positive(op: str, name: str, value: float) -> None:
+    """A finite number above zero."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
+
+
+def token_ids(op: str, vocab: int, labels: Tensor | None, subset: Tensor | None) -> None:
+    """Ids lie in the vocabulary and the subset's differ: reads values, so it runs inside the op.
+
+    Skipped while a CUDA graph is captured, where a value cannot be read.
+    """
+    for name, ids in (("labels", labels), ("subset", subset)):
+        if ids is None or ids.numel() == 0 or _capturing(ids):
+            continue
+        low, high = (int(value) for value in torch.aminmax(ids))
+        if low < 0 or high >= vocab:
+            wrong = low if low < 0 else high
+            raise ValueError(
+                f"{op}: {name} holds token id {wrong}, outside the vocabulary 0..{vocab - 1}"
+            )
+    if subset is not None and not _capturing(subset):
+        unique, counts = torch.unique(subset, return_counts=True)
+        if unique.numel() != subset.numel():
+            twice = int(unique[counts > 1][0])
+            raise ValueError(
+                f"{op}: subset has {subset.numel()} ids of which {unique.numel()} differ; "
+                f"token id {twice} appears twice: list each once"
+            )
+
+
+def not_nan(op: str, scores: Tensor) -> None:
+    """No NaN anywhere: reads values, so it runs inside the op."""
+    if _capturing(scores) or not bool(scores.isnan().any()):
+        return
+    where = tuple(scores.isnan().nonzero()[0].tolist())
+    raise ValueError(f"{op}: scores are NaN at index {where}; fix the weights or statistics first")
+
+
+def _capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,133 @@
+"""From sums over the vocabulary to the reported fields, in float64, all rows at once.
+
+With a, b the two logit rows, T the temperature, α = max a, β the reference of b,
+a' = a−α, b' = b−β, x = b'−a', w = e^{a'/T}, v = e^{b'/T}, ρ = v−w, d = b−a, the sums are
+    W0 W1 W2 Wy = Σw{1, x, x², a'}    V0 V1 V2 Vy = Σv{1, x, x², b'}
+    R0 R1 R2 = Σw²{1, x, x²}          S0 S1 S2 = Σv²{1, x, x²}
+    C0 = Σwv   Pw = Σwρ   P2 = Σρ²    U1 U2 = Σ{x, x²}   L1 = Σ|d|   Z2 Zd D2 = Σ{a², ad, d²}
+and every field below is a closed form of them. Everything is centred, so that the differences
+of nearly equal numbers are taken inside the sums and not between them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SUMS = (
+    *("W0", "W1", "W2", "Wy", "V0", "V1", "V2", "Vy", "R0", "R1", "R2", "S0", "S1", "S2"),
+    *("C0", "Pw", "P2", "U1", "U2", "L1", "Z2", "Zd", "D2"),
+    *("JS", "TV", "HE"),  # second pass: Σ m·h(s), Σ|q−p|, Σ(√q−√p)²
+    *("n", "only_base", "only_other"),  # counted, and excluded in one row only
+)
+
+
+def pair_fields(
+    sums: dict[str, Tensor],
+    alpha: Tensor,
+    beta: Tensor,
+    *,
+    temperature: float,
+    weights: str,
+    full: bool,
+) -> dict[str, Tensor]:
+    """Evaluate the fields that need no single token, from `SUMS`.
+
+    Args:
+        sums: one float64 `(N,)` tensor per name in `SUMS`.
+        alpha: `(N,)` float64, the reference of base (its maximum).
+        beta: `(N,)` float64, the reference of other.
+        temperature: T.
+        weights: "base" or "other": whose distribution weighs the second-order estimates.
+        full: whether the second-pass sums are there.
+
+    Returns:
+        Float64 `(N,)` tensors by field name; `estimate_valid` is bool.
+    """
+    t = temperature
+    inv_2t2 = 1.0 / (2.0 * t * t)
+    w0, v0 = sums["W0"], sums["V0"]
+    w1, v1 = sums["W1"] / w0, sums["V1"] / v0
+    c = torch.log(v0 / w0)
+    # −inf in base alone makes x = +inf where q > 0; in other alone x = −inf where p > 0.
+    only_base, only_other = sums["only_base"] > 0, sums["only_other"] > 0
+    one_sided = only_base | only_other
+    inf, nan = float("inf"), float("nan")
+
+    var_p = (sums["W2"] / w0 - w1 * w1).clamp_min(0.0).masked_fill(only_other, inf)
+    if weights == "base":
+        kl_estimate = var_p * inv_2t2
+        squared, lost = ("R0", "R1", "R2"), only_other
+    else:
+        var_q = (sums["V2"] / v0 - v1 * v1).clamp_min(0.0).masked_fill(only_base, inf)
+        kl_estimate = var_q * inv_2t2
+        squared, lost = ("S0", "S1", "S2"), only_base
+    s0, s1, s2 = (sums[name] for name in squared)
+    var_r = (s2 / s0 - (s1 / s0) ** 2).clamp_min(0.0).masked_fill(lost, inf)
+
+    cos_prob = (sums["C0"] / torch.sqrt(sums["R0"] * sums["S0"])).clamp_max(1.0)
+    apart = (sums["P2"] - sums["Pw"] ** 2 / sums["R0"]).clamp_min(0.0)
+    one_minus_cos_prob = torch.where(
+        cos_prob > 0.5, apart / (sums["S0"] * (1.0 + cos_prob)), 1.0 - cos_prob
+    )
+    logit = angle_fields(sums["Z2"], sums["Zd"], sums["D2"])
+    n = sums["n"]
+    fields = {
+        "kl_base_other": (c - w1 / t).clamp_min(0.0).masked_fill(only_other, inf),
+        "kl_other_base": (v1 / t - c).clamp_min(0.0).masked_fill(only_base, inf),
+        "entropy_base": (torch.log(w0) - sums["Wy"] / w0 / t).clamp_min(0.0),
+        "entropy_other": (torch.log(v0) - sums["Vy"] / v0 / t).clamp_min(0.0),
+        "lse_base": alpha / t + torch.log(w0),
+        "lse_other": beta / t + torch.log(v0),
+        "cos_prob": cos_prob,
+        "one_minus_cos_prob": one_minus_cos_prob,
+        "cos_logit": logit["cosine"].masked_fill(one_sided, nan),
+        "one_minus_cos_logit": logit["one_minus_cosine"].masked_fill(one_sided, nan),
+        "alpha": logit["alpha"].masked_fill(one_sided, nan),
+        "parallel_ratio": logit["parallel_ratio"].masked_fill(one_sided, nan),
+        "orthogonal_ratio": logit["orthogonal_ratio"].masked_fill(one_sided, nan),
+        "kl_estimate": kl_estimate,
+        "one_minus_cos_prob_estimate": var_r * inv_2t2,
+        "uniform_variance": (sums["U2"] / n - (sums["U1"] / n) ** 2)
+        .clamp_min(0.0)
+        .masked_fill(one_sided, inf),
+        "delta_l1": sums["L1"].masked_fill(one_sided, inf),
+        "delta_l2": sums["D2"].masked_fill(one_sided, inf),
+        "estimate_valid": ~one_sided & (var_p <= t * t),
+    }
+    if full:
+        fields["js"] = sums["JS"].clamp_min(0.0)
+        fields["total_variation"] = 0.5 * sums["TV"]
+        fields["hellinger"] = torch.sqrt(0.5 * sums["HE"])
+    return fields
+
+
+def angle_fields(z2: Tensor, zd: Tensor, d2: Tensor) -> dict[str, Tensor]:
+    """Cosine, 1−cosine and the split of d along a, from ‖a‖², ⟨a, d⟩ and ‖d‖².
+
+    ‖d⊥‖² = ‖d‖²−⟨a,d⟩²/‖a‖² and 1−cos = ‖d⊥‖²/[‖b‖²(1+cos)], which does not cancel where the
+    two vectors nearly agree. Two zero vectors agree (cosine 1); one zero vector has cosine 0 and,
+    as a base, no defined alpha or ratios (NaN).
+    """
+    b2 = (z2 + 2.0 * zd + d2).clamp_min(0.0)
+    alpha = torch.where((z2 == 0) & (d2 == 0), 0.0, zd / z2)
+    perp2 = torch.where(zd == 0, d2, d2 - zd * zd / z2).clamp_min(0.0)
+    norms = torch.sqrt(z2) * torch.sqrt(b2)
+    cosine = ((z2 + zd) / norms).clamp(-1.0, 1.0)
+    zero = norms == 0
+    agree = torch.where((z2 == 0) & (b2 == 0), 1.0, 0.0).to(cosine.dtype)
+    cosine = torch.where(zero, agree, cosine)
+    one_minus = torch.where((cosine > 0.5), perp2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
+    one_minus = torch.where(zero, 1.0 - agree, one_minus)
+    same = (z2 == 0) & (d2 == 0)
+    orthogonal2 = torch.where(same, 0.0, perp2 / z2)
+    return {
+        "cosine": cosine,
+        "one_minus_cosine": one_minus,
+        "alpha": alpha,
+        "parallel_ratio": alpha.abs(),
+        "orthogonal_ratio": torch.sqrt(orthogonal2).masked_fill((z2 == 0) & ~same, float("nan")),
+        "orthogonal2": orthogonal2,
+        "norm_base": torch.sqrt(z2),
+        "norm_other": torch.sqrt(b2),
+    }

@@ -1,0 +1,183 @@
+"""The ops as chunked torch: what runs on a CPU and wherever Triton cannot.
+
+Every function takes arguments that the public op has already checked, and returns tensors packed
+as `layout` says. No Python loop runs once per row where rows are short, and none allocates in
+proportion to the logits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekernels.closed_form import angle_fields
+from prunekernels.layout import VECTOR_FLOATS
+from prunekernels.pair_sums import PairSums, take_rows
+
+
+def pair_stats(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+) -> list[Tensor]:
+    """Packed statistics of `(…, V)` logits."""
+    vocab = base.shape[-1]
+    rows = base.numel() // vocab
+    sums = PairSums(rows, vocab, base.device, labels, subset, temperature, topk, level, weights)
+    for start in range(0, rows, sums.group_rows):
+        stop = min(start + sums.group_rows, rows)
+        sums.add(start, take_rows(base, start, stop), take_rows(other, start, stop))
+    return sums.result()
+
+
+def head_pair_stats(
+    base_hidden: Tensor,
+    other_hidden: Tensor,
+    head_weight: Tensor,
+    other_head_weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    norm_eps: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+) -> list[Tensor]:
+    """Packed statistics of the logits of `(…, D)` hidden states, computed a few rows at a time.
+
+    Both rows of a pair come from products of the same shape, at the same place in buffers of the
+    same alignment, so that equal hidden states give equal logits to the last bit.
+    """
+    vocab, width = head_weight.shape
+    rows = base_hidden.numel() // width
+    device = base_hidden.device
+    sums = PairSums(rows, vocab, device, labels, subset, temperature, topk, level, weights)
+    budget = (64 << 20) if device.type == "cpu" else (512 << 20)
+    step = max(1, min(rows, budget // (8 * vocab)))
+    # Two allocations, not two halves of one: a matmul may round by its output's alignment.
+    logits = [torch.empty(step, vocab, dtype=torch.float32, device=device) for _ in range(2)]
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        pair = []
+        for side, (hidden, weight) in enumerate(
+            ((base_hidden, head_weight), (other_hidden, other_head_weight))
+        ):
+            out = logits[side][: stop - start]
+            states = _normalised(take_rows(hidden, start, stop), norm_weight, norm_eps)
+            _project(states, head_weight if weight is None else weight, out)
+            if bias is not None:
+                out += bias
+            if logit_scale is not None:
+                out *= logit_scale
+            if softcap is not None:
+                out.div_(softcap).tanh_().mul_(softcap)
+            pair.append(out)
+        sums.add(start, pair[0], pair[1])
+    return sums.result()
+
+
+def _normalised(hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """A fresh copy of the rows, RMS-normalised in float32, back in the states' own dtype."""
+    if weight is None:
+        return hidden.clone(memory_format=torch.contiguous_format)
+    states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    states *= torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
+    states *= weight.float()
+    return states.to(hidden.dtype)
+
+
+def _project(states: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`out = states @ weight.T` with float32 products' sums, whatever the operands' dtype."""
+    if states.dtype == weight.dtype == torch.float32:
+        torch.mm(states, weight.t(), out=out)
+    elif states.is_cuda and states.dtype == weight.dtype:
+        torch.mm(states, weight.t(), out_dtype=torch.float32, out=out)
+    else:
+        # Upcast a slice of the head at a time: a float32 copy of all of it would be gigabytes.
+        states = states.float()
+        step = max(1, (8 << 20) // (4 * weight.shape[1]))
+        for start in range(0, weight.shape[0], step):
+            part = weight[start : start + step].float()
+            torch.mm(states, part.t(), out=out[:, start : start + step])
+
+
+def vector_stats(base: Tensor, other: Tensor) -> Tensor:
+    """Packed `(fields, N)` statistics of `(…, D)` vectors, summed in float64."""
+    width = base.shape[-1]
+    rows = base.numel() // width
+    sums = torch.zeros(3, rows, dtype=torch.float64, device=base.device)
+    step = max(1, ((1 << 16) if base.device.type == "cpu" else (1 << 22)) // width)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        a = take_rows(base, start, stop).double()
+        d = take_rows(other, start, stop).double().sub_(a)
+        sums[0, start:stop] = (a * a).sum(-1)
+        sums[1, start:stop] = a.mul_(d).sum(-1)
+        sums[2, start:stop] = d.square_().sum(-1)
+    fields = angle_fields(*sums)
+    fields["one_minus_cosine_estimate"] = 0.5 * fields["orthogonal_ratio"].square()
+    return torch.stack([fields[name] for name in VECTOR_FLOATS]).float()
+
+
+def nm_mask(scores: Tensor, keep: int, of: int) -> Tensor:
+    """True for the `keep` largest of every `of` along the last dimension, lower index first."""
+    width = scores.shape[-1]
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    flat = mask.view(-1, width)
+    rows = flat.shape[0]
+    step = max(1, (1 << (18 if scores.device.type == "cpu" else 26)) // max(width, 1))
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        groups = take_rows(scores, start, stop).reshape(-1, of)
+        chosen = _rank_small(groups, keep) if of <= 16 else _rank_sorted(groups, keep)
+        flat[start:stop] = chosen.reshape(stop - start, width)
+    return mask
+
+
+def _rank_small(groups: Tensor, keep: int) -> Tensor:
+    """Count for each member how many beat it: of·(of−1)/2 comparisons, vectorised over groups."""
+    columns = groups.t().contiguous()
+    beaten = torch.zeros(columns.shape, dtype=torch.uint8, device=columns.device)
+    for left in range(columns.shape[0]):
+        wins = columns[left] >= columns[left + 1 :]  # an equal, earlier member comes first
+        beaten[left + 1 :] += wins
+        beaten[left] += (columns.shape[0] - 1 - left) - wins.sum(0, dtype=torch.uint8)
+    return (beaten < keep).t()
+
+
+def _rank_sorted(groups: Tensor, keep: int) -> Tensor:
+    order = groups.sort(stable=True, dim=-1, descending=True).indices[:, :keep]
+    chosen = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
+    return chosen.scatter_(1, order, True)
+
+
+def rowwise_mask(scores: Tensor, prune: int) -> Tensor:
+    """False for the `prune` smallest of every row; among equals the higher index goes first."""
+    width = scores.shape[-1]
+    mask = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    if prune == 0:
+        return mask
+    flat = mask.view(-1, width)
+    step = max(1, (1 << (20 if scores.device.type == "cpu" else 26)) // width)
+    for start in range(0, flat.shape[0], step):
+        stop = min(start + step, flat.shape[0])
+        block = take_rows(scores, start, stop)
+        cut = block.kthvalue(prune, -1, keepdim=True).values
+        keep = torch.gt(block, cut)
+        surplus = prune - (width - keep.sum(-1))  # ≤ 0: members equal to the cut that stay
+        tied = (surplus < 0).nonzero().squeeze(1)
+        if tied.numel():
+            equal = block[tied] == cut[tied]
+            spared = equal & (equal.cumsum(-1) <= -surplus[tied, None])
+            keep[tied] = keep[tied] | spared
+        flat[start:stop] = keep
+    return mask

@@ -1,0 +1,254 @@
+"""The results of the metric ops: frozen dataclasses of tensors that share their leading shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from prunekernels import layout
+
+_Self = TypeVar("_Self", bound="_Fields")
+
+
+@dataclass(frozen=True, eq=False)
+class _Fields:
+    """Tensors, or nested groups of tensors, or None for what was not asked for."""
+
+    def map(self: _Self, fn: Callable[[Tensor], Tensor]) -> _Self:
+        """Apply `fn` to every tensor, nested groups included."""
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                value = fn(value)
+            elif isinstance(value, _Fields):
+                value = value.map(fn)
+            changed[field.name] = value
+        return type(self)(**changed)
+
+    def __getitem__(self: _Self, index: Any) -> _Self:
+        """Index the leading dimensions of every tensor alike."""
+        return self.map(lambda tensor: tensor[index])
+
+    def to(
+        self: _Self,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> _Self:
+        """Move every tensor to `device`; `dtype` applies to the floating ones."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else None)
+
+        return self.map(move)
+
+    def as_dict(self) -> dict[str, Tensor]:
+        """Every tensor by name; those of a nested group as "topk.…" and "subset.…"."""
+        flat: dict[str, Tensor] = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                flat[field.name] = value
+            elif isinstance(value, _Fields):
+                flat.update({f"{field.name}.{key}": item for key, item in value.as_dict().items()})
+        return flat
+
+
+@dataclass(frozen=True, eq=False)
+class TopKStats(_Fields):
+    """The likeliest tokens of both rows (k of each, equal logits in the order of their ids).
+
+    The two KLs are over k+1 outcomes, base's top k and one bucket for all the rest, so they are
+    never negative and never above the KL of the full vocabulary.
+
+    Attributes:
+        ids_base: `(…, k)` int64, base's top tokens, likeliest first.
+        ids_other: `(…, k)` int64, other's.
+        values_base: `(…, k)`, base's logits at `ids_base`.
+        values_other: `(…, k)`, other's logits at `ids_other`.
+        prob_base: `(…, k)`, p at `ids_base`.
+        prob_other: `(…, k)`, q at `ids_other`.
+        cross_base: `(…, k)`, base's logits at `ids_other`.
+        cross_other: `(…, k)`, other's logits at `ids_base`.
+        overlap: `(…)`, the share of ids that both lists hold.
+        mass_base: `(…)`, Σp over `ids_base`.
+        mass_other: `(…)`, Σq over `ids_other`.
+        tail_base: `(…)`, Σp outside `ids_base`.
+        tail_other: `(…)`, Σq outside `ids_base` (base's list: the bucket of the KLs).
+        kl_base_other: `(…)` nats, KL(p‖q) over the k+1 outcomes.
+        kl_other_base: `(…)` nats, KL(q‖p) over the k+1 outcomes.
+    """
+
+    ids_base: Tensor
+    ids_other: Tensor
+    values_base: Tensor
+    values_other: Tensor
+    prob_base: Tensor
+    prob_other: Tensor
+    cross_base: Tensor
+    cross_other: Tensor
+    overlap: Tensor
+    mass_base: Tensor
+    mass_other: Tensor
+    tail_base: Tensor
+    tail_other: Tensor
+    kl_base_other: Tensor
+    kl_other_base: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class PairStats(_Fields):
+    """How two rows of logits a (base) and b (other) differ, per row.
+
+    p = softmax(a/T), q = softmax(b/T), d = b−a; KL, entropies and log-normalisers in nats. Every
+    tensor has the logits' leading shape; float32 unless said. A token that is −inf in both rows
+    is left out; one that is −inf in a single row makes the KL that sees it, and the sizes of d,
+    +inf, and the angles of the logits NaN. A row that holds NaN or +inf (or only −inf) has NaN
+    everywhere, False flags, and argmax −1 on the side at fault.
+
+    Attributes:
+        kl_base_other: KL(p‖q).
+        kl_other_base: KL(q‖p).
+        entropy_base: H(p).
+        entropy_other: H(q).
+        lse_base: log Σ e^{a/T}.
+        lse_other: log Σ e^{b/T}.
+        cos_prob: cosine of p and q.
+        one_minus_cos_prob: 1−cos(p, q), without cancellation.
+        cos_logit: cosine of a and b.
+        one_minus_cos_logit: 1−cos(a, b), without cancellation.
+        alpha: ⟨d, a⟩/‖a‖².
+        parallel_ratio: ‖d∥‖/‖a‖ = |alpha|.
+        orthogonal_ratio: ‖d⊥‖/‖a‖.
+        kl_estimate: Var_p(d)/2T², the second-order estimate of both KLs (`weights="other"`: Var_q).
+        one_minus_cos_prob_estimate: Var_r(d)/2T², r = p²/Σp² (`weights="other"`: of q²), the
+            second-order estimate of 1−cos(p, q).
+        uniform_variance: Var(d), all tokens weighing the same (logit units squared).
+        delta_l1: Σ|d|.
+        delta_l2: Σd² (the squared norm).
+        argmax_base: int64, first index of the largest a.
+        argmax_other: int64, first index of the largest b.
+        flipped: bool, whether the two differ.
+        margin_base: lead of the largest a over the next (0 for a tie, +inf if V = 1).
+        margin_other: the same for b.
+        tie: bool, whether either margin is 0 (common in bfloat16: a flip may be an accident).
+        estimate_valid: bool, whether the standard deviation of d/T under p is at most 1. Above
+            that the second-order estimates are off by a factor of two or more.
+        nll_base: −ln p(label), with `labels`.
+        nll_other: −ln q(label), with `labels`.
+        prob_delta: q(label)−p(label), with `labels`.
+        js: Jensen–Shannon divergence, with `level="full"`.
+        total_variation: Σ|q−p|/2, with `level="full"`.
+        hellinger: sqrt(Σ(√q−√p)²/2), with `level="full"`.
+        topk: the likeliest tokens, with `topk`.
+        subset: all of this again on the softmax over the given tokens, with `subset`; argmax is
+            an index into the subset, and `subset.lse_base − lse_base` is the log of its mass.
+    """
+
+    kl_base_other: Tensor
+    kl_other_base: Tensor
+    entropy_base: Tensor
+    entropy_other: Tensor
+    lse_base: Tensor
+    lse_other: Tensor
+    cos_prob: Tensor
+    one_minus_cos_prob: Tensor
+    cos_logit: Tensor
+    one_minus_cos_logit: Tensor
+    alpha: Tensor
+    parallel_ratio: Tensor
+    orthogonal_ratio: Tensor
+    kl_estimate: Tensor
+    one_minus_cos_prob_estimate: Tensor
+    uniform_variance: Tensor
+    delta_l1: Tensor
+    delta_l2: Tensor
+    argmax_base: Tensor
+    argmax_other: Tensor
+    flipped: Tensor
+    margin_base: Tensor
+    margin_other: Tensor
+    tie: Tensor
+    estimate_valid: Tensor
+    nll_base: Tensor | None = None
+    nll_other: Tensor | None = None
+    prob_delta: Tensor | None = None
+    js: Tensor | None = None
+    total_variation: Tensor | None = None
+    hellinger: Tensor | None = None
+    topk: TopKStats | None = None
+    subset: PairStats | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class VectorStats(_Fields):
+    """How two vectors h (base) and h+Δ (other) differ, per row; float32, the leading shape.
+
+    Attributes:
+        cosine: cos(h, h+Δ).
+        one_minus_cosine: 1−cosine, without cancellation.
+        one_minus_cosine_estimate: ‖Δ⊥‖²/2‖h‖², its second-order estimate.
+        alpha: ⟨Δ, h⟩/‖h‖².
+        parallel_ratio: ‖Δ∥‖/‖h‖ = |alpha|.
+        orthogonal_ratio: ‖Δ⊥‖/‖h‖.
+        norm_base: ‖h‖.
+        norm_other: ‖h+Δ‖.
+    """
+
+    cosine: Tensor
+    one_minus_cosine: Tensor
+    one_minus_cosine_estimate: Tensor
+    alpha: Tensor
+    parallel_ratio: Tensor
+    orthogonal_ratio: Tensor
+    norm_base: Tensor
+    norm_other: Tensor
+
+
+def packed_like(
+    like: Tensor, rows: int, *, level: str, labels: bool, subset: bool, topk: int
+) -> list[Tensor]:
+    """Uninitialised tensors of the shapes that a pair op returns (for `register_fake`)."""
+    packed = []
+    for has_labels in (labels, False)[: 1 + subset]:
+        floats = len(layout.pair_floats(level, has_labels))
+        packed.append(like.new_empty(floats, rows, dtype=torch.float32))
+        packed.append(like.new_empty(len(layout.PAIR_IDS), rows, dtype=torch.int64))
+        packed.append(like.new_empty(len(layout.PAIR_FLAGS), rows, dtype=torch.bool))
+    if topk:
+        packed.append(like.new_empty(len(layout.TOPK_FLOATS), rows, topk, dtype=torch.float32))
+        packed.append(like.new_empty(len(layout.TOPK_ROWS), rows, dtype=torch.float32))
+        packed.append(like.new_empty(len(layout.TOPK_IDS), rows, topk, dtype=torch.int64))
+    return packed
+
+
+def unpack_pair(
+    packed: list[Tensor], lead: torch.Size, *, level: str, labels: bool, subset: bool, topk: int
+) -> PairStats:
+    """Name the rows of a pair op's packed result and give them their leading shape."""
+    named = _name_pair(packed[:3], lead, layout.pair_floats(level, labels))
+    if subset:
+        inner = _name_pair(packed[3:6], lead, layout.pair_floats(level, False))
+        named["subset"] = PairStats(**inner)
+    if topk:
+        floats, rows, ids = packed[-3:]
+        top = {
+            name: row.reshape(*lead, topk)
+            for names, block in ((layout.TOPK_FLOATS, floats), (layout.TOPK_IDS, ids))
+            for name, row in zip(names, block, strict=True)
+        }
+        top |= {name: row.reshape(lead) for name, row in zip(layout.TOPK_ROWS, rows, strict=True)}
+        named["topk"] = TopKStats(**top)
+    return PairStats(**named)
+
+
+def _name_pair(packed: list[Tensor], lead: torch.Size, floats: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        name: row.reshape(lead)
+        for names, block in zip((floats, layout.PAIR_IDS, layout.PAIR_FLAGS), packed, strict=True)
+        for name, row in zip(names, block, strict=True)
+    }

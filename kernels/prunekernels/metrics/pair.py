@@ -1,0 +1,123 @@
+"""Statistics of pairs of logit rows (METRICS: "What is reported")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from prunekernels import checks, eager, runtime
+from prunekernels.metrics.fields import PairStats, packed_like, unpack_pair
+
+
+@torch.library.custom_op("prunekernels::pair_stats", mutates_args=())
+def _pair_stats_op(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+    impl: str,
+) -> list[Tensor]:
+    checks.token_ids("pair_stats", base.shape[-1], labels, subset)
+    run = runtime.run("pair_stats", eager.pair_stats, (base, other), impl)
+    return run(base, other, labels, subset, temperature, topk, level, weights)
+
+
+@_pair_stats_op.register_fake
+def _(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+    impl: str,
+) -> list[Tensor]:
+    return packed_like(
+        base,
+        base.numel() // base.shape[-1],
+        level=level,
+        labels=labels is not None,
+        subset=subset is not None,
+        topk=topk,
+    )
+
+
+def pair_stats(
+    base: Tensor,
+    other: Tensor,
+    *,
+    temperature: float = 1.0,
+    labels: Tensor | None = None,
+    subset: Tensor | Sequence[int] | None = None,
+    topk: int = 0,
+    level: str = "core",
+    weights: str = "base",
+    impl: str = "auto",
+) -> PairStats:
+    """Compare two rows of logits in every way that pruning studies report, reading each once.
+
+    Its first field is equivalent to `F.kl_div(log_softmax(other / T, -1), log_softmax(base / T,
+    -1), log_target=True, reduction="none").sum(-1)` without materialising either softmax.
+
+    Logits rounded to bfloat16 carry a KL of about 1e-3 of their own: pass float32 logits where
+    smaller divergences matter.
+
+    Args:
+        base: `(…, V)` logits, float32, bfloat16 or float16, any strides.
+        other: logits of the same shape, dtype and device.
+        temperature: T, a finite number above 0, dividing both rows.
+        labels: `(…)` int64 ids of the actual tokens; adds `nll_base`, `nll_other`, `prob_delta`.
+        subset: distinct token ids, the same for all rows; adds `subset`, the same statistics of
+            the softmax over those tokens (without labels and topk).
+        topk: how many of the likeliest tokens of each row to report; 0 for none.
+        level: "core" sums in float32. "precise" makes divergences exact down to KL 1e-7. "full"
+            is precise, and adds `js`, `total_variation` and `hellinger` (a second pass).
+        weights: whose distribution, "base" or "other", weighs `kl_estimate` and
+            `one_minus_cos_prob_estimate`.
+        impl: "auto", "triton" or "eager".
+
+    Returns:
+        A `PairStats` of `(…)` tensors. Identical rows give divergences of exactly 0 and cosines
+        of exactly 1.
+
+    Raises:
+        ValueError: for mismatched or unsupported tensors, an empty vocabulary, a temperature that
+            is not above 0, token ids out of range or given twice, k above V, or an `impl` that
+            cannot run here. The message names both values.
+    """
+    checks.floats("pair_stats", base=base, other=other)
+    checks.alike("pair_stats", base=base, other=other)
+    lead, vocab = base.shape[:-1], base.shape[-1]
+    subset = checks.pair_options(
+        "pair_stats",
+        lead=lead,
+        vocab=vocab,
+        device=base.device,
+        temperature=temperature,
+        labels=labels,
+        subset=subset,
+        topk=topk,
+        level=level,
+        weights=weights,
+        impl=impl,
+    )
+    labels = None if labels is None else labels.long()
+    packed = _pair_stats_op(
+        base, other, labels, subset, float(temperature), topk, level, weights, impl
+    )
+    return unpack_pair(
+        packed,
+        lead,
+        level=level,
+        labels=labels is not None,
+        subset=subset is not None,
+        topk=topk,
+    )
