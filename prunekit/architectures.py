@@ -217,6 +217,11 @@ class Architecture:
         return self._part(self.layout.base)
 
     @property
+    def decoder(self) -> nn.Module:
+        """The module that runs the decoder layers and makes their cache (mostly `base` itself)."""
+        return self._part(self.layout.layers.rpartition(".")[0])
+
+    @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
         layers = self._part(self.layout.layers)
