@@ -1,0 +1,1 @@
+"""Packed sparse weights and the matrix multiplications that read them."""

@@ -1,0 +1,286 @@
+"""The packed 2:4 format: one copy of a weight that serves every architecture and batch size.
+
+A weight has N rows (outputs) and K columns (inputs); each group of four columns holds at most two
+non-zeros. Rows are padded to 16, columns to 64. The buffer holds one line per 16 rows: first the
+*units* of 256 columns, then what is left as *tails* of 64 columns. In 32-bit words:
+
+    unit  8 steps × 32 lanes × 4 value words, then 32 lanes × 4 metadata words    (1152 words)
+    tail  2 steps × 32 lanes × 4 value words, then 32 lanes × 1 metadata word      (288 words)
+
+A step is 32 columns = 8 groups, in the order one `mma.sp.m16n8k32` reads. For lane = 4·g + t:
+value word 0 is row g, group t, its two kept values (first in the low half); word 1 is row g + 8;
+words 2 and 3 are the same rows, group t + 4. Metadata word j of lanes t = 0, 1 belongs to step 2j
+and of lanes t = 2, 3 to step 2j + 1; its low half is row g, groups 4·(t mod 2) .. + 3, a nibble
+each (index of the first kept value | index of the second << 2), its high half row g + 8.
+
+Groups with fewer than two non-zeros keep explicit zeros. −0.0 is stored as 0.0; every other value,
+NaN included, comes back bit for bit. Size: 9/16 of the 16-bit weight.
+Source: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+ROWS = 16
+STEP_K = 32
+UNIT_K, UNIT_STEPS, UNIT_WORDS = 256, 8, 1152
+TAIL_K, TAIL_STEPS, TAIL_WORDS = 64, 2, 288
+
+#: Value types and their numbers in a stored header. 8- and 4-bit values take numbers from 2.
+VALUE_CODES: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float16: 1}
+
+# Elements handled at once, so that temporaries stay small beside the weight.
+_CHUNK_ELEMENTS = 1 << 22
+
+# By which of the four columns are non-zero (bit i = column i): the two kept columns, increasing.
+_KEPT = [
+    (0, 1), (0, 1), (0, 1), (0, 1), (2, 3), (0, 2), (1, 2), (0, 0),
+    (2, 3), (0, 3), (1, 3), (0, 0), (2, 3), (0, 0), (0, 0), (0, 0),
+]  # fmt: skip
+
+
+def line_blocks(out_features: int, in_features: int) -> tuple[int, int, int]:
+    """Lines of 16 rows, and units and tails in each line, of a packed (N, K) weight."""
+    padded = -(-in_features // TAIL_K) * TAIL_K
+    return -(-out_features // ROWS), padded // UNIT_K, padded % UNIT_K // TAIL_K
+
+
+def packed_shape(out_features: int, in_features: int) -> tuple[int, int]:
+    """Shape of the int32 buffer that holds a packed (N, K) weight."""
+    lines, units, tails = line_blocks(out_features, in_features)
+    return lines, units * UNIT_WORDS + tails * TAIL_WORDS
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse24:
+    """A 2:4 weight in the packed format of this module.
+
+    Attributes:
+        packed: The buffer, int32, shape `packed_shape(*shape)`, contiguous.
+        shape: (N, K) of the dense weight.
+        dtype: Type of the values: bfloat16 or float16.
+        version: Version of the format.
+    """
+
+    packed: Tensor
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    version: int = VERSION
+
+    def __post_init__(self) -> None:
+        if self.version != VERSION:
+            raise ValueError(
+                f"packed 2:4 format version {self.version} is unknown (this build reads {VERSION}):"
+                " upgrade prunekernels or pack the weight again"
+            )
+        if self.dtype not in VALUE_CODES:
+            raise ValueError(f"packed 2:4 values must be bfloat16 or float16, not {self.dtype}")
+        wanted = packed_shape(*self.shape)
+        if self.packed.dtype != torch.int32 or tuple(self.packed.shape) != wanted:
+            raise ValueError(
+                f"a packed {tuple(self.shape)} weight is an int32 buffer of shape {wanted},"
+                f" not {self.packed.dtype} {tuple(self.packed.shape)}: pack the weight again"
+            )
+        if not self.packed.is_contiguous():
+            raise ValueError("the packed buffer must be contiguous: call .contiguous() on it")
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the buffer."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes the buffer really holds."""
+        return self.packed.numel() * self.packed.element_size()
+
+    def to_dense(self) -> Tensor:
+        """The dense (N, K) weight: a new tensor of `dtype`."""
+        return sparse24_unpack(self.packed, self.shape[0], self.shape[1], self.dtype)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Sparse24:
+        """This weight on another device or with values of another type (rounded)."""
+        moved = self
+        if device is not None:
+            moved = Sparse24(self.packed.to(device), self.shape, self.dtype, self.version)
+        if dtype is not None and dtype != self.dtype:
+            if dtype not in VALUE_CODES:
+                raise ValueError(f"packed 2:4 values must be bfloat16 or float16, not {dtype}")
+            moved = sparse24_pack(moved.to_dense().to(dtype))
+        return moved
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """`packed` and a `header` (int64: version, N, K, value type), as safetensors can hold."""
+        header = torch.tensor([self.version, *self.shape, VALUE_CODES[self.dtype]])
+        return {"packed": self.packed, "header": header}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Sparse24:
+        """The weight that `state_dict()` described.
+
+        Raises:
+            ValueError: If an entry is missing, the version or value type is unknown, or the buffer
+                does not have the size that the header promises.
+        """
+        missing = {"packed", "header"} - set(state)
+        if missing:
+            raise ValueError(f"a packed 2:4 weight lacks {sorted(missing)}: save it again")
+        header = state["header"].tolist()
+        if len(header) != 4:
+            raise ValueError(f"a packed 2:4 header has 4 numbers, not {len(header)}: save it again")
+        version, rows, columns, code = header
+        dtypes = {number: dtype for dtype, number in VALUE_CODES.items()}
+        if version == VERSION and code not in dtypes:
+            raise ValueError(f"packed 2:4 value type {code} is unknown: upgrade prunekernels")
+        return cls(state["packed"], (rows, columns), dtypes.get(code, torch.bfloat16), version)
+
+    def __repr__(self) -> str:
+        return (
+            f"Sparse24(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
+            f"nbytes={self.nbytes}, version={self.version})"
+        )
+
+
+def sparse24_pack(weight: Tensor) -> Sparse24:
+    """Pack a weight that already is 2:4; it is never pruned here.
+
+    Args:
+        weight: (N, K), bfloat16 or float16, at most two non-zeros (NaN counts as one) in each
+            group of four columns; columns past K count as zero.
+
+    Returns:
+        The packed weight, on the same device.
+
+    Raises:
+        ValueError: If the weight is not a non-empty matrix of such a type, or not 2:4 (names the
+            first row and column).
+    """
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(
+            f"sparse24_pack takes a non-empty matrix, not a weight of shape {tuple(weight.shape)}"
+        )
+    if weight.dtype not in VALUE_CODES:
+        raise ValueError(
+            f"sparse24_pack takes bfloat16 or float16 values, not {weight.dtype}: convert the "
+            "weight first, for example weight.to(torch.bfloat16)"
+        )
+    weight = weight.detach()
+    rows, columns = weight.shape
+    lines, units, tails = line_blocks(rows, columns)
+    packed = weight.new_empty(packed_shape(rows, columns), dtype=torch.int32)
+    per_chunk = max(1, _CHUNK_ELEMENTS // (ROWS * columns))
+    for first in range(0, lines, per_chunk):
+        last = min(first + per_chunk, lines)
+        chunk = weight[first * ROWS : last * ROWS]
+        _check_pattern(chunk, first * ROWS)
+        padded = weight.new_zeros((last - first) * ROWS, units * UNIT_K + tails * TAIL_K)
+        padded[: chunk.shape[0], :columns] = chunk
+        words, nibbles = _select(padded)
+        split, middle = units * UNIT_K // 4, units * UNIT_WORDS
+        out = packed[first:last]
+        out[:, :middle] = _interleave(words[:, :split], nibbles[:, :split], UNIT_STEPS)
+        out[:, middle:] = _interleave(words[:, split:], nibbles[:, split:], TAIL_STEPS)
+    return Sparse24(packed, (rows, columns), weight.dtype)
+
+
+def sparse24_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense (rows, columns) weight held by a packed buffer.
+
+    Args:
+        packed: int32, shape `packed_shape(rows, columns)`.
+        rows: N.
+        columns: K.
+        dtype: Type of the values.
+
+    Returns:
+        A new contiguous tensor, on the buffer's device.
+    """
+    lines, units, tails = line_blocks(rows, columns)
+    dense = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+    split, middle = units * UNIT_K, units * UNIT_WORDS
+    per_chunk = max(1, _CHUNK_ELEMENTS // (ROWS * columns))
+    for first in range(0, lines, per_chunk):
+        last = min(first + per_chunk, lines)
+        part = packed[first:last]
+        full = _expand(*_separate(part[:, :middle], units, UNIT_STEPS))
+        rest = _expand(*_separate(part[:, middle:], tails, TAIL_STEPS))
+        target = dense[first * ROWS : last * ROWS].view(torch.int16)
+        count = target.shape[0]
+        target[:, :split] = full[:count, : min(split, columns)]
+        target[:, split:] = rest[:count, : max(columns - split, 0)]
+    return dense
+
+
+def _check_pattern(weight: Tensor, first_row: int) -> None:
+    """Raise for the first group of four columns that holds three or four non-zeros."""
+    missing = -weight.shape[1] % 4
+    used = torch.nn.functional.pad(weight != 0, (0, missing))
+    counts = used.view(used.shape[0], -1, 4).sum(2, dtype=torch.uint8)
+    bad = counts > 2
+    if bool(bad.any()):
+        row, group = divmod(int(bad.flatten().to(torch.uint8).argmax()), counts.shape[1])
+        raise ValueError(
+            f"not 2:4: row {first_row + row}, columns {4 * group} to {4 * group + 3} hold "
+            f"{int(counts[row, group])} non-zeros; prune first, for example "
+            "weight * nm_mask(weight.abs(), keep=2, of=4)"
+        )
+
+
+def _select(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Value words and index nibbles, both int32 (rows, groups), of a padded 16-bit weight."""
+    used = weight != 0
+    groups = weight.view(torch.int16).masked_fill(~used, 0).view(weight.shape[0], -1, 4)
+    used = used.view(groups.shape)
+    pattern = used[..., 0].to(torch.int32)
+    for column in range(1, 4):
+        pattern += used[..., column].to(torch.int32) << column
+    kept = torch.tensor(_KEPT, dtype=torch.int32, device=weight.device)
+    first, second = kept[:, 0][pattern], kept[:, 1][pattern]
+    a, b, c, d = groups.unbind(2)
+    low = torch.where(first == 0, a, torch.where(first == 1, b, c))
+    high = torch.where(second == 1, b, torch.where(second == 2, c, d))
+    words = torch.stack((low, high), 2).view(torch.int32).squeeze(2)
+    return words, first | (second << 2)
+
+
+def _interleave(words: Tensor, nibbles: Tensor, steps: int) -> Tensor:
+    """Value words and nibbles (16·lines, 8·steps·blocks) in the order of the packed lines."""
+    lines, blocks = words.shape[0] // ROWS, words.shape[1] // (8 * steps)
+    # row = (high, g); group = (block, step, upper, t)
+    values = words.reshape(lines, 2, 8, blocks, steps, 2, 4).permute(0, 3, 4, 2, 6, 5, 1)
+    # group = (block, pair of steps, step of the pair, half of the step, nibble)
+    quads = nibbles.reshape(lines, 2, 8, blocks, steps // 2, 2, 2, 4)
+    halves = quads[..., 0] | quads[..., 1] << 4 | quads[..., 2] << 8 | quads[..., 3] << 12
+    meta = (halves[:, 0] | halves[:, 1] << 16).permute(0, 2, 1, 4, 5, 3)
+    parts = values.reshape(lines, blocks, steps * 128), meta.reshape(lines, blocks, steps * 16)
+    return torch.cat(parts, 2).reshape(lines, blocks * steps * 144)
+
+
+def _separate(part: Tensor, blocks: int, steps: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `_interleave`."""
+    lines = part.shape[0]
+    part = part.reshape(lines, blocks, steps * 144)
+    values = part[..., : steps * 128].reshape(lines, blocks, steps, 8, 4, 2, 2)
+    words = values.permute(0, 6, 3, 1, 2, 5, 4).reshape(lines * ROWS, blocks * steps * 8)
+    meta = part[..., steps * 128 :].reshape(lines, blocks, 8, 2, 2, steps // 2)
+    meta = meta.permute(0, 2, 1, 5, 3, 4)
+    halves = torch.stack((meta & 0xFFFF, (meta >> 16) & 0xFFFF), 1)
+    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=part.device)
+    nibbles = (halves.unsqueeze(-1) >> shifts) & 0xF
+    return words, nibbles.reshape(lines * ROWS, blocks * steps * 8)
+
+
+def _expand(words: Tensor, nibbles: Tensor) -> Tensor:
+    """Dense 16-bit patterns, int16 (rows, 4·groups), from value words and nibbles."""
+    # one group of four 16-bit values is one 64-bit word
+    low = (words & 0xFFFF).to(torch.int64) << ((nibbles & 3) << 4).to(torch.int64)
+    high = ((words >> 16) & 0xFFFF).to(torch.int64) << ((nibbles >> 2) << 4).to(torch.int64)
+    return (low | high).view(torch.int16)

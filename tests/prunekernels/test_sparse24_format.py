@@ -1,0 +1,144 @@
+"""The packed 2:4 format comes back bit for bit, and refuses what does not fit it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prunekernels.sparse.format24 import Sparse24, packed_shape, sparse24_pack
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+def sparse_bits(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """Random 16-bit patterns (NaN, infinities, subnormals, −0.0 included), 2:4 along columns."""
+    random = torch.Generator().manual_seed(seed)
+    groups = -(-columns // 4)
+    bits = torch.randint(-(2**15), 2**15, (rows, groups, 4), generator=random).to(torch.int16)
+    count = torch.randint(0, 3, (rows, groups, 1), generator=random)
+    rank = torch.rand(rows, groups, 4, generator=random).argsort(2).argsort(2)
+    negative_zero = torch.rand(rows, groups, 4, generator=random) < 0.5
+    empty = torch.where(negative_zero, -(2**15), 0).to(torch.int16)
+    return torch.where(rank < count, bits, empty).view(rows, -1)[:, :columns].contiguous()
+
+
+def without_negative_zero(weight: torch.Tensor) -> torch.Tensor:
+    return torch.where(weight == 0, 0, weight.view(torch.int16))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 700),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_round_trip_is_exact(rows, columns, dtype, seed):
+    weight = sparse_bits(rows, columns, seed).view(dtype)
+    packed = sparse24_pack(weight)
+    assert packed.to_dense().dtype == dtype
+    assert torch.equal(packed.to_dense().view(torch.int16), without_negative_zero(weight))
+    again = Sparse24.from_state_dict(packed.state_dict())
+    assert again.shape == (rows, columns) and again.dtype == dtype
+    assert torch.equal(again.packed, packed.packed)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 40),
+    columns=st.integers(3, 300),
+    place=st.tuples(st.integers(0, 10**6), st.integers(0, 10**6)),
+    drop=st.integers(0, 4),
+    value=st.sampled_from([1.0, float("nan"), -1e-7, float("inf")]),
+)
+def test_a_full_group_is_refused_by_row_and_column(rows, columns, place, drop, value):
+    weight = sparse_bits(rows, columns, 0).view(torch.float16).nan_to_num(1.0, 1.0, 1.0)
+    row, group = place[0] % rows, place[1] % (columns // 4 if columns >= 4 else 1)
+    first, last = 4 * group, min(4 * group + 3, columns - 1)
+    weight[row, first : last + 1] = value
+    if drop < 4 and last - first == 3:
+        weight[row, first + drop] = 0.0
+    with pytest.raises(ValueError, match=rf"row {row}, columns {first} to {first + 3} hold [34]"):
+        sparse24_pack(weight)
+
+
+def test_the_first_bad_group_is_named():
+    weight = torch.zeros(40, 64, dtype=torch.bfloat16)
+    weight[35, 0:4] = 1.0
+    weight[20, 40:43] = 1.0
+    with pytest.raises(ValueError, match="row 20, columns 40 to 43 hold 3 non-zeros"):
+        sparse24_pack(weight)
+
+
+def test_large_weights_go_through_in_chunks(monkeypatch):
+    weight = sparse_bits(100, 320, 1).view(torch.float16)
+    whole = sparse24_pack(weight)
+    monkeypatch.setattr("prunekernels.sparse.format24._CHUNK_ELEMENTS", 1)
+    assert torch.equal(sparse24_pack(weight).packed, whole.packed)
+    assert torch.equal(whole.to_dense().view(torch.int16), without_negative_zero(weight))
+    weight[99, 0:3] = 1.0
+    with pytest.raises(ValueError, match="row 99"):
+        sparse24_pack(weight)
+
+
+def test_size_is_nine_sixteenths():
+    weight = torch.zeros(256, 1344, dtype=torch.bfloat16)
+    assert sparse24_pack(weight).nbytes * 16 == weight.nbytes * 9
+
+
+def test_non_contiguous_and_gradient_carrying_weights():
+    weight = sparse_bits(24, 40, 2).view(torch.float16).nan_to_num(1.0, 1.0, 1.0)
+    strided = torch.zeros(24, 80, dtype=torch.float16)
+    strided[:, ::2] = weight
+    assert torch.equal(sparse24_pack(strided[:, ::2]).packed, sparse24_pack(weight).packed)
+    parameter = torch.nn.Parameter(weight)
+    assert not sparse24_pack(parameter).packed.requires_grad
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(4), torch.zeros(2, 4, 4), torch.zeros(0, 8)])
+def test_only_matrices_pack(bad):
+    with pytest.raises(ValueError, match="non-empty matrix"):
+        sparse24_pack(bad.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8])
+def test_other_value_types_name_the_fix(dtype):
+    with pytest.raises(ValueError, match=r"weight\.to\(torch\.bfloat16\)"):
+        sparse24_pack(torch.zeros(4, 4, dtype=dtype))
+
+
+def test_moves_between_types_round_like_torch():
+    weight = sparse_bits(20, 100, 3).view(torch.float16).nan_to_num(1.0, 1.0, 1.0)
+    moved = sparse24_pack(weight).to(dtype=torch.bfloat16)
+    assert moved.dtype == torch.bfloat16
+    assert torch.equal(moved.to_dense(), weight.to(torch.bfloat16))
+    assert sparse24_pack(weight).to("meta").device.type == "meta"
+    with pytest.raises(ValueError, match="float32"):
+        moved.to(dtype=torch.float32)
+
+
+def test_states_that_do_not_fit_are_refused():
+    state = sparse24_pack(torch.ones(16, 64, dtype=torch.bfloat16) * _two_of_four(64)).state_dict()
+    with pytest.raises(ValueError, match="header"):
+        Sparse24.from_state_dict({"packed": state["packed"]})
+    with pytest.raises(ValueError, match="version 2 is unknown"):
+        Sparse24.from_state_dict({**state, "header": torch.tensor([2, 16, 64, 0])})
+    with pytest.raises(ValueError, match="value type 9"):
+        Sparse24.from_state_dict({**state, "header": torch.tensor([1, 16, 64, 9])})
+    with pytest.raises(ValueError, match="int32 buffer of shape"):
+        Sparse24.from_state_dict({**state, "header": torch.tensor([1, 32, 64, 0])})
+    with pytest.raises(ValueError, match="int32 buffer of shape"):
+        Sparse24.from_state_dict({**state, "packed": state["packed"][:, :-1]})
+    with pytest.raises(ValueError, match="4 numbers"):
+        Sparse24.from_state_dict({**state, "header": torch.tensor([1, 16])})
+
+
+def test_repr_says_what_it_holds():
+    text = repr(sparse24_pack(torch.zeros(16, 64, dtype=torch.bfloat16)))
+    assert "shape=(16, 64)" in text and "nbytes=1152" in text and "bfloat16" in text
+    assert packed_shape(17, 320) == (2, 1152 + 288)
+
+
+def _two_of_four(columns: int) -> torch.Tensor:
+    return torch.tensor([1.0, 0.0, 0.0, 1.0]).repeat(columns // 4).to(torch.bfloat16)
