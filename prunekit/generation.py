@@ -1,0 +1,202 @@
+"""Batched continuation of prompts, the same way for every model.
+
+Both models of a comparison must be asked in exactly the same way, so nothing is taken from a
+checkpoint's own generation settings but its end-of-sequence tokens, and both see the same batches:
+two identical models then give bitwise the same tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from prunekit.architectures import Architecture
+from prunekit.errors import PrunekitError
+from prunekit.progress import track
+
+Chat = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A prompt and a continuation of it, as token ids.
+
+    Attributes:
+        prompt: What the model was given, at least one token.
+        continuation: What follows, without padding; ends with an end-of-sequence token if the
+            model stopped by itself.
+    """
+
+    prompt: tuple[int, ...]
+    continuation: tuple[int, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Prompt and continuation."""
+        return self.prompt + self.continuation
+
+
+def encode(tokenizer: Any, prompts: Sequence[str], *, chat: Chat = "auto") -> list[list[int]]:
+    """Token ids of each prompt, as one user turn where the tokenizer has a chat template.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        prompts: Texts.
+        chat: "auto" applies the chat template if there is one, "never" doesn't, "always" insists.
+
+    Returns:
+        One list of token ids per prompt, unpadded.
+
+    Raises:
+        PrunekitError: A prompt is empty, or "always" without a chat template.
+    """
+    templated = chat == "always" or (chat == "auto" and bool(tokenizer.chat_template))
+    if templated and not tokenizer.chat_template:
+        raise PrunekitError("this tokenizer has no chat template: use chat='auto' or 'never'")
+    found: list[list[int]] = []
+    for index, text in enumerate(prompts):
+        if not text.strip():
+            raise PrunekitError(f"prompt {index} is empty: remove it or write something")
+        if templated:
+            turn = [{"role": "user", "content": text}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        # a rendered template already spells its special tokens out
+        ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+        if not ids:
+            raise PrunekitError(f"prompt {index} has no tokens: write something longer")
+        found.append([int(token) for token in ids])
+    return found
+
+
+def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raise a PrunekitError unless each prompt and `new` more tokens fit the model's context."""
+    limit = Architecture(model).context_length
+    for index, ids in enumerate(prompts):
+        if len(ids) + new > limit:
+            raise PrunekitError(
+                f"prompt {index} has {len(ids)} tokens and {new} more are asked for, but the "
+                f"model's context is {limit}: shorten the prompt or lower max_new_tokens"
+            )
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 8,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ends: Sequence[int] | None = None,
+    progress: bool = False,
+    label: str = "generating",
+) -> list[Rollout]:
+    """Continue each prompt until an end-of-sequence token or `max_new_tokens`.
+
+    Args:
+        model: A transformers causal language model, in eval mode.
+        prompts: Token ids, of any lengths (`encode` makes them).
+        max_new_tokens: At least 1.
+        batch_size: Prompts continued together, left-padded, similar lengths together.
+        temperature: 0 decodes greedily; above, samples from softmax(logits / temperature).
+        seed: Seed of the sampling.
+        ends: Token ids that end a text; the model's own (`end_tokens`) by default.
+        progress: Show a progress bar (on a terminal only).
+        label: What the progress bar says.
+
+    Returns:
+        One `Rollout` per prompt, in order.
+
+    Raises:
+        PrunekitError: A prompt is empty or too long for the model's context, or an option is out
+            of range.
+    """
+    if max_new_tokens < 1 or batch_size < 1:
+        raise PrunekitError("max_new_tokens and batch_size must be at least 1: raise them")
+    if temperature < 0:
+        raise PrunekitError(f"temperature {temperature} is negative: use 0 (greedy) or more")
+    if any(not len(ids) for ids in prompts):
+        raise PrunekitError("a prompt has no tokens: remove it")
+    check_context(model, prompts, max_new_tokens)
+    ends = end_tokens(model) if ends is None else list(ends)
+    config = _pinned(max_new_tokens, temperature, ends)
+    device = model.get_input_embeddings().weight.device
+    found: dict[int, Rollout] = {}
+    with _own_defaults_set_aside(model), torch.random.fork_rng(enabled=temperature > 0):
+        torch.manual_seed(seed) if temperature > 0 else None
+        for indices in track(batches_by_length(prompts, batch_size), label, enabled=progress):
+            ids, mask = left_padded([prompts[index] for index in indices], config.pad_token_id)
+            output = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                generation_config=config,
+            )
+            for index, row in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
+                continuation = _until_end(row, ends)
+                found[index] = Rollout(tuple(prompts[index]), tuple(continuation))
+    return [found[index] for index in range(len(prompts))]
+
+
+def end_tokens(model: PreTrainedModel) -> list[int]:
+    """The token ids that end a text, by the model's generation settings or else its config."""
+    for config in (getattr(model, "generation_config", None), model.config):
+        ends = getattr(config, "eos_token_id", None)
+        if ends is not None:
+            return [ends] if isinstance(ends, int) else list(ends)
+    return []
+
+
+def batches_by_length(items: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Indices of `items` in groups of at most `batch_size`, similar lengths together."""
+    order = sorted(range(len(items)), key=lambda index: len(items[index]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def left_padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask, both (rows, longest) int64, padding on the left."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, longest - len(row) :] = torch.tensor(list(row), dtype=torch.int64)
+        mask[index, longest - len(row) :] = 1
+    return ids, mask
+
+
+def _pinned(max_new_tokens: int, temperature: float, ends: list[int]) -> GenerationConfig:
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=1,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,  # masked, and cut off behind the end
+        **(sampling if temperature > 0 else {"do_sample": False}),
+    )
+
+
+@contextlib.contextmanager
+def _own_defaults_set_aside(model: PreTrainedModel) -> Iterator[None]:
+    """Hide the checkpoint's generation settings: transformers fills every unset option from them.
+
+    Without this a checkpoint's repetition penalty or minimum length would leak into greedy
+    decoding.
+    """
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _until_end(row: list[int], ends: list[int]) -> list[int]:
+    """`row` up to and including its first end-of-sequence token."""
+    stop = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)
+    return row[: stop + 1]
