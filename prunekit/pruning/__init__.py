@@ -1,0 +1,35 @@
+"""Make a model sparse, or take parts of it out."""
+
+from prunekit.pruning.dropping import Drop, Dropped, DropReport, drop_
+from prunekit.pruning.patterns import Pattern
+from prunekit.pruning.recipes import (
+    DEFAULT_IGNORE,
+    METHODS,
+    Magnitude,
+    Method,
+    Recipe,
+    SparseGPT,
+    Wanda,
+    method_from_dict,
+)
+from prunekit.pruning.report import MatrixReport, PruneReport
+from prunekit.pruning.sequential import prune_
+
+__all__ = [
+    "DEFAULT_IGNORE",
+    "METHODS",
+    "Drop",
+    "DropReport",
+    "Dropped",
+    "Magnitude",
+    "MatrixReport",
+    "Method",
+    "Pattern",
+    "PruneReport",
+    "Recipe",
+    "SparseGPT",
+    "Wanda",
+    "drop_",
+    "method_from_dict",
+    "prune_",
+]

@@ -1,0 +1,36 @@
+"""Progress bars: on standard error, and only where a person is looking."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prunekit import distributed
+
+Item = TypeVar("Item")
+
+
+def track(items: Sequence[Item], label: str, *, enabled: bool = True) -> Iterator[Item]:
+    """Iterate over `items` behind a progress bar.
+
+    Args:
+        items: What to iterate over.
+        label: What the bar says.
+        enabled: False, an output that is no terminal, or a process other than 0 hides the bar.
+    """
+    console = Console(stderr=True)
+    yield from _bar(items, label, console) if enabled and shown(console) else items
+
+
+def shown(console: Console) -> bool:
+    """Whether somebody would see a bar on `console`."""
+    return console.is_terminal and distributed.is_main()
+
+
+def _bar(items: Sequence[Item], label: str, console: Console) -> Iterable[Item]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield from progress.track(items, description=label)

@@ -1,0 +1,239 @@
+"""What to prune and how: methods, and recipes that assign them to matrices by name.
+
+As YAML (`Recipe.from_dict` takes what a YAML reader returns), either one method for all matrices
+
+    method: wanda
+    pattern: "2:4"
+
+or rules, of which the first that matches a matrix's name counts:
+
+    rules:
+      "*.mlp.*": {method: sparsegpt, sparsity: 0.6}
+      "*": {method: wanda}
+    ignore: ["*.layers.0.*"]
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, TypeAlias
+
+from prunekit.errors import PrunekitError
+from prunekit.pruning import patterns
+from prunekit.pruning.patterns import Pattern
+
+# Routers decide which expert sees a token, and are tiny: pruning them saves nothing.
+DEFAULT_IGNORE = ("lm_head", "*.router", "*.gate", "*.shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class _Method:
+    """What all methods share.
+
+    Attributes:
+        sparsity: Fraction of the weights to prune, in (0, 1); None means 0.5, or what the
+            pattern implies.
+        pattern: "unstructured", or "N:M": N kept of every M in a row.
+    """
+
+    sparsity: float | None = None
+    pattern: str = patterns.UNSTRUCTURED
+
+    name: ClassVar[str]
+    calibrated: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        patterns.parse(self.pattern, self.sparsity)
+
+    @property
+    def target(self) -> Pattern:
+        """The parsed pattern, with its sparsity."""
+        return patterns.parse(self.pattern, self.sparsity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `method_from_dict` reads."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Magnitude(_Method):
+    """Prune the weights smallest in |W|, counted over a whole matrix (or its N:M groups).
+
+    Needs no calibration.
+    """
+
+    name: ClassVar[str] = "magnitude"
+    calibrated: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Wanda(_Method):
+    """Prune the weights smallest in |W| · √(mean x²), counted per output row.
+
+    Source: "A Simple and Effective Pruning Approach for Large Language Models",
+    arXiv 2306.11695.
+
+    Attributes:
+        variant: Instead of one sparsity for every row, prune each row's smallest scores up to one
+            share α of the row's score sum, α such that the matrix has the sparsity. No effect
+            under N:M, which fixes every row's count.
+    """
+
+    variant: bool = False
+
+    name: ClassVar[str] = "wanda"
+    calibrated: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class SparseGPT(_Method):
+    """Prune by W² / diag(chol(H⁻¹))², and make up for it in the weights not yet visited.
+
+    Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+    arXiv 2301.00774.
+
+    Attributes:
+        block: Columns whose pruned weights are chosen together.
+        damping: Fraction of the mean of H's diagonal that is added to the diagonal.
+    """
+
+    block: int = 128
+    damping: float = 0.01
+
+    name: ClassVar[str] = "sparsegpt"
+    calibrated: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1:
+            raise PrunekitError(f"SparseGPT block {self.block} is too small: use for example 128")
+        if not 0 < self.damping < float("inf"):
+            raise PrunekitError(
+                f"SparseGPT damping {self.damping} is not positive: use for example 0.01"
+            )
+
+
+Method: TypeAlias = Magnitude | Wanda | SparseGPT
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}
+
+
+def method_from_dict(settings: Mapping[str, Any]) -> Method:
+    """Read a method: `{"method": "wanda", "pattern": "2:4"}`.
+
+    Raises:
+        PrunekitError: Unknown method or setting, or a value out of range.
+    """
+    if not isinstance(settings, Mapping):
+        raise PrunekitError(f"a method must be a mapping such as {{method: wanda}}, not {settings}")
+    name = settings.get("method")
+    if name not in METHODS:
+        raise PrunekitError(f"method '{name}' is unknown: use one of {', '.join(METHODS)}")
+    values = {key: value for key, value in settings.items() if key != "method"}
+    fields = [part.name for part in dataclasses.fields(METHODS[name])]
+    for key, value in values.items():
+        if key not in fields:
+            raise PrunekitError(f"{name} has no setting '{key}': use {', '.join(fields)}")
+        if not _fits(key, value):
+            raise PrunekitError(f"{name} setting '{key}' can't be {value!r}: see its documentation")
+    return METHODS[name](**values)
+
+
+def _fits(key: str, value: Any) -> bool:
+    """Whether a setting read from a file has its type ('2:4' unquoted is a number in YAML 1.1)."""
+    if key in ("sparsity", "damping"):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number or (key == "sparsity" and value is None)
+    kinds: dict[str, type] = {"pattern": str, "variant": bool, "block": int}
+    return type(value) is kinds[key]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which matrix is pruned by which method.
+
+    Attributes:
+        rules: Method by name pattern (`*`, `?`, `[…]`, case-sensitive). The first pattern that
+            matches a matrix's full name counts; a matrix that none matches stays dense.
+        ignore: Name patterns of matrices that stay dense whatever the rules say. Replaces
+            `DEFAULT_IGNORE` (MoE routers): extend that to keep it.
+    """
+
+    rules: Mapping[str, Method]
+    ignore: tuple[str, ...] = field(default=DEFAULT_IGNORE)
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise PrunekitError('the recipe has no rules: give for example {"*": Wanda()}')
+
+    @classmethod
+    def of(cls, recipe: Recipe | Method) -> Recipe:
+        """`recipe` itself, or the recipe that prunes every matrix by one method."""
+        return recipe if isinstance(recipe, Recipe) else cls({"*": recipe})
+
+    def assign(self, names: Iterable[str]) -> dict[str, Method]:
+        """The method of each matrix to prune.
+
+        Args:
+            names: Names of a model's prunable matrices.
+
+        Raises:
+            PrunekitError: A rule decides about no matrix; lists names that exist.
+        """
+        names = list(names)
+        assigned: dict[str, Method] = {}
+        used = set()
+        candidates = [name for name in names if not _any_matches(name, self.ignore)]
+        for name in candidates:
+            rule = next((rule for rule in self.rules if fnmatchcase(name, rule)), None)
+            if rule is not None:
+                used.add(rule)
+                assigned[name] = self.rules[rule]
+        for rule in self.rules:
+            if rule not in used:
+                raise PrunekitError(self._unused(rule, names, candidates))
+        return assigned
+
+    def _unused(self, rule: str, names: list[str], candidates: list[str]) -> str:
+        matching = [name for name in names if fnmatchcase(name, rule)]
+        if not matching:
+            examples = ", ".join(dict.fromkeys([*names[:3], *names[-1:]]))
+            return f"rule '{rule}' matches no matrix: names look like {examples}"
+        if not set(matching) & set(candidates):
+            return f"rule '{rule}' matches only ignored matrices: change ignore or the rule"
+        return f"rule '{rule}' matches only what earlier rules took: put it before them"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data that `from_dict` reads."""
+        return {
+            "rules": {rule: method.to_dict() for rule, method in self.rules.items()},
+            "ignore": list(self.ignore),
+        }
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Recipe:
+        """Read a recipe as the module's docstring shows it.
+
+        Raises:
+            PrunekitError: Unknown keys, methods or settings, or values out of range.
+        """
+        settings = dict(settings)
+        ignore = settings.pop("ignore", DEFAULT_IGNORE)
+        if isinstance(ignore, str) or not all(isinstance(rule, str) for rule in ignore):
+            raise PrunekitError("ignore must be a list of name patterns: write it as ['…']")
+        if "rules" not in settings:
+            return cls({"*": method_from_dict(settings)}, tuple(ignore))
+        rules = settings.pop("rules")
+        if settings:
+            raise PrunekitError(
+                f"a recipe with rules has no setting '{next(iter(settings))}': put it into a rule"
+            )
+        if not isinstance(rules, Mapping):
+            raise PrunekitError("rules must map name patterns to methods: write '*': {method: …}")
+        return cls({str(rule): method_from_dict(rules[rule]) for rule in rules}, tuple(ignore))
+
+
+def _any_matches(name: str, patterns_: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns_)

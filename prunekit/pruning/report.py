@@ -1,0 +1,147 @@
+"""What pruning did to each matrix."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One pruned matrix.
+
+    Attributes:
+        name: Its name in the model.
+        layer: Index of its decoder layer.
+        shape: (out, in).
+        method: "magnitude", "wanda" or "sparsegpt".
+        pattern: "unstructured" or "N:M".
+        kept: Weights that the mask keeps.
+        zeros: Weights that are zero now: the pruned ones and those that were zero before.
+        relative_error: ‖X(W - W')ᵀ‖ / ‖XWᵀ‖ (Frobenius) on up to 128 sampled calibration
+            inputs X that reach the matrix when all earlier layers are pruned; None without
+            calibration, or when no token reached it.
+        note: What was unusual, or "".
+    """
+
+    name: str
+    layer: int
+    shape: tuple[int, int]
+    method: str
+    pattern: str
+    kept: int
+    zeros: int
+    relative_error: float | None
+    note: str = ""
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.size
+
+    @property
+    def kind(self) -> str:
+        """Its name inside a layer, expert numbers left out: `self_attn.q_proj`."""
+        _, _, inside = self.name.partition(f".{self.layer}.")
+        return ".".join(part for part in inside.split(".") if not part.isdigit())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return {**dataclasses.asdict(self), "shape": list(self.shape), "sparsity": self.sparsity}
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune_` did.
+
+    Attributes:
+        recipe: The recipe as plain data.
+        matrices: One entry per pruned matrix, in the model's order.
+        left_dense: Names of the layers' other matrices: ignored, or matched by no rule.
+        sequences: Number of calibration sequences, 0 without calibration.
+        tokens: Number of calibration tokens.
+    """
+
+    recipe: dict[str, Any]
+    matrices: tuple[MatrixReport, ...]
+    left_dense: tuple[str, ...] = ()
+    sequences: int = 0
+    tokens: int = 0
+
+    @property
+    def size(self) -> int:
+        """Weights of the pruned matrices."""
+        return sum(matrix.size for matrix in self.matrices)
+
+    @property
+    def kept(self) -> int:
+        """Weights that the masks keep."""
+        return sum(matrix.kept for matrix in self.matrices)
+
+    @property
+    def zeros(self) -> int:
+        """Zeros in the pruned matrices."""
+        return sum(matrix.zeros for matrix in self.matrices)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros in the pruned matrices."""
+        return self.zeros / self.size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "recipe": self.recipe,
+            "sequences": self.sequences,
+            "tokens": self.tokens,
+            "size": self.size,
+            "kept": self.kept,
+            "zeros": self.zeros,
+            "sparsity": self.sparsity,
+            "left_dense": list(self.left_dense),
+            "matrices": [matrix.to_dict() for matrix in self.matrices],
+        }
+
+    def table(self, *, verbose: bool = False) -> str:
+        """A plain-text table: a line per kind of matrix, or per matrix if `verbose`."""
+        header = ("matrix", "count", "shape", "method", "pattern", "sparsity", "relative error")
+        rows = [header]
+        groups: dict[Any, list[MatrixReport]] = {}
+        for matrix in self.matrices:
+            kind = matrix.name if verbose else matrix.kind
+            groups.setdefault((kind, matrix.shape, matrix.method, matrix.pattern), []).append(
+                matrix
+            )
+        for (kind, shape, method, pattern), members in groups.items():
+            sparsity = sum(m.zeros for m in members) / sum(m.size for m in members)
+            errors = [m.relative_error for m in members if m.relative_error is not None]
+            rows.append(
+                (
+                    kind,
+                    str(len(members)),
+                    f"{shape[0]}×{shape[1]}",
+                    method,
+                    pattern,
+                    f"{sparsity:.4f}",
+                    f"{sum(errors) / len(errors):.4f}" if errors else "–",
+                )
+            )
+        rows.append(("all", str(len(self.matrices)), "", "", "", f"{self.sparsity:.4f}", ""))
+        notes = [f"{m.name}: {m.note}" for m in self.matrices if m.note]
+        return "\n".join([*align(rows), *notes])
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns are padded to equal width."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

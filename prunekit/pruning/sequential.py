@@ -1,0 +1,260 @@
+"""Prune a model block by block: calibrate a block, prune it, run it pruned, go on to the next."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from prunekit import blocks, distributed
+from prunekit.architectures import Architecture, WeightRef
+from prunekit.calibration import CalibrationInput, batches, sequences
+from prunekit.errors import PrunekitError
+from prunekit.progress import track
+from prunekit.pruning import scores, sparsegpt
+from prunekit.pruning.patterns import Pattern
+from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
+from prunekit.pruning.report import MatrixReport, PruneReport
+from prunekit.pruning.statistics import InputStatistics, LayerCollector
+from prunekit.pruning.stream import Stream
+
+_NO_TOKENS = "no calibration token reached it: scored by magnitude"
+_SILENT = "its calibration inputs are all zero: scored by magnitude"
+
+
+@torch.inference_mode()
+def prune_(
+    model: PreTrainedModel,
+    recipe: Recipe | Method,
+    calibration: CalibrationInput | None = None,
+    *,
+    tokenizer: Any = None,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> PruneReport:
+    """Set weights of the model's decoder layers to zero, by a recipe.
+
+    Each layer is calibrated on what the layers before it give after their own pruning. Sparsity
+    is exact: ⌊sparsity · count⌋ zeros are added per output row (Wanda) or per matrix (magnitude,
+    the Wanda variant, SparseGPT), N of every M weights are kept (N:M), and never fewer.
+
+    Under `torchrun` or `accelerate launch` the calibration batches are shared out and their
+    statistics summed; every process ends with the same model.
+
+    If this is interrupted, the layers done so far are pruned and the others are not: load the
+    model again.
+
+    Args:
+        model: A model of a supported architecture; pruned in place.
+        recipe: A method for all matrices, or a `Recipe`.
+        calibration: What to calibrate on; see `prunekit.calibration`. Optional if magnitude is
+            the only method: given, it only serves to measure output errors, given up to 128
+            inputs per matrix.
+        tokenizer: Needed if the calibration is a file or a data set.
+        batch_size: Sequences that run together.
+        progress: Show a progress bar on a terminal.
+
+    Returns:
+        What was done to each matrix.
+
+    Raises:
+        PrunekitError: A rule matches nothing, N:M doesn't divide a matrix, weights are NaN or
+            infinite, or calibration is missing or unusable. The model is unchanged then, except
+            when an activation overflows in the middle.
+    """
+    arch = Architecture(model)
+    recipe = Recipe.of(recipe)
+    layers = [list(arch.weights(index)) for index in range(len(arch.layers))]
+    names = [ref.name for refs in layers for ref in refs]
+    assigned = recipe.assign(names)
+    chosen = [[ref for ref in refs if ref.name in assigned] for refs in layers]
+    _check(chosen, assigned, calibrated=calibration is not None)
+    with evaluating(model):
+        found: list[Tensor] = []
+        stream = None
+        if calibration is not None:
+            found = sequences(calibration, model, tokenizer, progress=progress)
+            stream = Stream(arch, batches(found, batch_size))
+        reports: list[MatrixReport] = []
+        last = max(index for index, refs in enumerate(chosen) if refs)
+        for index in track(range(last + 1), "pruning", enabled=progress):
+            statistics = _observe(arch, stream, index, chosen[index], assigned)
+            reports += _prune_layer_(chosen[index], assigned, statistics)
+            if stream is not None and index < last:
+                stream.advance(index)
+    return PruneReport(
+        recipe.to_dict(),
+        tuple(reports),
+        tuple(name for name in names if name not in assigned),
+        len(found),
+        sum(map(len, found)),
+    )
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch dropout off for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _check(
+    layers: Sequence[Sequence[WeightRef]], assigned: Mapping[str, Method], *, calibrated: bool
+) -> None:
+    """Raise a PrunekitError for whatever would fail later, before anything is changed."""
+    if not assigned:
+        raise PrunekitError("no matrix is left to prune: check ignore and what was dropped")
+    needy = next((name for name, method in assigned.items() if method.calibrated), None)
+    if needy is not None and not calibrated:
+        raise PrunekitError(
+            f"{assigned[needy].name} needs calibration for {needy}: pass calibration tokens, or a "
+            "Calibration()"
+        )
+    for ref in (ref for refs in layers for ref in refs):
+        matrix, pattern = ref.matrix, assigned[ref.name].target
+        if pattern.structured and matrix.shape[1] % pattern.of:
+            raise PrunekitError(
+                f"{ref.name} has {matrix.shape[1]} inputs, which is no multiple of {pattern.of}: "
+                f"use another pattern than {pattern.name}, or ignore it"
+            )
+        if not bool(torch.isfinite(matrix).all()):
+            raise PrunekitError(f"{ref.name} holds NaN or infinite weights: repair the checkpoint")
+
+
+def _observe(
+    arch: Architecture,
+    stream: Stream | None,
+    layer: int,
+    refs: Sequence[WeightRef],
+    assigned: Mapping[str, Method],
+) -> dict[str, InputStatistics]:
+    """Run the layer as it is, for the statistics of each input group; {} without calibration."""
+    if stream is None or not refs:
+        return {}
+    hessians = {ref.name for ref in refs if isinstance(assigned[ref.name], SparseGPT)}
+    collector = LayerCollector(refs, hessians, stream.total)
+    stream.visit(
+        layer,
+        lambda hidden, batch, kwargs: collector.observe(
+            lambda: blocks.run_layer(arch, layer, hidden, kwargs), batch
+        ),
+    )
+    collector.finish()
+    return collector.groups
+
+
+@dataclass(frozen=True)
+class _Pruned:
+    """A matrix's new weights and mask, both (out, in), and what was unusual."""
+
+    weights: Tensor
+    mask: Tensor
+    note: str = ""
+
+
+def _prune_layer_(
+    refs: Sequence[WeightRef],
+    assigned: Mapping[str, Method],
+    statistics: Mapping[str, InputStatistics],
+) -> list[MatrixReport]:
+    """Prune one layer's matrices in place."""
+    together: dict[tuple[str, Method], list[WeightRef]] = {}
+    for ref in refs:
+        together.setdefault((ref.input_group, assigned[ref.name]), []).append(ref)
+    done: dict[str, MatrixReport] = {}
+    errors: dict[str, Tensor] = {}
+    for (group, method), members in together.items():
+        inputs = statistics.get(group)
+        results = _prune_group([ref.matrix for ref in members], method, inputs)
+        for ref, result in zip(members, results, strict=True):
+            if inputs is not None:
+                errors[ref.name] = _output_squares(inputs.sampled, ref.matrix, result.weights)
+            ref.matrix.copy_(result.weights)
+            done[ref.name] = MatrixReport(
+                name=ref.name,
+                layer=ref.layer,
+                shape=(ref.matrix.shape[0], ref.matrix.shape[1]),
+                method=method.name,
+                pattern=method.pattern,
+                kept=int(result.mask.sum()),
+                zeros=int((ref.matrix == 0).sum()),
+                relative_error=None,
+                note=result.note,
+            )
+    return _with_errors([done[ref.name] for ref in refs], errors)
+
+
+def _prune_group(
+    matrices: Sequence[Tensor], method: Method, inputs: InputStatistics | None
+) -> list[_Pruned]:
+    """Prune matrices that read the same input by the same method; the originals stay."""
+    pattern = method.target
+    if isinstance(method, Magnitude):
+        return [_by_scores(m, scores.magnitude(m), pattern, per_row=False) for m in matrices]
+    assert inputs is not None
+    note = ""
+    if not inputs.tokens:
+        note = _NO_TOKENS
+    elif not bool(inputs.square_sum.any()):
+        note = _SILENT
+    if isinstance(method, SparseGPT) and not note:
+        return _by_sparsegpt(matrices, method, inputs)
+    mean_square = torch.ones_like(inputs.square_sum) if note else inputs.mean_square
+    results = []
+    for matrix in matrices:
+        found = scores.wanda(matrix, mean_square)
+        per_row = isinstance(method, Wanda) and not method.variant
+        if isinstance(method, Wanda) and method.variant and not pattern.structured:
+            found = scores.cumulative_shares(found)
+        results.append(_by_scores(matrix, found, pattern, per_row=per_row, note=note))
+    return results
+
+
+def _by_scores(
+    matrix: Tensor, found: Tensor, pattern: Pattern, *, per_row: bool, note: str = ""
+) -> _Pruned:
+    mask = scores.select(found, pattern, per_row=per_row)
+    return _Pruned(matrix.masked_fill(~mask, 0), mask, note)
+
+
+def _by_sparsegpt(
+    matrices: Sequence[Tensor], method: SparseGPT, inputs: InputStatistics
+) -> list[_Pruned]:
+    assert inputs.hessian is not None
+    factor = sparsegpt.inverse_factor(inputs.hessian, method.damping)
+    note = ""
+    if factor.damping != method.damping:
+        note = f"damping raised from {method.damping:g} to {factor.damping:g}"
+    results = sparsegpt.sparsify(matrices, factor.upper, method.target, method.block)
+    return [_Pruned(weights, mask, note) for weights, mask in results]
+
+
+def _output_squares(inputs: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    """‖X(W - W')ᵀ‖² and ‖XWᵀ‖² for this process's sampled inputs: (2,), float64."""
+    after = after.to(before.dtype).float()  # as it will be stored
+    before = before.float()
+    outputs = (inputs @ (before - after).t(), inputs @ before.t())
+    return torch.stack([values.square().sum(dtype=torch.float64) for values in outputs])
+
+
+def _with_errors(
+    reports: Sequence[MatrixReport], errors: Mapping[str, Tensor]
+) -> list[MatrixReport]:
+    """Fill in relative errors, from squares summed over all processes at once."""
+    if not errors:
+        return list(reports)
+    squares = distributed.all_reduce_(torch.stack([errors[report.name] for report in reports]))
+    filled = []
+    for report, (error, total) in zip(reports, squares.tolist(), strict=True):
+        relative = (error / total) ** 0.5 if total > 0 else None
+        filled.append(replace(report, relative_error=relative))
+    return filled

@@ -1,0 +1,196 @@
+"""SparseGPT's mathematics: Hessians, their inverse factors, and the column loop. No model here.
+
+With inputs X (tokens, in) and H = XᵀX + λI, let U be upper triangular with H⁻¹ = UᵀU. Columns are
+visited from left to right; weight w of column i costs w² / U_ii², and pruning it changes the
+columns j > i of its row by -(w / U_ii) · U_ij, which is the least-squares answer.
+Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv
+2301.00774), algorithm 1. An input that is always zero needs no special case: λ is its diagonal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from prunekernels import nm_mask, rowwise_mask
+from torch import Tensor
+
+from prunekit.errors import PrunekitError
+from prunekit.pruning.patterns import Pattern
+
+_TRIANGLE_BLOCK = 256  # columns of the Hessian that are accumulated by one matrix product
+_INVERSE_BLOCK = 128  # triangular inverses up to this size are left to LAPACK
+_VISIT_TOGETHER = 32  # unstructured: columns between two updates of the rest of a block
+_DAMPING_STEPS = (1, 10, 100, 1000)  # factors on the damping, tried in turn
+
+
+def accumulate_(hessian: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ · rows to the lower triangle of `hessian`.
+
+    H is symmetric: computing its lower block triangle saves up to half of the work. `mirror_`
+    fills in the rest once all rows are in.
+
+    Args:
+        hessian: (in, in), float32; only the lower triangle becomes meaningful.
+        rows: (tokens, in), float32.
+    """
+    width = hessian.shape[0]
+    for start in range(0, width, _TRIANGLE_BLOCK):
+        stop = min(start + _TRIANGLE_BLOCK, width)
+        hessian[start:, start:stop].addmm_(rows[:, start:].t(), rows[:, start:stop])
+
+
+def mirror_(hessian: Tensor) -> None:
+    """Copy the lower triangle of `hessian` (in, in) onto the upper one."""
+    lower = hessian.tril()
+    torch.add(lower, lower.tril(-1).t(), out=hessian)
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U with (H + λI)⁻¹ = UᵀU.
+
+    Attributes:
+        upper: (in, in), upper triangular, float32.
+        damping: λ as a fraction of the mean of H's diagonal: what was asked for, or more.
+    """
+
+    upper: Tensor
+    damping: float
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
+    """Factor the inverse of the damped Hessian.
+
+    Flipping rows and columns turns the Cholesky factor of H into an upper triangular R with
+    H = RRᵀ, so U = R⁻¹ takes one factorisation and one triangular inverse. In float64: the
+    condition number of H reaches 1e5, of which float32 would leave two digits.
+
+    Args:
+        hessian: (in, in), symmetric, with a positive diagonal sum.
+        damping: Fraction of the mean of the diagonal to add to it. Where rounding leaves H
+            indefinite, 10, 100 and 1000 times as much is tried, and reported.
+
+    Raises:
+        PrunekitError: Not even the highest damping makes H positive definite.
+    """
+    flipped = hessian.double().flip(0, 1)
+    mean = float(flipped.diagonal().mean())
+    added = 0.0
+    for factor in _DAMPING_STEPS:
+        flipped.diagonal().add_(damping * factor * mean - added)
+        added = damping * factor * mean
+        lower, failed = torch.linalg.cholesky_ex(flipped)
+        if not failed and bool(torch.isfinite(lower).all()):
+            upper = _lower_inverse(lower).flip(0, 1).float()
+            return InverseFactor(upper, damping * factor)
+    raise PrunekitError(
+        f"the Hessian is not positive definite even with damping {damping * _DAMPING_STEPS[-1]:g}: "
+        "calibrate on more tokens, or raise damping"
+    )
+
+
+def _lower_inverse(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix; halves, so that matrix products do the work."""
+    width = lower.shape[0]
+    if width <= _INVERSE_BLOCK:
+        identity = torch.eye(width, dtype=lower.dtype, device=lower.device)
+        return torch.linalg.solve_triangular(lower, identity, upper=False)
+    half = width // 2
+    inverse = torch.zeros_like(lower)
+    first, last = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
+    inverse[:half, :half] = first
+    inverse[half:, half:] = last
+    inverse[half:, :half] = (last @ (lower[half:, :half] @ first)).neg_()
+    return inverse
+
+
+def sparsify(
+    matrices: Sequence[Tensor], upper: Tensor, pattern: Pattern, block: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Prune matrices that read the same input, in one walk over its columns.
+
+    Rows don't depend on each other, so the matrices are stacked; each still gets its own mask
+    and exact count. Unstructured: after the first c columns of an (out, in) matrix exactly
+    ⌊sparsity · out · c⌋ weights are pruned, for c at every block's end, hence
+    ⌊sparsity · out · in⌋ in all.
+
+    Args:
+        matrices: (out, in) each, one device.
+        upper: See `InverseFactor`.
+        pattern: What to prune. Under N:M, `in` is a multiple of M.
+        block: Columns whose mask is chosen together when unstructured; also how far errors are
+            propagated column by column, the rest by one matrix product (rounded down to a
+            multiple of M).
+
+    Returns:
+        For each matrix the pruned and updated weights, float32, and the mask, True = keep.
+    """
+    sizes = [matrix.shape[0] for matrix in matrices]
+    # Transposed: a visited column of all rows is contiguous.
+    weight = torch.cat([matrix.float() for matrix in matrices]).t().contiguous()
+    keep = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    together = pattern.of if pattern.structured else _VISIT_TOGETHER
+    block = max(together, block - block % together) if pattern.structured else block
+    inverse_diagonal = upper.diagonal().reciprocal()
+    for start in range(0, len(weight), block):
+        stop = min(start + block, len(weight))
+        columns, factor = weight[start:stop], upper[start:stop, start:stop]
+        scale = inverse_diagonal[start:stop, None]
+        if not pattern.structured:
+            _choose_block(columns * scale, keep, start, sizes, pattern.sparsity)
+        errors = torch.zeros_like(columns)
+        for first in range(0, stop - start, together):
+            last = min(first + together, stop - start)
+            group, kept = columns[first:last], keep[start + first : start + last]
+            group.addmm_(factor[:first, first:last].t(), errors[:first], alpha=-1)
+            if pattern.structured:
+                scores = (group * scale[first:last]).square_().t().contiguous()
+                kept.copy_(nm_mask(scores, pattern.keep, pattern.of).t())
+            _visit(group, factor[first:last, first:last], kept, errors[first:last])
+        weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+    pruned, masks = torch.split(weight, sizes, dim=1), torch.split(keep, sizes, dim=1)
+    return [(values.t(), mask.t()) for values, mask in zip(pruned, masks, strict=True)]
+
+
+def _choose_block(
+    scaled: Tensor, keep: Tensor, start: int, sizes: list[int], sparsity: float
+) -> None:
+    """Choose what stays of one block of columns, for each of the stacked matrices.
+
+    Args:
+        scaled: (columns, rows of all matrices): weight / U_ii; overwritten.
+        keep: (in, rows of all matrices), bool: this block's part is written.
+        start: Index of the block's first column.
+        sizes: Rows of each matrix.
+        sparsity: Fraction to prune.
+    """
+    stop = start + len(scaled)
+    scores = torch.split(scaled.square_(), sizes, dim=1)
+    masks = torch.split(keep[start:stop], sizes, dim=1)
+    for part, mask, rows in zip(scores, masks, sizes, strict=True):
+        # the epsilon forgives 0.7 · 10 = 6.999…, as prunekernels.rowwise_mask does
+        before, after = (int(sparsity * rows * columns + 1e-9) for columns in (start, stop))
+        # the half keeps the division from rounding the count down
+        share = (after - before + 0.5) / part.numel() if after > before else 0.0
+        flat = part.t().reshape(1, -1)
+        mask.copy_(rowwise_mask(flat, min(share, 1.0)).view(rows, -1).t())
+
+
+def _visit(columns: Tensor, factor: Tensor, keep: Tensor, errors: Tensor) -> None:
+    """Prune columns one after the other, each after the errors of those before it.
+
+    Args:
+        columns: (columns, rows): weights; updated, and zero where pruned, afterwards.
+        factor: (columns, columns): their part of U.
+        keep: (columns, rows), bool.
+        errors: (columns, rows): receives weight / U_ii of the pruned weights, zero elsewhere.
+    """
+    scale = factor.diagonal().reciprocal()[:, None] * ~keep
+    for index in range(len(columns)):
+        column = columns[index]
+        if index:
+            column.addmv_(errors[:index].t(), factor[:index, index], alpha=-1)
+        torch.mul(column, scale[index], out=errors[index])
+    columns.mul_(keep)

@@ -1,0 +1,181 @@
+"""What pruning needs to know about a matrix's inputs, streamed while a layer runs.
+
+Hooks read the inputs of the modules that hold the matrices; matrices of one input group (q, k and
+v) share one `InputStatistics`. Sums are all-reduced, so every process prunes alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunekit import distributed
+from prunekit.architectures import WeightRef, is_fused_experts
+from prunekit.errors import PrunekitError
+from prunekit.pruning import sparsegpt
+
+SAMPLED_ROWS = 128  # inputs per group, over all batches, on which output errors are measured
+
+
+class InputStatistics:
+    """Sums over all calibration tokens that enter one input group.
+
+    Args:
+        width: Number of inputs.
+        device: Where the sums live.
+        hessian: Also sum XᵀX.
+
+    Attributes:
+        square_sum: (in,), float64, Σ x².
+        hessian: (in, in), float32, Σ x xᵀ, or None.
+        tokens: How many tokens entered.
+    """
+
+    def __init__(self, width: int, device: torch.device, *, hessian: bool) -> None:
+        self.square_sum = torch.zeros(width, dtype=torch.float64, device=device)
+        self.hessian = torch.zeros(width, width, device=device) if hessian else None
+        self.tokens = 0
+        self._sampled: list[Tensor] = []
+
+    def update(self, inputs: Tensor, sample: int) -> None:
+        """Add (…, in) inputs, and remember `sample` rows of them, evenly spaced."""
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        self.tokens += len(rows)
+        # squares in float32 are exact to 6e-8 each; their sum must not lose more
+        self.square_sum += rows.square().sum(0, dtype=torch.float64)
+        if self.hessian is not None:
+            sparsegpt.accumulate_(self.hessian, rows)
+        if sample and len(rows):
+            picked = torch.arange(min(sample, len(rows))) * len(rows) // min(sample, len(rows))
+            self._sampled.append(rows[picked.to(rows.device)])
+
+    def finish(self) -> None:
+        """Sum over processes; then every process holds the same sums."""
+        count = self.square_sum.new_tensor([self.tokens])
+        distributed.all_reduce_(self.square_sum)
+        self.tokens = int(distributed.all_reduce_(count))
+        if self.hessian is not None:
+            distributed.all_reduce_(self.hessian)
+            sparsegpt.mirror_(self.hessian)
+
+    @property
+    def mean_square(self) -> Tensor:
+        """(in,), float64, mean of x² over the tokens."""
+        return self.square_sum / max(self.tokens, 1)
+
+    @property
+    def sampled(self) -> Tensor:
+        """(rows, in), float32: this process's sampled inputs."""
+        if self._sampled:
+            return torch.cat(self._sampled)
+        return torch.zeros(0, len(self.square_sum), device=self.square_sum.device)
+
+
+class _AllSeenError(Exception):
+    """Every input of the layer has been read: the rest of its forward is of no use."""
+
+
+class LayerCollector:
+    """Reads the inputs of some of a layer's matrices.
+
+    Args:
+        refs: The matrices.
+        hessians: Names of those that need XᵀX.
+        batches: Number of batches over all processes: they share `SAMPLED_ROWS`.
+    """
+
+    def __init__(self, refs: Sequence[WeightRef], hessians: set[str], batches: int) -> None:
+        self.groups: dict[str, InputStatistics] = {}
+        self._batches = batches
+        self._sources: dict[nn.Module, list[WeightRef]] = {}
+        self._pending: set[nn.Module] = set()
+        self._batch = 0
+        for ref in refs:
+            if ref.input_group in self.groups:
+                continue
+            needs_hessian = any(
+                other.input_group == ref.input_group and other.name in hessians for other in refs
+            )
+            matrix = ref.matrix
+            self.groups[ref.input_group] = InputStatistics(
+                matrix.shape[1], matrix.device, hessian=needs_hessian
+            )
+            self._sources.setdefault(ref.module, []).append(ref)
+
+    def observe(self, run: Callable[[], object], batch: int) -> None:
+        """Run a layer on batch number `batch` until all inputs are read.
+
+        Args:
+            run: Runs the layer; stopped in the middle once nothing more is to be read.
+            batch: The batch's index over all processes.
+        """
+        self._batch = batch
+        self._pending = set(self._sources)
+        with self._hooks(), contextlib.suppress(_AllSeenError):
+            run()
+
+    def finish(self) -> None:
+        """Sum over processes.
+
+        Raises:
+            PrunekitError: Inputs overflowed or are NaN.
+        """
+        for name, statistics in self.groups.items():
+            statistics.finish()
+            if not bool(torch.isfinite(statistics.square_sum).all()):
+                raise PrunekitError(
+                    f"calibration gives inf or NaN at the input of {name}: use a wider dtype "
+                    "(bfloat16 or float32), or check the model"
+                )
+
+    @contextlib.contextmanager
+    def _hooks(self) -> Iterator[None]:
+        handles = [
+            module.register_forward_pre_hook(self._read, with_kwargs=True)
+            for module in self._sources
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        refs = self._sources[module]
+        inputs = [*args, *kwargs.values()]
+        if is_fused_experts(module):
+            self._read_experts(module, refs, *inputs[:2])
+        else:
+            self.groups[refs[0].input_group].update(inputs[0], self._quota())
+        self._pending.discard(module)
+        if not self._pending:
+            raise _AllSeenError
+
+    def _read_experts(
+        self, module: Any, refs: Sequence[WeightRef], hidden: Tensor, experts: Tensor
+    ) -> None:
+        """Split a fused experts module's tokens (tokens, in) by their experts (tokens, k)."""
+        by_expert: dict[int, list[WeightRef]] = {}
+        for ref in refs:
+            assert ref.expert is not None
+            by_expert.setdefault(ref.expert, []).append(ref)
+        for expert, its_refs in by_expert.items():
+            tokens = hidden[(experts == expert).any(-1)]
+            for ref in its_refs:
+                inputs = tokens
+                if ref.parameter == "down_proj":
+                    projected = nn.functional.linear(tokens, module.gate_up_proj[expert])
+                    gate, up = projected.chunk(2, dim=-1)
+                    inputs = module.act_fn(gate) * up
+                self.groups[ref.input_group].update(inputs, self._quota())
+
+    def _quota(self) -> int:
+        """Rows to sample from this batch: shares of all batches add up to SAMPLED_ROWS."""
+        before, after = (
+            SAMPLED_ROWS * count // self._batches for count in (self._batch, self._batch + 1)
+        )
+        return after - before
