@@ -223,8 +223,8 @@ class Reader:
             level=self.level,
             weights=self.weights,
         )
-        for name, lse in (("dense", pairs.lse_base), ("pruned", pairs.lse_other)):
-            if not lse.isfinite().all():
+        for name, best in (("dense", pairs.argmax_base), ("pruned", pairs.argmax_other)):
+            if (best < 0).any():  # how the op marks a row that holds NaN or +inf
                 raise PrunekitError(
                     f"the {name} model's logits are not finite: check its weights for NaN and "
                     "infinities, or load it as float32"

@@ -1,0 +1,41 @@
+"""How a result came about: versions, and what the compared models are."""
+
+from __future__ import annotations
+
+import platform
+from importlib import metadata
+from typing import Any
+
+from prunekit.architectures import SUBLAYERS, Architecture, base_model_type
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what computed the result; None = not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in ("prunekit", "torch", "triton", "transformers", "numpy"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def absent_sublayers(arch: Architecture) -> dict[str, list[int]]:
+    """Layers whose "attn" or "mlp" is absent, in the model's own numbering."""
+    return {
+        sublayer: [index for index in range(len(arch.layers)) if arch.is_dropped(index, sublayer)]
+        for sublayer in SUBLAYERS
+    }
+
+
+def describe(arch: Architecture) -> dict[str, Any]:
+    """Architecture, size and dropped parts of a model; JSON-able."""
+    return {
+        "architecture": base_model_type(arch.model.config),
+        "layers": len(arch.layers),
+        "kept_blocks": arch.original_layers,
+        "dropped": absent_sublayers(arch),
+        "hidden": arch.head.weight.shape[1],
+        "vocabulary": arch.head.weight.shape[0],
+        "parameters": sum(parameter.numel() for parameter in arch.model.parameters()),
+    }
