@@ -33,6 +33,7 @@ from prunekit.evaluation.likelihood import ChoiceResult, option_logliks, perplex
 from prunekit.evaluation.statistics import bootstrap_mean, wilson
 from prunekit.evaluation.text import chrf, distinct_n, exact_prefix, first_divergence
 from prunekit.evaluation.text import repetition_rate as repetition
+from prunekit.modeling import drop_sublayers_
 
 # The models are float64, but transformers computes their attention softmax and norms in fp32, whose
 # rounding (6e-8) differs with the padded shape.
@@ -255,6 +256,23 @@ def test_option_logliks_equal_one_by_one_softmax(
         np.testing.assert_allclose(result.logliks, expected, rtol=RTOL)
         assert result.tokens[0].tolist() == [5, 12, 2, 17, 0]  # "the" is one token
         assert result.characters[0].tolist() == [4, 13, 1, 18, 0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "attn", "mlp"), [("llama", [0], [1]), ("gemma2", [1], []), ("opt", [0, 1], [0])]
+)
+def test_a_dropped_models_cache_gives_the_same_scores(
+    kind: str, attn: list[int], mlp: list[int], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    model = tiny(kind)
+    whole = option_logliks(model, tokenizer, ITEMS).logliks
+    drop_sublayers_(model, attn=attn, mlp=mlp)
+    cached, plain = (
+        option_logliks(model, tokenizer, ITEMS, share_context=share).logliks
+        for share in (True, False)
+    )
+    np.testing.assert_allclose(cached, plain, rtol=RTOL)
+    assert np.nanmin(np.abs(cached - whole)) > 1e-3
 
 
 def test_choice_result_rules() -> None:
