@@ -117,6 +117,15 @@ class Sparse24:
             moved = sparse24_pack(moved.to_dense().to(dtype))
         return moved
 
+    def requires_grad_(self, requires_grad: bool = True) -> Sparse24:
+        """Refused: a packed weight has no gradient."""
+        if requires_grad:
+            raise ValueError(
+                "a packed 2:4 weight cannot be trained: train the dense weight, to_dense(), with "
+                "its mask and pack it again"
+            )
+        return self
+
     def state_dict(self) -> dict[str, Tensor]:
         """`packed` and a `header` (int64: version, N, K, value type), as safetensors can hold."""
         header = torch.tensor([self.version, *self.shape, VALUE_CODES[self.dtype]])

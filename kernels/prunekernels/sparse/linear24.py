@@ -1,0 +1,243 @@
+"""y = activation(x·Wᵀ + bias) with W packed 2:4, and the fused pair SiLU(x·Wgᵀ)·(x·Wuᵀ).
+
+The eager implementation expands the weight for the duration of the call and uses the dense matrix
+multiplication: on a GPU that is also the path for many tokens. Kernels that read the packed buffer
+are chosen in `dispatch24`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunekernels.sparse import dispatch24
+from prunekernels.sparse.format24 import Sparse24, packed_shape, sparse24_unpack
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "silu": F.silu,
+    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
+    "gelu": F.gelu,
+    "relu": F.relu,
+}
+
+
+def sparse24_linear(
+    x: Tensor,
+    w: Sparse24,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Linear layer with a packed 2:4 weight.
+
+    Equivalent to `act(torch.nn.functional.linear(x, w.to_dense(), bias))`; the kernels keep the
+    sum, the bias and the activation in float32 and round once. Differentiable in `x` and `bias`;
+    the weight cannot be trained while packed.
+
+    Args:
+        x: (..., K), the type and device of `w`.
+        w: Packed (N, K) weight.
+        bias: (N,), like `x`, or None.
+        activation: None, "silu", "gelu_tanh", "gelu" (erf) or "relu".
+        impl: "auto", "eager" (expand, then dense), "triton" (any GPU, and the interpreter) or
+            "mma_sp" (NVIDIA's sparse tensor cores).
+
+    Returns:
+        (..., N), the type of `x`, contiguous.
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
+    """
+    _check(x, w, "w")
+    if bias is not None:
+        if tuple(bias.shape) != (w.shape[0],):
+            raise ValueError(
+                f"sparse24_linear: bias must have shape ({w.shape[0]},) for a weight of shape "
+                f"{tuple(w.shape)}, not {tuple(bias.shape)}"
+            )
+        if bias.dtype != x.dtype or bias.device != x.device:
+            raise ValueError(
+                f"sparse24_linear: bias is {bias.dtype} on {bias.device} and x {x.dtype} on "
+                f"{x.device}; move it with bias.to(x)"
+            )
+    name = activation or "none"
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"sparse24_linear: activation must be one of {', '.join(ACTIVATIONS)}, not {name!r}"
+        )
+    dispatch24.check_impl(impl)
+    return torch.ops.prunekernels.sparse24_linear(x, w.packed, *w.shape, bias, name, impl)
+
+
+def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto") -> Tensor:
+    """The gated half of a Llama MLP in one kernel: SiLU(x·Wgᵀ)·(x·Wuᵀ).
+
+    Equivalent to `F.silu(F.linear(x, gate.to_dense())) * F.linear(x, up.to_dense())` without
+    writing the two intermediate activations.
+
+    Args:
+        x: (..., K), the type and device of both weights.
+        gate: Packed (N, K) weight.
+        up: Packed (N, K) weight.
+        impl: As in `sparse24_linear`.
+
+    Returns:
+        (..., N), the type of `x`, contiguous.
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
+    """
+    _check(x, gate, "gate")
+    _check(x, up, "up")
+    if gate.shape != up.shape:
+        raise ValueError(
+            f"sparse24_gate_up: gate and up must have the same shape, not {tuple(gate.shape)} and "
+            f"{tuple(up.shape)}"
+        )
+    dispatch24.check_impl(impl)
+    return torch.ops.prunekernels.sparse24_gate_up(x, gate.packed, up.packed, *gate.shape, impl)
+
+
+def _check(x: Tensor, w: Sparse24, name: str) -> None:
+    if not isinstance(w, Sparse24):
+        raise ValueError(
+            f"a packed weight is needed, not {type(w).__name__}: pack it with sparse24_pack(weight)"
+        )
+    if x.ndim == 0 or x.shape[-1] != w.shape[1]:
+        raise ValueError(
+            f"x of shape {tuple(x.shape)} does not end in the {w.shape[1]} columns of {name}, "
+            f"whose shape is {tuple(w.shape)}"
+        )
+    if x.dtype != w.dtype:
+        raise ValueError(
+            f"x is {x.dtype} and {name} {w.dtype}: convert one, for example x.to({w.dtype})"
+        )
+    if x.device != w.device:
+        raise ValueError(
+            f"x is on {x.device} and {name} on {w.device}: move it with .to({str(x.device)!r})"
+        )
+
+
+@torch.library.custom_op("prunekernels::sparse24_expand", mutates_args=())
+def _expand_op(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return sparse24_unpack(packed, rows, columns, dtype)
+
+
+@_expand_op.register_fake
+def _(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return packed.new_empty((rows, columns), dtype=dtype)
+
+
+@torch.library.custom_op("prunekernels::sparse24_linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    packed: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    activation: str,
+    impl: str,
+) -> Tensor:
+    flat = x.reshape(-1, columns)
+    choice = dispatch24.select(flat, rows, impl)
+    if choice.name == "eager" or flat.shape[0] == 0:
+        z = F.linear(flat, sparse24_unpack(packed, rows, columns, x.dtype), bias)
+        y = ACTIVATIONS[activation](z)
+    else:
+        y = dispatch24.kernel(choice.name).forward(flat, packed, None, rows, bias, activation)
+    return y.view(*x.shape[:-1], rows)
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    activation: str,
+    impl: str,
+) -> Tensor:
+    _check_buffer(packed, rows, columns)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, ctx.rows, ctx.columns, bias, ctx.activation, _ = inputs
+    ctx.save_for_backward(x if ctx.activation != "none" else None, packed, bias)
+    ctx.dtype = output.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, packed, bias = ctx.saved_tensors
+    dense = torch.ops.prunekernels.sparse24_expand(packed, ctx.rows, ctx.columns, ctx.dtype)
+    if ctx.activation != "none":
+        grad = grad * _slope(ctx.activation, F.linear(x, dense, bias))
+    dx = grad @ dense if ctx.needs_input_grad[0] else None
+    dbias = grad.reshape(-1, ctx.rows).sum(0) if ctx.needs_input_grad[4] else None
+    return dx, None, None, None, dbias, None, None
+
+
+_linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+@torch.library.custom_op("prunekernels::sparse24_gate_up", mutates_args=())
+def _gate_up_op(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, impl: str) -> Tensor:
+    flat = x.reshape(-1, columns)
+    choice = dispatch24.select(flat, rows, impl)
+    if choice.name == "eager" or flat.shape[0] == 0:
+        # one dense weight at a time
+        y = F.silu(F.linear(flat, sparse24_unpack(gate, rows, columns, x.dtype)))
+        y = y * F.linear(flat, sparse24_unpack(up, rows, columns, x.dtype))
+    else:
+        y = dispatch24.kernel(choice.name).forward(flat, gate, up, rows, None, "silu")
+    return y.view(*x.shape[:-1], rows)
+
+
+@_gate_up_op.register_fake
+def _(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, impl: str) -> Tensor:
+    _check_buffer(gate, rows, columns)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _save_gate_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, gate, up, ctx.rows, ctx.columns, _ = inputs
+    ctx.save_for_backward(x, gate, up)
+
+
+def _gate_up_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, gate, up = ctx.saved_tensors
+    expand = torch.ops.prunekernels.sparse24_expand
+    wide_gate = expand(gate, ctx.rows, ctx.columns, x.dtype)
+    wide_up = expand(up, ctx.rows, ctx.columns, x.dtype)
+    z = F.linear(x, wide_gate)
+    dx = (grad * F.linear(x, wide_up) * _slope("silu", z)) @ wide_gate
+    dx = dx + (grad * F.silu(z)) @ wide_up
+    return dx, None, None, None, None, None
+
+
+_gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)
+
+
+def _slope(activation: str, z: Tensor) -> Tensor:
+    """Derivative of an activation at z, through ATen's own backward functions."""
+    one = torch.ones_like(z)
+    if activation == "silu":
+        return torch.ops.aten.silu_backward(one, z)
+    if activation == "relu":
+        return (z > 0).to(z.dtype)
+    kind = "tanh" if activation == "gelu_tanh" else "none"
+    return torch.ops.aten.gelu_backward(one, z, approximate=kind)
+
+
+def _check_buffer(packed: Tensor, rows: int, columns: int) -> None:
+    if tuple(packed.shape) != packed_shape(rows, columns):
+        raise ValueError(
+            f"packed buffer {tuple(packed.shape)} does not hold a ({rows}, {columns}) weight: "
+            "pass the packed tensor and shape of one Sparse24"
+        )

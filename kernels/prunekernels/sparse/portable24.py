@@ -1,0 +1,199 @@
+"""Portable 2:4 matrix multiplication in plain Triton: decompress in registers, then `tl.dot`.
+
+    y[m, n] = act(Σ_k x[m, k]·W[n, k] + b[n]),  or with two weights  silu(x·Wgᵀ)·(x·Wuᵀ)
+
+One program makes BLOCK_M tokens × BLOCK_N rows and walks all of K in blocks of 64 columns, in
+order, so results are bitwise repeatable. Runs on every GPU that Triton supports and in the
+interpreter. Format: `format24`.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunekernels.compilation import Arch, KernelCase
+from prunekernels.runtime import interpreting
+from prunekernels.sparse.epilogue import activate
+from prunekernels.sparse.format24 import line_blocks
+from prunekernels.tuning import sparse24_portable
+
+
+@triton.jit
+def _decompress(
+    line_ptr, block, units, dtype: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Columns 64·block .. + 63 of BLOCK_N rows as (BLOCK_N, 64), from the lines at `line_ptr`.
+
+    line_ptr: (BLOCK_N, 1) pointers to the packed line of each row.
+    """
+    row = tl.arange(0, BLOCK_N)[:, None] % 16
+    group = tl.arange(0, 16)[None, :]
+    step = group // 8
+    upper = group % 8 // 4
+    # block 4u + j is quarter j of unit u; the blocks after the units are tails of their own
+    whole = block < 4 * units
+    quarter = tl.where(whole, block % 4, 0)
+    start = tl.where(whole, block // 4 * 1152, units * 1152 + (block - 4 * units) * 288)
+    lane = row % 8 * 4 + group % 4
+    word = tl.load(line_ptr + start + quarter * 256 + step * 128 + lane * 4 + upper * 2 + row // 8)
+    lane = row % 8 * 4 + step * 2 + upper
+    meta_start = start + tl.where(whole, 1024, 256)
+    meta = tl.load(line_ptr + meta_start + lane * tl.where(whole, 4, 1) + quarter)
+    nibble = meta >> (row // 8 * 16 + group % 4 * 4)
+    column = tl.arange(0, 4)[None, None, :]
+    first = (nibble & 3)[:, :, None] == column
+    second = ((nibble >> 2) & 3)[:, :, None] == column
+    word = word[:, :, None]
+    if UPCAST and dtype == tl.bfloat16:
+        # a bfloat16 is the upper half of a float32
+        bits = tl.where(first, word << 16, tl.where(second, word & -65536, 0))
+        dense = bits.to(tl.float32, bitcast=True)
+    else:
+        low = word.to(tl.int16)
+        high = (word >> 16).to(tl.int16)
+        bits = tl.where(first, low, tl.where(second, high, 0)).to(tl.int16)
+        dense = bits.to(dtype, bitcast=True)
+    return tl.reshape(dense, (BLOCK_N, 64))
+
+
+@triton.jit
+def _sparse24_fwd_kernel(
+    x_ptr,  # (M, K), strides stride_xm, stride_xk
+    packed_ptr,  # int32 (lines, words): the weight, or the gate's
+    up_ptr,  # int32 (lines, words), read if GATED
+    bias_ptr,  # (N,), read if HAS_BIAS
+    y_ptr,  # (M, N), contiguous
+    stride_xm,
+    stride_xk,
+    M,
+    N,
+    K,
+    units,
+    blocks,  # blocks of 64 columns, padding included
+    words,  # words in a line
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GATED: tl.constexpr,
+    UPCAST: tl.constexpr,  # multiply in float32: the interpreter has no bfloat16
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    # lines past the last row read line 0 and are not stored
+    line = tl.where(offs_n < N, offs_n // 16, 0)[:, None] * words
+    offs_k = tl.arange(0, 64)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_up = acc
+    for block in range(0, blocks):
+        mask = mask_m[:, None] & (block * 64 + offs_k < K)[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0)
+        x_ptrs += 64 * stride_xk
+        w = _decompress(packed_ptr + line, block, units, dtype, UPCAST, BLOCK_N)
+        if UPCAST:
+            x = x.to(tl.float32)
+            acc += tl.dot(x, tl.trans(w.to(tl.float32)), input_precision="ieee")
+        else:
+            acc = tl.dot(x, tl.trans(w), acc)
+        if GATED:
+            w = _decompress(up_ptr + line, block, units, dtype, UPCAST, BLOCK_N)
+            if UPCAST:
+                acc_up += tl.dot(x, tl.trans(w.to(tl.float32)), input_precision="ieee")
+            else:
+                acc_up = tl.dot(x, tl.trans(w), acc_up)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    y = activate(acc, ACTIVATION)
+    if GATED:
+        y *= acc_up
+    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    tl.store(y_ptrs, y.to(dtype), mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+def forward(
+    x: Tensor, packed: Tensor, up: Tensor | None, rows: int, bias: Tensor | None, activation: str
+) -> Tensor:
+    """Launch for x (M, K) with M > 0; `up` selects the gated form."""
+    tokens, columns = x.shape
+    _, units, tails = line_blocks(rows, columns)
+    config = sparse24_portable(tokens)
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m))
+    _sparse24_fwd_kernel[grid](
+        x,
+        packed,
+        packed if up is None else up,
+        x if bias is None else bias,
+        y,
+        *x.stride(),
+        tokens,
+        rows,
+        columns,
+        units,
+        4 * units + tails,
+        packed.shape[1],
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        GATED=up is not None,
+        UPCAST=interpreting(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return y
+
+
+def compile_cases() -> list[KernelCase]:
+    """The specialisations that tests compile without a GPU."""
+    wide, narrow = "HMMA.16816.F32", "HGMMA.64x64x16.F32"
+    return [
+        *_cases(1, False, wide, (80, 89, 90, "gfx942")),
+        *_cases(64, False, wide, (80, 89, "gfx942")),
+        *_cases(64, False, narrow, (90,)),
+        *_cases(16, True, wide, (80, 89, 90, "gfx942")),
+    ]
+
+
+def _cases(tokens: int, gated: bool, opcode: str, archs: Sequence[Arch]) -> list[KernelCase]:
+    config = sparse24_portable(tokens)
+    sizes = ("M", "N", "K", "units", "blocks", "words")
+    return [
+        KernelCase(
+            name=f"sparse24/portable/{kind}/m{config.block_m}{'/gated' * gated}",
+            kernel=_sparse24_fwd_kernel,
+            signature={
+                **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), f"*{kind}"),
+                "packed_ptr": "*i32",
+                "up_ptr": "*i32",
+                "stride_xm": "i64",
+                **dict.fromkeys(sizes, "i32"),
+            },
+            constants={
+                "stride_xk": 1,
+                "ACTIVATION": "silu" if gated else "gelu",
+                "HAS_BIAS": not gated,
+                "GATED": gated,
+                "UPCAST": False,
+                "BLOCK_M": config.block_m,
+                "BLOCK_N": config.block_n,
+            },
+            num_warps=config.num_warps,
+            num_stages=config.num_stages,
+            divisible=("x_ptr", "packed_ptr", "up_ptr", "y_ptr", "stride_xm", "K"),
+            opcodes=(opcode, "v_mfma"),
+            elements_per_iteration=config.block_n * 64 // config.num_warps,
+            archs=archs,
+        )
+        for kind in ("bf16", "fp16")
+    ]

@@ -1,0 +1,123 @@
+"""Which 2:4 implementation runs, and what happens when the tensor-core kernel is wrong."""
+
+from __future__ import annotations
+
+import itertools
+import types
+import warnings
+
+import pytest
+import torch
+from prunekernels.sparse import counters, dispatch24
+from prunekernels.tuning import sparse24_mma, sparse24_order, sparse24_portable
+
+
+class FakeActivations:
+    """Shape and device of activations on a GPU that this machine does not have."""
+
+    def __init__(self, tokens: int, columns: int) -> None:
+        self.shape = (tokens, columns)
+        self.device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A Hopper GPU whose self-test returns what the test sets, counting its runs."""
+    state = types.SimpleNamespace(problem=None, runs=0, capturing=False, capability=(9, 0))
+
+    def self_test(device):
+        state.runs += 1
+        if isinstance(state.problem, Exception):
+            raise state.problem
+        return state.problem
+
+    module = types.SimpleNamespace(CAPABILITIES=((9, 0),), self_test=self_test)
+    monkeypatch.setattr(dispatch24, "_tested", {})
+    monkeypatch.setattr(dispatch24, "kernel", lambda name: module)
+    monkeypatch.setattr(dispatch24, "triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch24, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    return state
+
+
+def test_few_tokens_use_the_tensor_cores_after_one_self_test(fake_gpu):
+    for _ in range(3):
+        assert dispatch24.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
+    assert fake_gpu.runs == 1
+    assert dispatch24.select(FakeActivations(4096, 4096), 4096).name == "eager"
+
+
+@pytest.mark.parametrize("problem", ["3 of 5 results differ", RuntimeError("ptxas died\nlog")])
+def test_a_failing_self_test_warns_once_and_falls_back(fake_gpu, problem):
+    fake_gpu.problem = problem
+    with pytest.warns(RuntimeWarning, match="failed its self-test on cuda:0") as caught:
+        choice = dispatch24.select(FakeActivations(4, 4096), 4096)
+    assert choice.name == "triton"
+    assert "not mma_sp: " in choice.reason and "\n" not in choice.reason
+    assert str(problem).splitlines()[0] in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert dispatch24.select(FakeActivations(4, 4096), 4096).name == "triton"
+    assert fake_gpu.runs == 1
+    with pytest.raises(ValueError, match="impl='mma_sp' cannot run"):
+        dispatch24.select(FakeActivations(4, 4096), 4096, "mma_sp")
+
+
+def test_between_few_and_many_tokens_a_failure_means_expanding(fake_gpu):
+    fake_gpu.problem = "wrong"
+    with pytest.warns(RuntimeWarning):
+        assert dispatch24.select(FakeActivations(128, 4096), 4096).name == "eager"
+
+
+def test_other_architectures_and_capture_before_the_self_test(fake_gpu):
+    fake_gpu.capturing = True
+    choice = dispatch24.select(FakeActivations(4, 4096), 4096)
+    assert choice.name == "triton" and "call the layer once before" in choice.reason
+    fake_gpu.capturing = False
+    assert dispatch24.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
+    fake_gpu.capability = (7, 5)
+    choice = dispatch24.select(FakeActivations(4, 4096), 4096)
+    assert choice.name == "triton" and "compute capability 7.5" in choice.reason
+
+
+def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so():
+    choice = dispatch24.select(torch.zeros(1, 8), 8)
+    assert choice.name == "eager" and "cpu" in choice.reason
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 256, 257, 4096])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 4), (4096, 4096), (28672, 8192), (576, 1536)])
+def test_tables_give_configurations_that_cover_the_work(tokens, rows, columns):
+    for gated in (False, True):
+        config = sparse24_mma(tokens, rows, columns, gated, 132)
+        assert config.stages & (config.stages - 1) == 0 and config.stages >= 2
+        assert config.token_tiles & (config.token_tiles - 1) == 0
+        assert 1 <= config.splits <= max(1, columns // 512)
+    assert sparse24_order(tokens, rows, columns, (9, 0))
+    portable = sparse24_portable(tokens)
+    assert portable.block_m >= min(tokens, 64) and portable.block_n % 16 == 0
+
+
+def test_counters_are_shared_on_a_stream_and_never_between_captured_launches(monkeypatch):
+    stream = types.SimpleNamespace(device_index=0, cuda_stream=7)
+    capturing = [False]
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    monkeypatch.setattr(counters, "_ARENA", 64)
+    monkeypatch.setattr(counters, "_by_stream", {})
+    monkeypatch.setattr(counters, "_arenas", {})
+    cpu = torch.device("cpu")
+    first = counters.counters(10, cpu)
+    assert counters.counters(20, cpu).data_ptr() == first.data_ptr()
+    assert first.dtype == torch.int32 and first.numel() >= 20 and not first.any()
+    stream.cuda_stream = 8
+    assert counters.counters(10, cpu).data_ptr() != first.data_ptr()
+    big = counters.counters(10_000, cpu)
+    assert big.numel() >= 10_000
+    capturing[0] = True
+    taken = [counters.counters(10, cpu) for _ in range(8)]
+    spans = sorted((t.data_ptr(), t.data_ptr() + 40) for t in taken)
+    assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+    assert all(t.data_ptr() % 16 == 0 and not t.any() for t in taken)
