@@ -121,7 +121,7 @@ def integers(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
 
 def positive(op: str, name: str, value: float) -> None:
     """A finite number above zero."""
-    if not (math.isfinite(value) and value > 0):
+    if not 0.0 < value < math.inf:  # also False for NaN; traceable, unlike math.isfinite
         raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
 
 

@@ -4,7 +4,8 @@ With a, b the two logit rows, T the temperature, α = max a, β the reference of
 a' = a−α, b' = b−β, x = b'−a', w = e^{a'/T}, v = e^{b'/T}, ρ = v−w, d = b−a, the sums are
     W0 W1 W2 Wy = Σw{1, x, x², a'}    V0 V1 V2 Vy = Σv{1, x, x², b'}
     R0 R1 R2 = Σw²{1, x, x²}          S0 S1 S2 = Σv²{1, x, x²}
-    C0 = Σwv   Pw = Σwρ   P2 = Σρ²    U1 U2 = Σ{x, x²}   L1 = Σ|d|   Z2 Zd D2 = Σ{a², ad, d²}
+    C0 = Σwv   Pw = Σwρ   P2 = Σρ²    U1 U2 = Σ{x, x²}   L1 = Σ|d|
+    Z2 Zd D2 ZZ B2 = Σ{a², ad, d², ab, b²}
 and every field below is a closed form of them. Everything is centred, so that the differences
 of nearly equal numbers are taken inside the sums and not between them.
 """
@@ -16,8 +17,8 @@ from torch import Tensor
 
 SUMS = (
     *("W0", "W1", "W2", "Wy", "V0", "V1", "V2", "Vy", "R0", "R1", "R2", "S0", "S1", "S2"),
-    *("C0", "Pw", "P2", "U1", "U2", "L1", "Z2", "Zd", "D2"),
-    *("JS", "TV", "HE"),  # second pass: Σ m·h(s), Σ|q−p|, Σ(√q−√p)²
+    *("C0", "Pw", "P2", "U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2"),
+    *("JS", "TV", "HE"),  # second pass: 2·JS, Σ|q−p|, Σ(√q−√p)²
     *("n", "only_base", "only_other"),  # counted, and excluded in one row only
 )
 
@@ -70,7 +71,7 @@ def pair_fields(
     one_minus_cos_prob = torch.where(
         cos_prob > 0.5, apart / (sums["S0"] * (1.0 + cos_prob)), 1.0 - cos_prob
     )
-    logit = angle_fields(sums["Z2"], sums["Zd"], sums["D2"])
+    logit = angle_fields(*(sums[name] for name in ("Z2", "Zd", "D2", "ZZ", "B2")))
     n = sums["n"]
     fields = {
         "kl_base_other": (c - w1 / t).clamp_min(0.0).masked_fill(only_other, inf),
@@ -96,38 +97,33 @@ def pair_fields(
         "estimate_valid": ~one_sided & (var_p <= t * t),
     }
     if full:
-        fields["js"] = sums["JS"].clamp_min(0.0)
+        fields["js"] = (0.5 * sums["JS"]).clamp_min(0.0)
         fields["total_variation"] = 0.5 * sums["TV"]
         fields["hellinger"] = torch.sqrt(0.5 * sums["HE"])
     return fields
 
 
-def angle_fields(z2: Tensor, zd: Tensor, d2: Tensor) -> dict[str, Tensor]:
-    """Cosine, 1−cosine and the split of d along a, from ‖a‖², ⟨a, d⟩ and ‖d‖².
+def angle_fields(z2: Tensor, zd: Tensor, d2: Tensor, zz: Tensor, b2: Tensor) -> dict[str, Tensor]:
+    """Cosine, 1−cosine and the split of d along a, from ‖a‖², ⟨a, d⟩, ‖d‖², ⟨a, b⟩ and ‖b‖².
 
     ‖d⊥‖² = ‖d‖²−⟨a,d⟩²/‖a‖² and 1−cos = ‖d⊥‖²/[‖b‖²(1+cos)], which does not cancel where the
-    two vectors nearly agree. Two zero vectors agree (cosine 1); one zero vector has cosine 0 and,
-    as a base, no defined alpha or ratios (NaN).
+    two vectors nearly agree; where d is longer than b, the plain difference cancels less. Two
+    equal vectors have cosine 1, zero vectors too; one zero vector has cosine 0 and, as a base,
+    no defined alpha or ratios (NaN).
     """
-    b2 = (z2 + 2.0 * zd + d2).clamp_min(0.0)
-    alpha = torch.where((z2 == 0) & (d2 == 0), 0.0, zd / z2)
-    perp2 = torch.where(zd == 0, d2, d2 - zd * zd / z2).clamp_min(0.0)
-    norms = torch.sqrt(z2) * torch.sqrt(b2)
-    cosine = ((z2 + zd) / norms).clamp(-1.0, 1.0)
-    zero = norms == 0
-    agree = torch.where((z2 == 0) & (b2 == 0), 1.0, 0.0).to(cosine.dtype)
-    cosine = torch.where(zero, agree, cosine)
-    one_minus = torch.where((cosine > 0.5), perp2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
-    one_minus = torch.where(zero, 1.0 - agree, one_minus)
-    same = (z2 == 0) & (d2 == 0)
-    orthogonal2 = torch.where(same, 0.0, perp2 / z2)
+    same = d2 == 0
+    cosine = (zz / torch.sqrt(z2 * b2)).clamp(-1.0, 1.0)
+    cosine = torch.where((z2 == 0) | (b2 == 0), 0.0, cosine).masked_fill(same, 1.0)
+    alpha = (zd / z2).masked_fill(same, 0.0)
+    across2 = (d2 - alpha * zd).clamp_min(0.0)
+    close = (d2 < b2) & (cosine > 0.5)
+    one_minus = torch.where(close, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
     return {
         "cosine": cosine,
         "one_minus_cosine": one_minus,
         "alpha": alpha,
         "parallel_ratio": alpha.abs(),
-        "orthogonal_ratio": torch.sqrt(orthogonal2).masked_fill((z2 == 0) & ~same, float("nan")),
-        "orthogonal2": orthogonal2,
+        "orthogonal_ratio": torch.sqrt(across2 / z2).masked_fill(same, 0.0),
         "norm_base": torch.sqrt(z2),
         "norm_other": torch.sqrt(b2),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from prunekernels.closed_form import angle_fields
 from prunekernels.layout import VECTOR_FLOATS
-from prunekernels.pair_sums import PairSums, take_rows
+from prunekernels.pair_sums import PairSums, flattens, take_rows
 
 
 def pair_stats(
@@ -28,9 +28,11 @@ def pair_stats(
     """Packed statistics of `(…, V)` logits."""
     vocab = base.shape[-1]
     rows = base.numel() // vocab
-    sums = PairSums(rows, vocab, base.device, labels, subset, temperature, topk, level, weights)
-    for start in range(0, rows, sums.group_rows):
-        stop = min(start + sums.group_rows, rows)
+    options = (labels, subset, temperature, topk, level, weights)
+    sums = PairSums(rows, vocab, base.device, base.dtype, *options)
+    step = sums.group_rows if flattens(base) and flattens(other) else sums.block_rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
         sums.add(start, take_rows(base, start, stop), take_rows(other, start, stop))
     return sums.result()
 
@@ -60,7 +62,8 @@ def head_pair_stats(
     vocab, width = head_weight.shape
     rows = base_hidden.numel() // width
     device = base_hidden.device
-    sums = PairSums(rows, vocab, device, labels, subset, temperature, topk, level, weights)
+    options = (labels, subset, temperature, topk, level, weights)
+    sums = PairSums(rows, vocab, device, torch.float32, *options)
     budget = (64 << 20) if device.type == "cpu" else (512 << 20)
     step = max(1, min(rows, budget // (8 * vocab)))
     # Two allocations, not two halves of one: a matmul may round by its output's alignment.
@@ -114,15 +117,15 @@ def vector_stats(base: Tensor, other: Tensor) -> Tensor:
     """Packed `(fields, N)` statistics of `(…, D)` vectors, summed in float64."""
     width = base.shape[-1]
     rows = base.numel() // width
-    sums = torch.zeros(3, rows, dtype=torch.float64, device=base.device)
+    sums = torch.zeros(5, rows, dtype=torch.float64, device=base.device)
     step = max(1, ((1 << 16) if base.device.type == "cpu" else (1 << 22)) // width)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         a = take_rows(base, start, stop).double()
-        d = take_rows(other, start, stop).double().sub_(a)
-        sums[0, start:stop] = (a * a).sum(-1)
-        sums[1, start:stop] = a.mul_(d).sum(-1)
-        sums[2, start:stop] = d.square_().sum(-1)
+        b = take_rows(other, start, stop).double()
+        d = b - a
+        for row, pair in enumerate(((a, a), (a, d), (d, d), (a, b), (b, b))):
+            sums[row, start:stop] = torch.mul(*pair).sum(-1)
     fields = angle_fields(*sums)
     fields["one_minus_cosine_estimate"] = 0.5 * fields["orthogonal_ratio"].square()
     return torch.stack([fields[name] for name in VECTOR_FLOATS]).float()
@@ -132,9 +135,11 @@ def nm_mask(scores: Tensor, keep: int, of: int) -> Tensor:
     """True for the `keep` largest of every `of` along the last dimension, lower index first."""
     width = scores.shape[-1]
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    if mask.numel() == 0:
+        return mask
     flat = mask.view(-1, width)
     rows = flat.shape[0]
-    step = max(1, (1 << (18 if scores.device.type == "cpu" else 26)) // max(width, 1))
+    step = max(1, (1 << (18 if scores.device.type == "cpu" else 26)) // width)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         groups = take_rows(scores, start, stop).reshape(-1, of)
@@ -146,11 +151,15 @@ def nm_mask(scores: Tensor, keep: int, of: int) -> Tensor:
 def _rank_small(groups: Tensor, keep: int) -> Tensor:
     """Count for each member how many beat it: of·(of−1)/2 comparisons, vectorised over groups."""
     columns = groups.t().contiguous()
+    size = columns.shape[0]
     beaten = torch.zeros(columns.shape, dtype=torch.uint8, device=columns.device)
-    for left in range(columns.shape[0]):
-        wins = columns[left] >= columns[left + 1 :]  # an equal, earlier member comes first
+    for left in range(size - 1):
+        # An equal, earlier member comes first.
+        wins = torch.ge(columns[left], columns[left + 1 :]).view(torch.uint8)
         beaten[left + 1 :] += wins
-        beaten[left] += (columns.shape[0] - 1 - left) - wins.sum(0, dtype=torch.uint8)
+        beaten[left] += size - 1 - left
+        for row in wins:
+            beaten[left] -= row
     return (beaten < keep).t()
 
 
@@ -164,7 +173,7 @@ def rowwise_mask(scores: Tensor, prune: int) -> Tensor:
     """False for the `prune` smallest of every row; among equals the higher index goes first."""
     width = scores.shape[-1]
     mask = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    if prune == 0:
+    if prune == 0 or mask.numel() == 0:
         return mask
     flat = mask.view(-1, width)
     step = max(1, (1 << (20 if scores.device.type == "cpu" else 26)) // width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -170,6 +171,8 @@ def head_pair_stats(
             raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
     if softcap is not None:
         checks.positive(op, "softcap", softcap)
+    if logit_scale is not None and not 0.0 < abs(logit_scale) < math.inf:
+        raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
     checks.positive(op, "norm_eps", norm_eps)
     subset = checks.pair_options(
         op,

@@ -1,0 +1,102 @@
+"""The likeliest tokens of logit rows: leader, ordered top k, and their tail-bucketed KL."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_NEG_INF = float("-inf")
+_WIDTH = 128
+
+
+def leader(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Maximum of `(R, V)` rows, its first index, and its lead over the runner-up (inf if V = 1).
+
+    Block maxima first: a plain `max` with indices is ten times slower than `amax`, and the
+    runner-up is either the second best block or inside the best one.
+    """
+    vocab = logits.shape[1]
+    whole = vocab // _WIDTH * _WIDTH
+    blocks = torch.unflatten(logits[:, :whole], 1, (-1, _WIDTH)).amax(-1)
+    if whole < vocab:
+        blocks = torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], 1)
+    best = blocks.argmax(-1, keepdim=True)
+    columns = best * _WIDTH + torch.arange(_WIDTH, device=logits.device)
+    inside = logits.gather(1, columns.clamp_max(vocab - 1))
+    inside.masked_fill_(columns >= vocab, _NEG_INF)
+    offset = inside.argmax(-1, keepdim=True)
+    index = (best * _WIDTH + offset).squeeze(1)
+    maximum = inside.gather(1, offset).squeeze(1).double()
+    rest = inside.scatter(1, offset, _NEG_INF).amax(-1)
+    others = blocks.scatter(1, best, _NEG_INF).amax(-1)
+    return maximum, index, maximum - torch.maximum(rest, others).double()
+
+
+def top_ids(logits: Tensor, k: int) -> Tensor:
+    """Ids `(R, k)` of the largest of `(R, V)`, descending; equal values in the order of ids.
+
+    `topk` leaves the order of equal values open. It decides which ids are in, unless a row has
+    equal values on both sides of the cut: then the block is ranked by a sort key per element.
+    """
+    vocab = logits.shape[1]
+    values, ids = logits.topk(min(k + 1, vocab), -1)
+    if k < vocab and bool((values[:, k] == values[:, k - 1]).any()):
+        return _top_ids_by_key(logits, k)
+    ids, order = ids[:, :k].sort(-1)
+    ranked = values[:, :k].gather(1, order).sort(stable=True, dim=-1, descending=True)
+    return ids.gather(1, ranked.indices)
+
+
+def _top_ids_by_key(logits: Tensor, k: int) -> Tensor:
+    """The same by one integer per element: the float's ordered bit pattern, then the id."""
+    bits = (logits.float() + 0.0).view(torch.int32).long()  # + 0.0 turns −0 into +0
+    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+    index = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
+    key = ordered.mul_(1 << 32).add_(index)
+    return logits.shape[1] - 1 - (key.topk(k, -1).values & 0xFFFFFFFF)
+
+
+def compare(
+    pair: tuple[Tensor, Tensor], references: Tensor, norms: Tensor, temperature: float, k: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Top tokens of a block of pairs.
+
+    Args:
+        pair: base and other logits, `(R, V)`.
+        references: `(2, R)` float64, what is subtracted from each row.
+        norms: `(2, R)` float64, ln Σ e^{(logit−reference)/T}.
+        temperature: T.
+        k: how many.
+
+    Returns:
+        Blocks of the layout's `TOPK_FLOATS`, `TOPK_ROWS` and `TOPK_IDS`.
+    """
+    ids = torch.stack([top_ids(logits, k) for logits in pair])
+    own, cross, log_own, log_cross, tail = [], [], [], [], []
+    for side, logits in enumerate(pair):
+        reference, norm = references[side, :, None], norms[side, :, None]
+        own.append(logits.gather(1, ids[side]).double())
+        cross.append(logits.gather(1, ids[1 - side]).double())
+        log_own.append((own[side] - reference) / temperature - norm)
+        log_cross.append((cross[side] - reference) / temperature - norm)
+        # The tail is summed, not taken as 1 − mass, which cancels when it is small.
+        rest = logits.double().sub_(reference).div_(temperature).sub_(norm).exp_()
+        tail.append(rest.scatter_(1, ids[0], 0.0).sum(-1))
+    log_p = torch.cat([log_own[0], torch.log(tail[0])[:, None]], 1)
+    log_q = torch.cat([log_cross[1], torch.log(tail[1])[:, None]], 1)
+    probability = [log_own[0].exp(), log_own[1].exp()]
+    overlap = (ids[0][:, :, None] == ids[1][:, None, :]).sum((1, 2)).double() / k
+    rows = [
+        overlap,
+        probability[0].sum(-1),
+        probability[1].sum(-1),
+        *tail,
+        _discrete_kl(log_p, log_q),
+        _discrete_kl(log_q, log_p),
+    ]
+    return torch.stack([*own, *probability, *cross]).float(), torch.stack(rows).float(), ids
+
+
+def _discrete_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    terms = torch.where(log_p == _NEG_INF, 0.0, log_p.exp() * (log_p - log_q))
+    return terms.sum(-1).clamp_min(0.0)
