@@ -180,9 +180,9 @@ class _States:
         }
 
     def _measure(self) -> None:
-        device = self._reader.head.weight.device
+        device = self._reader.head.weight.device  # layers may be spread over several
         base = torch.cat([rows.to(device) for rows in self._base])
         other = torch.cat([rows.to(device) for rows in self._other])
-        labels = self._batch.labels.to(device).repeat(len(self._base))
+        labels = self._batch.labels.repeat(len(self._base))
         self._measured.append(self._reader.read(base, other, labels=labels).metrics)
         self._base, self._other = [], []

@@ -204,10 +204,12 @@ class Reader:
         Raises:
             PrunekitError: A model's logits are not finite.
         """
+        head = self.head
+        base, other = base.to(head.weight.device), other.to(head.weight.device)
+        labels = None if labels is None else labels.to(head.weight.device)
         hidden = vector_stats(base, other)
         if self.lens == "final_norm" and not normed:
             base, other = self.dense.final_norm(base), self.pruned.final_norm(other)
-        head = self.head
         pairs = head_pair_stats(
             base,
             other,
