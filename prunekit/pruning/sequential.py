@@ -71,6 +71,8 @@ def prune_(
     recipe = Recipe.of(recipe)
     layers = [list(arch.weights(index)) for index in range(len(arch.layers))]
     names = [ref.name for refs in layers for ref in refs]
+    if not names:
+        raise PrunekitError("nothing is left to prune: all of the model's sublayers were dropped")
     assigned = recipe.assign(names)
     chosen = [[ref for ref in refs if ref.name in assigned] for refs in layers]
     _check(chosen, assigned, calibrated=calibration is not None)
@@ -111,8 +113,6 @@ def _check(
     layers: Sequence[Sequence[WeightRef]], assigned: Mapping[str, Method], *, calibrated: bool
 ) -> None:
     """Raise a PrunekitError for whatever would fail later, before anything is changed."""
-    if not assigned:
-        raise PrunekitError("no matrix is left to prune: check ignore and what was dropped")
     needy = next((name for name, method in assigned.items() if method.calibrated), None)
     if needy is not None and not calibrated:
         raise PrunekitError(
