@@ -48,7 +48,7 @@ FORMATS = ("auto", "zeroed")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
@@ -90,8 +90,7 @@ def load(
         if path.is_dir():
             model, tokenizer = _load_folder(path, wanted, device, verify)
         else:
-            model, tokenizer = read_gguf(path)
-            model = model if wanted is None else model.to(wanted)
+            model, tokenizer = read_gguf(path, wanted or torch.float32)
     model.config.name_or_path = str(source)
     if device is not None and device != "auto":
         model.to(torch.device(device))
@@ -122,8 +121,8 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _download(source: str, gguf_file: str | None) -> Path:
@@ -164,7 +163,7 @@ def _load_folder(
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise PrunekitError(f"{folder} couldn't be loaded: {_first_line(error)}") from error
+        raise PrunekitError(f"{folder} couldn't be loaded: {_one_line(error)}") from error
     _check_complete(folder, model, found)
     return model, _load_tokenizer(folder, config)
 
@@ -175,7 +174,8 @@ def _read_config(folder: Path) -> PretrainedConfig:
     if raw.get("quantization_config"):
         raise PrunekitError(f"{folder} is quantised: load the model it was made from")
     name = str(raw.get("model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
-    architectures.check_supported(SimpleNamespace(model_type=name))
+    if name not in architectures.SUPPORTED:
+        architectures.check_supported(SimpleNamespace(model_type=name))
     # LLM-Drop keeps the stock model type and points to code of its own, which is not run.
     raw.pop("auto_map", None)
     for field in modeling.DROP_LISTS.values():
@@ -190,7 +190,9 @@ def _read_config(folder: Path) -> PretrainedConfig:
     try:
         config = config_class.from_dict(raw)
     except Exception as error:  # each configuration class validates in its own way
-        raise PrunekitError(f"{path} is not a valid {name} configuration: {error}") from error
+        raise PrunekitError(
+            f"{path} is not a valid {name} configuration ({_one_line(error)}): copy it again"
+        ) from error
     architectures.check_supported(config)
     return config
 
@@ -221,7 +223,7 @@ def _check_readable(file: Path) -> None:
             tensors.keys()
     except (SafetensorError, OSError) as error:
         raise PrunekitError(
-            f"{file} is truncated or no safetensors file ({_first_line(error)}): copy it again"
+            f"{file} is truncated or no safetensors file ({_one_line(error)}): copy it again"
         ) from error
 
 
@@ -257,11 +259,14 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
             f"{folder} holds no tokenizer: copy tokenizer.json and tokenizer_config.json of the "
             f"original model there"
         )
+    # transformers chooses tokenizer classes by model type too, and knows the stock ones only.
+    stock = copy.deepcopy(config)
+    stock.__class__ = CONFIG_MAPPING[architectures.base_model_type(config)]
     try:
-        return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(folder, config=stock, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise PrunekitError(
-            f"the tokenizer in {folder} can't be read ({_first_line(error)}): copy it again"
+            f"the tokenizer in {folder} can't be read ({_one_line(error)}): copy it again"
         ) from error
 
 
@@ -316,7 +321,7 @@ def save(
             written.save_pretrained(new)
             tokenizer.save_pretrained(new)
         except (SafetensorError, ValueError, RuntimeError) as error:
-            raise PrunekitError(f"{folder} can't be written: {_first_line(error)}") from error
+            raise PrunekitError(f"{folder} can't be written: {_one_line(error)}") from error
         facts = {
             "format": format,
             "base_model_type": architectures.base_model_type(model.config),

