@@ -244,7 +244,8 @@ def decode(
         _generation(tokenizer, prompts[i], ours, theirs[i], grid, i, tops[i])
         for i, ours in enumerate(rollouts)
     )
-    sequence = _sequence_metrics(generations, options["ends"], dense)
+    nlls = _text_nlls(dense, generations, grid["nll_dense"] if temperature == 1 else None)
+    sequence = _sequence_metrics(generations, options["ends"], *nlls)
     return Decoding(grid, generations, sequence)
 
 
@@ -341,12 +342,9 @@ def _generation(
 def _sequence_metrics(
     generations: Sequence[Generation],
     ends: Sequence[int],
-    dense: PreTrainedModel,
+    dense_nlls: Array,
+    pruned_nlls: Array,
 ) -> dict[str, Array]:
-    nlls = {
-        "dense": _mean_nlls(dense, [Rollout(g.prompt_ids, g.dense_ids) for g in generations]),
-        "pruned": _mean_nlls(dense, [Rollout(g.prompt_ids, g.pruned_ids) for g in generations]),
-    }
     table = []
     for index, found in enumerate(generations):
         ours, theirs = found.dense_ids, found.pruned_ids
@@ -368,13 +366,35 @@ def _sequence_metrics(
                 "eos_pruned": float(theirs[-1] in ends),
                 "length_dense": float(len(ours)),
                 "length_pruned": float(len(theirs)),
-                "nll_dense_text": nlls["dense"][index],
-                "nll_pruned_text": nlls["pruned"][index],
-                "perplexity_dense_text": float(np.exp(nlls["dense"][index])),
-                "perplexity_pruned_text": float(np.exp(nlls["pruned"][index])),
+                "nll_dense_text": dense_nlls[index],
+                "nll_pruned_text": pruned_nlls[index],
+                "perplexity_dense_text": float(np.exp(dense_nlls[index])),
+                "perplexity_pruned_text": float(np.exp(pruned_nlls[index])),
             }
         )
     return {name: np.array([row[name] for row in table], np.float64) for name in SEQUENCE_METRICS}
+
+
+def _text_nlls(
+    dense: PreTrainedModel, generations: Sequence[Generation], stepwise: Array | None
+) -> tuple[Array, Array]:
+    """Mean NLL per token, in nats, of the dense and of the pruned texts under the dense model.
+
+    Args:
+        dense: The dense model.
+        generations: The texts.
+        stepwise: (prompt, step) NLLs of the dense texts' tokens, if they were measured at T = 1.
+    """
+    if stepwise is None:
+        ours = _mean_nlls(dense, [Rollout(g.prompt_ids, g.dense_ids) for g in generations])
+    else:
+        ours = grids.nan_mean(stepwise, (1,))
+    other = [i for i, found in enumerate(generations) if found.first_divergence is not None]
+    texts = [Rollout(generations[i].prompt_ids, generations[i].pruned_ids) for i in other]
+    theirs = ours.copy()  # a text that is the same is as likely
+    if texts:
+        theirs[other] = _mean_nlls(dense, texts)
+    return ours, theirs
 
 
 def _mean_nlls(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> Array:

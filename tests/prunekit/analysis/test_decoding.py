@@ -174,6 +174,24 @@ def test_teacher_forcing_does_not_depend_on_batching(tiny, word_tokenizer, pertu
     ]
 
 
+@torch.no_grad()
+def test_perplexity_of_texts_does_not_depend_on_the_temperature(tiny, word_tokenizer, perturbed):
+    model = tiny("llama")
+    pruned = perturbed(model, 0.03)
+    runs = [
+        decode(model, pruned, word_tokenizer, PROMPTS, max_new_tokens=7, temperature=t)
+        for t in (1.0, 0.6)
+    ]
+    for name in ("nll_dense_text", "nll_pruned_text", "perplexity_pruned_text"):
+        np.testing.assert_allclose(*(run.sequence[name] for run in runs), rtol=1e-4)
+    for index, text in enumerate(runs[0].generations):
+        ids = torch.tensor([text.prompt_ids + text.pruned_ids])
+        logprobs = model(ids).logits[0].double().log_softmax(-1)
+        start = len(text.prompt_ids)
+        by_hand = -np.mean([float(logprobs[i - 1, ids[0, i]]) for i in range(start, ids.shape[1])])
+        assert runs[0].sequence["nll_pruned_text"][index] == pytest.approx(by_hand, rel=1e-4)
+
+
 def test_json_round_trip(tiny, word_tokenizer, perturbed):
     model = tiny("llama")
     found = decode(model, perturbed(model), word_tokenizer, PROMPTS, max_new_tokens=5)

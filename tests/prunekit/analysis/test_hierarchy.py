@@ -115,6 +115,16 @@ def test_identical_models_differ_nowhere(architecture, tiny, batch_size):
         assert_identical(grid)
 
 
+def test_half_precision_models(tiny, perturbed):
+    model = tiny("gemma3_text").bfloat16()
+    sequences = rollouts((5, 7), (9, 4))
+    assert_identical(layerwise(model, copy.deepcopy(model), sequences))
+    assert_identical(accumulated(model, copy.deepcopy(model), sequences))
+    grid = layerwise(model, perturbed(model), sequences)
+    there = ~np.isnan(grid["h_cosine"])
+    assert (grid["kl_dense_pruned"][there] > 0).all()
+
+
 @torch.no_grad()
 def test_layerwise_equals_the_decode_loop_by_hand(architecture, tiny, perturbed):
     """Every step on its own prefix, inputs caught by hooks, float64 formulas."""
