@@ -144,6 +144,28 @@ def compile_case(case: KernelCase, arch: Arch) -> CompiledReport:
     Raises:
         ValueError: If kernels are being interpreted, or arguments and constants do not match.
     """
+    compiled = _compile(case, arch)
+    shared = int(compiled.metadata.shared)
+    if not isinstance(arch, int):
+        return _read_amd(case, arch, compiled.asm["amdgcn"], shared)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        text = _tool("cuobjdump", "-sass", str(path))
+    registers = re.search(r"REG:(\d+)", usage)
+    if registers is None:
+        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
+    return _read_sass(case, arch, parse_sass(text), int(registers.group(1)), shared)
+
+
+def compile_ptx(case: KernelCase, arch: int) -> tuple[str, int]:
+    """PTX of a case for an NVIDIA architecture, and the bytes of shared memory it uses."""
+    compiled = _compile(case, arch)
+    return compiled.asm["ptx"], int(compiled.metadata.shared)
+
+
+def _compile(case: KernelCase, arch: Arch) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -166,24 +188,11 @@ def compile_case(case: KernelCase, arch: Arch) -> CompiledReport:
 
         source_type = GluonASTSource
     source = source_type(kernel, signature, dict(case.constants), attributes)
-    is_cuda = isinstance(arch, int)
-    target = GPUTarget("cuda", arch, 32) if is_cuda else GPUTarget("hip", arch, 64)
+    kind = ("cuda", arch, 32) if isinstance(arch, int) else ("hip", arch, 64)
     options: dict[str, int] = {"num_warps": case.num_warps}
     if not kernel.is_gluon():
         options["num_stages"] = case.num_stages
-    compiled = triton.compile(source, target=target, options=options)
-    shared = int(compiled.metadata.shared)
-    if not is_cuda:
-        return _read_amd(case, arch, compiled.asm["amdgcn"], shared)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
-        usage = _tool("cuobjdump", "-res-usage", str(path))
-        text = _tool("cuobjdump", "-sass", str(path))
-    registers = re.search(r"REG:(\d+)", usage)
-    if registers is None:
-        raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
-    return _read_sass(case, arch, parse_sass(text), int(registers.group(1)), shared)
+    return triton.compile(source, target=GPUTarget(*kind), options=options)
 
 
 def discover() -> list[KernelCase]:
