@@ -149,18 +149,23 @@ def nm_mask(scores: Tensor, keep: int, of: int) -> Tensor:
 
 
 def _rank_small(groups: Tensor, keep: int) -> Tensor:
-    """Count for each member how many beat it: of·(of−1)/2 comparisons, vectorised over groups."""
-    columns = groups.t().contiguous()
-    size = columns.shape[0]
-    beaten = torch.zeros(columns.shape, dtype=torch.uint8, device=columns.device)
+    """Count for each member how many beat it: of·(of−1)/2 comparisons, vectorised over groups.
+
+    Comparisons are written as floats: torch vectorises those, and not the ones written as bool.
+    """
+    count, size = groups.shape
+    columns = torch.empty(size, count, dtype=torch.float32, device=groups.device)
+    for member in range(size):
+        columns[member] = groups[:, member]
+    beaten = torch.zeros_like(columns)
+    wins = torch.empty_like(columns)
     for left in range(size - 1):
+        later = slice(left + 1, size)
         # An equal, earlier member comes first.
-        wins = torch.ge(columns[left], columns[left + 1 :]).view(torch.uint8)
-        beaten[left + 1 :] += wins
-        beaten[left] += size - 1 - left
-        for row in wins:
-            beaten[left] -= row
-    return (beaten < keep).t()
+        torch.ge(columns[left], columns[later], out=wins[later])
+        beaten[later] += wins[later]
+        beaten[left] += (size - 1 - left) - wins[later].sum(0)
+    return torch.stack((beaten < keep).unbind(0), -1)
 
 
 def _rank_sorted(groups: Tensor, keep: int) -> Tensor:

@@ -1,9 +1,9 @@
 """Chunked sums over the vocabulary for pairs of logit rows: the engine of the eager metrics.
 
 Rows are taken a few at a time and summed in buffers that stay in cache and are reused, so the
-extra memory does not grow with the input. "core" sums in float32; "precise" and "full" run the
-same sums in float64, which costs about as much as the series expansions that float32 would need
-and leaves nothing to cancel. Mathematics: the module docstring of `closed_form`.
+extra memory does not grow with the vocabulary, and by some hundred bytes per row. "core" sums in
+float32; "precise" and "full" run the same sums in float64, which leaves nothing to cancel.
+Mathematics: the module docstring of `closed_form`.
 """
 
 from __future__ import annotations

@@ -16,16 +16,17 @@ def leader(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     runner-up is either the second best block or inside the best one.
     """
     vocab = logits.shape[1]
-    whole = vocab // _WIDTH * _WIDTH
-    blocks = torch.unflatten(logits[:, :whole], 1, (-1, _WIDTH)).amax(-1)
+    width = min(_WIDTH, vocab)
+    whole = vocab // width * width
+    blocks = torch.unflatten(logits[:, :whole], 1, (-1, width)).amax(-1)
     if whole < vocab:
         blocks = torch.cat([blocks, logits[:, whole:].amax(-1, keepdim=True)], 1)
     best = blocks.argmax(-1, keepdim=True)
-    columns = best * _WIDTH + torch.arange(_WIDTH, device=logits.device)
+    columns = best * width + torch.arange(width, device=logits.device)
     inside = logits.gather(1, columns.clamp_max(vocab - 1))
     inside.masked_fill_(columns >= vocab, _NEG_INF)
     offset = inside.argmax(-1, keepdim=True)
-    index = (best * _WIDTH + offset).squeeze(1)
+    index = (best * width + offset).squeeze(1)
     maximum = inside.gather(1, offset).squeeze(1).double()
     rest = inside.scatter(1, offset, _NEG_INF).amax(-1)
     others = blocks.scatter(1, best, _NEG_INF).amax(-1)
@@ -85,7 +86,8 @@ def compare(
     log_p = torch.cat([log_own[0], torch.log(tail[0])[:, None]], 1)
     log_q = torch.cat([log_cross[1], torch.log(tail[1])[:, None]], 1)
     probability = [log_own[0].exp(), log_own[1].exp()]
-    overlap = (ids[0][:, :, None] == ids[1][:, None, :]).sum((1, 2)).double() / k
+    listed = torch.zeros(pair[0].shape, dtype=torch.bool, device=ids.device)
+    overlap = listed.scatter_(1, ids[0], True).gather(1, ids[1]).sum(-1).double() / k
     rows = [
         overlap,
         probability[0].sum(-1),

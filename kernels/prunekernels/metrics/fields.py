@@ -137,7 +137,8 @@ class PairStats(_Fields):
         margin_other: the same for b.
         tie: bool, whether either margin is 0 (common in bfloat16: a flip may be an accident).
         estimate_valid: bool, whether the standard deviation of d/T under p is at most 1. Above
-            that the second-order estimates are off by a factor of two or more.
+            that the second-order estimates are off by a factor of two or more. It sees what p
+            sees: where p has all its mass on one token, it holds whatever q does.
         nll_base: −ln p(label), with `labels`.
         nll_other: −ln q(label), with `labels`.
         prob_delta: q(label)−p(label), with `labels`.

@@ -78,8 +78,10 @@ def pair_stats(
         subset: distinct token ids, the same for all rows; adds `subset`, the same statistics of
             the softmax over those tokens (without labels and topk).
         topk: how many of the likeliest tokens of each row to report; 0 for none.
-        level: "core" sums in float32. "precise" makes divergences exact down to KL 1e-7. "full"
-            is precise, and adds `js`, `total_variation` and `hellinger` (a second pass).
+        level: "core" sums in float32: a KL is within about 1e-6 of the truth, so one below that
+            is rounding (and never negative). "precise" keeps its digits down to KL 1e-7 and
+            less. "full" is precise, and adds `js`, `total_variation` and `hellinger` (a second
+            pass over the rows).
         weights: whose distribution, "base" or "other", weighs `kl_estimate` and
             `one_minus_cos_prob_estimate`.
         impl: "auto", "triton" or "eager".
