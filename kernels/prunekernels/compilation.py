@@ -224,8 +224,9 @@ _SASS_LINE = re.compile(
 
 def parse_sass(text: str) -> list[Instruction]:
     """Instructions of the text that `cuobjdump -sass` prints, without predicates."""
+    # Blackwell's scheduling notes (&req=…, ?trans5) follow the operands
     return [
-        Instruction(int(address, 16), opcode, operands.strip())
+        Instruction(int(address, 16), opcode, re.split(r"\s+[&?]", operands)[0].strip())
         for address, opcode, operands in _SASS_LINE.findall(text)
     ]
 

@@ -85,7 +85,7 @@ def test_loops_are_found_from_backward_branches():
                 "IADD3 R2, R2, 0x1, RZ",  # 0x10: outer
                 "FADD R3, R3, R4",  # 0x20: inner
                 "@!P0 LDG.E R4, [R2.64]",
-                "@P1 BRA 0x20",
+                "@P1 BRA 0x20   &req={2}   ?trans5",
                 "@P0 BRA 0x10",
                 "EXIT",
                 "BRA 0x70",
