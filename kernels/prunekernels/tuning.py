@@ -77,13 +77,67 @@ def sparse24_mma(tokens: int, rows: int, columns: int, gated: bool, processors: 
         processors: Multiprocessors of the device.
 
     Returns:
-        The configuration. Two row tiles per warp; as many token tiles as M fills, at most four:
-        more leave too few registers to hold the next unit of the weight.
+        The configuration. Two row tiles per warp; as many token tiles as M fills, at most eight:
+        with those the registers that hold the next unit of the weight still suffice.
     """
-    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     blocks = -(-rows // (64 if gated else 128)) * -(-tokens // (8 * token_tiles))
     units = max(1, columns // 256)
     # about three programs per multiprocessor keep enough of the weight in flight; a split is worth
     # its float32 parts from two units on
     splits = max(1, min(-(-3 * processors // blocks), units // 2))
-    return MmaConfig(2, token_tiles, 2 if token_tiles == 4 else 4, splits)
+    return MmaConfig(2, token_tiles, 4 if token_tiles <= 2 else 2, splits)
+
+
+class PairConfig(NamedTuple):
+    """Tile of the pair-statistics kernel: `lanes` × 4 columns, `units` of them between checks."""
+
+    lanes: int
+    units: int
+    num_warps: int
+
+
+class MergeConfig(NamedTuple):
+    """Tile of the merge kernel: rows per program, splits read at a time, warps."""
+
+    rows: int
+    splits: int
+    num_warps: int
+
+
+def pair_config() -> PairConfig:
+    """One lane per thread: more need registers that then limit the programs in flight."""
+    return PairConfig(lanes=128, units=8, num_warps=4)
+
+
+def pair_splits(rows: int, vocab: int) -> int:
+    """Programs that share a row, so that few rows fill the machine too (predicted).
+
+    Every split has at least one whole tile of 4096 columns.
+    """
+    tiles = max(1, vocab // 4096)
+    return max(1, min(tiles, 1600 // max(rows, 1)))
+
+
+def merge_config(splits: int) -> MergeConfig:
+    """Rows × splits of about one warp's worth of float64 sums (predicted)."""
+    block = 1
+    while block < min(splits, 64):
+        block *= 2
+    return MergeConfig(rows=max(1, 32 // block), splits=block, num_warps=1)
+
+
+class VectorConfig(NamedTuple):
+    """Tile of the vector-statistics kernel: rows per program, columns at a time, warps."""
+
+    rows: int
+    block: int
+    num_warps: int
+
+
+def vector_config(width: int) -> VectorConfig:
+    """About 1024 elements in flight per program (predicted)."""
+    block = 64
+    while block < min(width, 1024):
+        block *= 2
+    return VectorConfig(rows=1024 // block, block=block, num_warps=4)

@@ -3,6 +3,7 @@
 from prunekernels.metrics.fields import PairStats, TopKStats, VectorStats
 from prunekernels.metrics.head import head_pair_stats
 from prunekernels.metrics.pair import pair_stats
+from prunekernels.metrics.register import register_kernels
 from prunekernels.metrics.summary import summarize
 from prunekernels.metrics.vector import vector_stats
 
@@ -15,3 +16,5 @@ __all__ = [
     "summarize",
     "vector_stats",
 ]
+
+register_kernels()

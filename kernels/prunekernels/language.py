@@ -1,0 +1,300 @@
+"""Triton helpers shared by the metric kernels: the sums of a pair of logit rows, and their moves.
+
+Exponents are in base 2: w = 2^y, v = 2^z with y = k·a−A, z = k·b−B, k = log2(e)/T. The core level
+takes each by one fused multiply-add, so that a rounded reference A shifts a row but never bends
+it, and x = z−y. The precise level's references are logits, α and β: y = k·(a−α), z = k·(b−β), and
+x = ((b−β)−(a−α))/T, which is exact where it matters. ρ = v−w, d = b−a. A bundle of sums is a tuple:
+    W0 W1 W2 Wy V0 V1 Vy R0 S0 C0 Q1 Q2 Pw P2 U1 U2 L1 Z2 Zd D2 ZZ B2 n [A Φp Φq] [V2]
+named as in `closed_form` (y and z in base-2 units, x too unless precise); Q1, Q2 = Σ{x, x²}·w², or
+·v² if the estimates are weighted by the other row, which also adds V2 = Σv·x²; the precise level
+adds A = Σρ, Φp = Σw·φ(t), Φq = Σv·φ(−t), with t = x and φ(t) = eᵗ−1−t (METRICS, "One pass").
+"""
+
+# ruff: noqa: RUF005, SIM108  (Triton compiles neither starred tuples nor every ternary)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+#: Triton decides the same way, when a kernel's module is imported.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+LN2 = tl.constexpr(0.6931471805599453)
+LOG2E = tl.constexpr(1.4426950408889634)
+#: How far max b may lie above its reference, in base-2 units: 20 nats.
+FAR = tl.constexpr(28.853900817779268)
+#: Floor of exponents: 2^−10000 is 0 and 0·−10000 is not NaN.
+LOWEST = tl.constexpr(-1.0e30)
+
+BUNDLE: tuple[str, ...] = (
+    "W0",
+    "W1",
+    "W2",
+    "Wy",
+    "V0",
+    "V1",
+    "Vy",
+    "R0",
+    "S0",
+    "C0",
+    "Q1",
+    "Q2",
+    "Pw",
+    "P2",
+)
+BUNDLE += ("U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2", "n")
+
+
+def bundle(precise: bool, other: bool) -> tuple[str, ...]:
+    """Names of the sums in the order of their tuple."""
+    return BUNDLE + (("A", "Fp", "Fq") if precise else ()) + (("V2",) if other else ())
+
+
+@triton.jit
+def add(left, right):
+    """Elementwise sum of two tuples."""
+    out = ()
+    for i in tl.static_range(len(left)):
+        out = out + (left[i] + right[i],)
+    return out
+
+
+@triton.jit
+def zeros(SHAPE: tl.constexpr, DTYPE: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr):
+    """An empty bundle."""
+    out = ()
+    for _ in tl.static_range(23 + 3 * PRECISE + OTHER):
+        out = out + (tl.zeros(SHAPE, DTYPE),)
+    return out
+
+
+@triton.jit
+def fma(a, b, c):
+    """a·b+c rounded once; the interpreter's own `tl.fma` rounds twice."""
+    if INTERPRETED:
+        return (a.to(tl.float64) * b + c.to(tl.float64)).to(tl.float32)
+    else:
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE: tl.constexpr):
+    """y, z and x of logits a and b."""
+    if PRECISE:
+        low_a = a - ref_a
+        low_b = b - ref_b
+        return low_a * k, low_b * k, (low_b - low_a) * inverse_t
+    else:
+        y = fma(a, k, -ref_a)
+        z = fma(b, k, -ref_b)
+        return y, z, z - y
+
+
+@triton.jit
+def accumulate(
+    s,
+    a,
+    b,
+    y,
+    z,
+    x,
+    whole_a,
+    whole_b,
+    keep,
+    MASKED: tl.constexpr,
+    PRECISE: tl.constexpr,
+    OTHER: tl.constexpr,
+):
+    """Add the terms of one block of logits to a bundle of the same shape.
+
+    a, b: logits. y, z, x: from `exponents`. With MASKED, whole_a and whole_b say where each is a
+    finite number and keep where at least one is; elsewhere a, b are 0 and y, z at their floor.
+    """
+    w = tl.exp2(y)
+    v = tl.exp2(z)
+    d = b - a
+    if MASKED:
+        w = tl.where(whole_a, w, 0.0)
+        v = tl.where(whole_b, v, 0.0)
+        both = whole_a & whole_b
+        x = tl.where(both, x, 0.0)
+        d = tl.where(both, d, 0.0)
+        a = tl.where(both, a, 0.0)
+        b = tl.where(both, b, 0.0)
+    rho = v - w
+    if PRECISE:
+        t = x
+        t2 = t * t
+        even = t2 * (0.5 + t2 * (0.041666667 + t2 * 0.0013888889))
+        odd = t * t2 * (0.16666667 + t2 * (0.0083333333 + t2 * 0.0001984127))
+        wt = w * t
+        near = tl.abs(t) < 0.25
+        if MASKED:
+            near = near & both
+        wphi = w * (even + odd)
+        rho = tl.where(near, wt + wphi, rho)
+        phi_p = tl.where(near, wphi, rho - wt)
+        phi_q = tl.where(near, v * (even - odd), v * t - rho)
+    wx = w * x
+    if OTHER:
+        vx = v * x
+        v1 = s[5] + vx
+        q1 = s[10] + vx * v
+        q2 = s[11] + vx * vx
+    else:
+        v1 = s[5] + v * x
+        q1 = s[10] + wx * w
+        q2 = s[11] + wx * wx
+    n = s[22]
+    if MASKED:
+        n = n + tl.where(keep, 1.0, 0.0)
+    out = (
+        s[0] + w,
+        s[1] + wx,
+        s[2] + wx * x,
+        s[3] + w * y,
+        s[4] + v,
+        v1,
+        s[6] + v * z,
+        s[7] + w * w,
+        s[8] + v * v,
+        s[9] + w * v,
+        q1,
+        q2,
+        s[12] + w * rho,
+        s[13] + rho * rho,
+        s[14] + x,
+        s[15] + x * x,
+        s[16] + tl.abs(d),
+        s[17] + a * a,
+        s[18] + a * d,
+        s[19] + d * d,
+        s[20] + a * b,
+        s[21] + b * b,
+        n,
+    )
+    if PRECISE:
+        out = out + (s[23] + rho, s[24] + phi_p, s[25] + phi_q)
+    if OTHER:
+        out = out + (s[len(s) - 1] + vx * x,)
+    return out
+
+
+@triton.jit
+def moves(old_a, new_a, old_b, new_b, unit):
+    """What moving the references from old to new does, in float64 (−inf: nothing summed yet).
+
+    unit: k where the references are logits (precise), 1 where they are exponents.
+    """
+    unit = tl.cast(unit, tl.float64)
+    da = (new_a.to(tl.float64) - old_a.to(tl.float64)) * unit
+    db = (new_b.to(tl.float64) - old_b.to(tl.float64)) * unit
+    da = tl.where(old_a == float("-inf"), 0.0, da)
+    db = tl.where(old_b == float("-inf"), 0.0, db)
+    t = (db - da) * LN2
+    ra = tl.exp2(-da)
+    rb = tl.exp2(-db)
+    t2 = t * t
+    small = tl.abs(t) < 1e-3
+    even = t2 * (0.5 + t2 * (1.0 / 24.0))
+    odd = t2 * t * (1.0 / 6.0 + t2 * (1.0 / 120.0))
+    # ra·expm1(−t), ra·φ(−t) and rb·φ(t), each from what neither cancels nor overflows.
+    e = tl.where(small, ra * (even - odd - t), rb - ra)
+    phi_p = tl.where(small, ra * (even - odd), rb - ra + ra * t)
+    phi_q = tl.where(small, rb * (even + odd), ra - rb - rb * t)
+    return (da, db, db - da, ra, rb, e, phi_p, phi_q, t)
+
+
+@triton.jit
+def rebase(s, m, DTYPE: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr):
+    """A bundle relative to new references; `m` from `moves`, broadcastable to the sums."""
+    da = m[0].to(DTYPE)
+    db = m[1].to(DTYPE)
+    if PRECISE:
+        x = m[8].to(DTYPE)
+    else:
+        x = m[2].to(DTYPE)
+    ra = m[3].to(DTYPE)
+    rb = m[4].to(DTYPE)
+    e = m[5].to(DTYPE)
+    if OTHER:
+        q0 = s[8]
+        rq = rb * rb
+    else:
+        q0 = s[7]
+        rq = ra * ra
+    out = (
+        ra * s[0],
+        ra * (s[1] - x * s[0]),
+        ra * (s[2] - x * (2.0 * s[1] - x * s[0])),
+        ra * (s[3] - da * s[0]),
+        rb * s[4],
+        rb * (s[5] - x * s[4]),
+        rb * (s[6] - db * s[4]),
+        ra * ra * s[7],
+        rb * rb * s[8],
+        ra * rb * s[9],
+        rq * (s[10] - x * q0),
+        rq * (s[11] - x * (2.0 * s[10] - x * q0)),
+        ra * (e * s[7] + rb * s[12]),
+        e * (e * s[7] + 2.0 * rb * s[12]) + rb * rb * s[13],
+        s[14] - x * s[22],
+        s[15] - x * (2.0 * s[14] - x * s[22]),
+        s[16],
+        s[17],
+        s[18],
+        s[19],
+        s[20],
+        s[21],
+        s[22],
+    )
+    if PRECISE:
+        out = out + (
+            e * s[0] + rb * s[23],
+            ra * s[24] + m[6].to(DTYPE) * s[0] + e * s[23],
+            rb * s[25] + m[7].to(DTYPE) * s[0] - rb * m[8].to(DTYPE) * s[23],
+        )
+    if OTHER:
+        out = out + (rb * (s[len(s) - 1] - x * (2.0 * s[5] - x * s[4])),)
+    return out
+
+
+@triton.jit
+def log1p(x):
+    """ln(1+x) of float64 without losing a small x (Kahan's quotient)."""
+    u = 1.0 + x
+    step = tl.where(u == 1.0, 1.0, u - 1.0)
+    return tl.where(u == 1.0, x, tl.log(u) * (x / step))
+
+
+@triton.jit
+def angles(z2, zd, d2, zz, b2):
+    """cosine, 1−cosine, alpha, ‖d⊥‖/‖a‖ as `closed_form.angle_fields` defines them, in float64."""
+    same = d2 == 0.0
+    cosine = zz / tl.sqrt(z2 * b2)
+    cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
+    cosine = tl.where((z2 == 0.0) | (b2 == 0.0), 0.0, cosine)
+    cosine = tl.where(same, 1.0, cosine)
+    alpha = tl.where(same, 0.0, zd / z2)
+    across2 = d2 - alpha * zd
+    across2 = tl.where(across2 < 0.0, 0.0, across2)
+    close = (d2 < b2) & (cosine > 0.5)
+    one_minus = tl.where(close, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
+    orthogonal = tl.where(same, 0.0, tl.sqrt(across2 / z2))
+    return cosine, one_minus, alpha, orthogonal
+
+
+@triton.jit
+def count(s, elements):
+    """Add to n, the elements that each lane has seen."""
+    out = ()
+    for i in tl.static_range(len(s)):
+        if i == 22:
+            out = out + (s[i] + elements,)
+        else:
+            out = out + (s[i],)
+    return out

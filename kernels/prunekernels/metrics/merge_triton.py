@@ -1,0 +1,352 @@
+"""From partial sums of pairs of logit rows to the reported fields, in one launch.
+
+The splits of a row (of one vocabulary, or of shards of it held by several processes) are moved to
+common references and added in float64, in an order that only depends on their number; the fields
+are then evaluated as `closed_form` defines them, with exponents in base 2 (`language`).
+"""
+
+# ruff: noqa: RUF005  (Triton compiles neither starred tuples nor every ternary)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import contextlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunekernels import language as lib
+from prunekernels import layout, tuning
+
+#: What a partial state holds before the sums. ref: A, B; top, second: the largest logits; label:
+#: the label's logit, 0 where another split has it; then counts of excluded elements.
+HEAD: tuple[str, ...] = (
+    "ref_a",
+    "ref_b",
+    "top_a",
+    "top_b",
+    "second_a",
+    "second_b",
+    "label_a",
+    "label_b",
+)
+HEAD += ("only_a", "only_b", "broken_a", "broken_b")
+
+
+def state_fields(precise: bool, other: bool) -> tuple[str, ...]:
+    """Names of the numbers in a partial state, in order."""
+    return HEAD + lib.bundle(precise, other)
+
+
+@triton.jit(do_not_specialize=["N", "S"])
+def _pair_merge_kernel(
+    floats_ptr,  # (N, S, FIELDS) partial states
+    ids_ptr,  # (N, S, 2) int64
+    out_ptr,  # (fields, N) fp32, `layout.pair_floats`
+    out_ids_ptr,  # (2, N) int64
+    flags_ptr,  # (3, N) bool
+    norms_ptr,  # (4, N) float64: references of base and other (logits), ln W0, ln V0
+    N,
+    S,
+    k,  # log2(e)/T as the sums used it
+    temperature,  # T = temperature + temperature_rest
+    temperature_rest,
+    FIELDS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    OTHER: tl.constexpr,
+    LABELS: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPLITS: tl.constexpr,  # splits read at a time
+):
+    HEADS: tl.constexpr = 12
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = rows < N
+    minus_inf = float("-inf")
+    big = 9223372036854775807
+
+    # References, maxima and their ids first: all that needs no sums.
+    ref_a = tl.full((ROWS,), minus_inf, tl.float64)
+    ref_b = tl.full((ROWS,), minus_inf, tl.float64)
+    top_a = tl.full((ROWS,), minus_inf, tl.float64)
+    top_b = tl.full((ROWS,), minus_inf, tl.float64)
+    second_a = tl.full((ROWS,), minus_inf, tl.float64)
+    second_b = tl.full((ROWS,), minus_inf, tl.float64)
+    id_a = tl.full((ROWS,), big, tl.int64)
+    id_b = tl.full((ROWS,), big, tl.int64)
+    label_a = tl.zeros((ROWS,), tl.float64)
+    label_b = tl.zeros((ROWS,), tl.float64)
+    counts = (label_a, label_a, label_a, label_a)
+    for start in range(0, S, SPLITS):
+        splits = start + tl.arange(0, SPLITS)
+        mask = inside[:, None] & (splits < S)[None, :]
+        at = rows[:, None] * S + splits[None, :]
+        state = floats_ptr + at * FIELDS
+        a = tl.load(state, mask=mask, other=minus_inf).to(tl.float64)
+        b = tl.load(state + 1, mask=mask, other=minus_inf).to(tl.float64)
+        block_a = tl.max(a, 1)
+        holder = tl.min(tl.where(a == block_a[:, None], splits[None, :], 2147483647), 1)
+        block_b = tl.max(tl.where(splits[None, :] == holder[:, None], b, minus_inf), 1)
+        ref_b = tl.where(block_a > ref_a, block_b, ref_b)
+        ref_a = tl.maximum(ref_a, block_a)
+        top_a, second_a, id_a = _lead(
+            state + 2, state + 4, ids_ptr + at * 2, mask, top_a, second_a, id_a
+        )
+        top_b, second_b, id_b = _lead(
+            state + 3, state + 5, ids_ptr + at * 2 + 1, mask, top_b, second_b, id_b
+        )
+        label_a += tl.sum(tl.load(state + 6, mask=mask, other=0.0).to(tl.float64), 1)
+        label_b += tl.sum(tl.load(state + 7, mask=mask, other=0.0).to(tl.float64), 1)
+        found = ()
+        for i in tl.static_range(4):
+            part = tl.load(state + 8 + i, mask=mask, other=0.0)
+            found = found + (tl.sum(part.to(tl.float64), 1),)
+        counts = lib.add(counts, found)
+    # From here on references are exponents.
+    scale = tl.cast(k, tl.float64)
+    t = tl.cast(temperature, tl.float64) + tl.cast(temperature_rest, tl.float64)
+    if PRECISE:
+        unit = scale
+        nats = 1.0
+    else:
+        unit = 1.0
+        nats = lib.LN2
+    ref_a = ref_a * unit
+    ref_b = ref_b * unit
+    ref_b = tl.where((top_b * scale > ref_b + lib.FAR) | (ref_b == minus_inf), top_b * scale, ref_b)
+
+    s = lib.zeros((ROWS,), tl.float64, PRECISE, OTHER)
+    for start in range(0, S, SPLITS):
+        splits = start + tl.arange(0, SPLITS)
+        mask = inside[:, None] & (splits < S)[None, :]
+        state = floats_ptr + (rows[:, None] * S + splits[None, :]) * FIELDS
+        a = tl.load(state, mask=mask, other=minus_inf).to(tl.float64) * unit
+        b = tl.load(state + 1, mask=mask, other=minus_inf).to(tl.float64) * unit
+        part = ()
+        for i in tl.static_range(FIELDS - HEADS):
+            part = part + (tl.load(state + HEADS + i, mask=mask, other=0.0).to(tl.float64),)
+        moves = lib.moves(a, ref_a[:, None], b, ref_b[:, None], 1.0)
+        part = lib.rebase(part, moves, tl.float64, PRECISE, OTHER)
+        total = ()
+        for i in tl.static_range(FIELDS - HEADS):
+            total = total + (tl.sum(part[i], 1),)
+        s = lib.add(s, total)
+
+    nan = float("nan")
+    inf = float("inf")
+    only_a = counts[0] > 0
+    only_b = counts[1] > 0
+    one_sided = only_a | only_b
+    broken_a = (counts[2] > 0) | (tl.abs(top_a) == inf)
+    broken_b = (counts[3] > 0) | (tl.abs(top_b) == inf)
+    broken = broken_a | broken_b
+
+    w0 = s[0]
+    v0 = s[4]
+    ln_w0 = tl.log(w0)
+    ln_v0 = tl.log(v0)
+    w1 = s[1] / w0
+    v1 = s[5] / v0
+    if PRECISE:
+        mean = s[23] / w0
+        bend = lib.log1p(mean)
+        kl_pq = s[24] / w0 - (mean - bend)
+        kl_qp = s[25] / v0 + mean / (1.0 + mean) - bend
+    else:
+        c = tl.log(v0 / w0)
+        kl_pq = c - w1 * nats
+        kl_qp = v1 * nats - c
+    kl_pq = tl.where(only_b, inf, _at_least_0(kl_pq))
+    kl_qp = tl.where(only_a, inf, _at_least_0(kl_qp))
+    square = nats * nats
+    var_p = tl.where(only_b, inf, _at_least_0(s[2] / w0 - w1 * w1)) * square
+    if OTHER:
+        var = tl.where(only_a, inf, _at_least_0(s[len(s) - 1] / v0 - v1 * v1)) * square
+        q0 = s[8]
+        lost = only_a
+    else:
+        var = var_p
+        q0 = s[7]
+        lost = only_b
+    q1 = s[10] / q0
+    var_q = tl.where(lost, inf, _at_least_0(s[11] / q0 - q1 * q1)) * square
+    cos_p = tl.minimum(s[9] / tl.sqrt(s[7] * s[8]), 1.0)
+    apart = _at_least_0(s[13] - s[12] * s[12] / s[7])
+    one_minus_cos_p = tl.where(cos_p > 0.5, apart / (s[8] * (1.0 + cos_p)), 1.0 - cos_p)
+    cos_z, one_minus_cos_z, alpha, orthogonal = lib.angles(s[17], s[18], s[19], s[20], s[21])
+    u1 = s[14] / s[22]
+    uniform = _at_least_0(s[15] / s[22] - u1 * u1) * (nats * t) * (nats * t)
+    lse_a = ref_a / scale / t + ln_w0
+    lse_b = ref_b / scale / t + ln_v0
+    margin_a = top_a - second_a
+    margin_b = top_b - second_b
+    fields = (
+        kl_pq,
+        kl_qp,
+        _at_least_0(ln_w0 - s[3] / w0 * lib.LN2),
+        _at_least_0(ln_v0 - s[6] / v0 * lib.LN2),
+        lse_a,
+        lse_b,
+        cos_p,
+        one_minus_cos_p,
+        tl.where(one_sided, nan, cos_z),
+        tl.where(one_sided, nan, one_minus_cos_z),
+        tl.where(one_sided, nan, alpha),
+        tl.where(one_sided, nan, tl.abs(alpha)),
+        tl.where(one_sided, nan, orthogonal),
+        0.5 * var,
+        0.5 * var_q,
+        tl.where(one_sided, inf, uniform),
+        tl.where(one_sided, inf, s[16]),
+        tl.where(one_sided, inf, s[19]),
+        margin_a,
+        margin_b,
+    )
+    if LABELS:
+        nll_a = lse_a - label_a / t
+        nll_b = lse_b - label_b / t
+        fields = fields + (nll_a, nll_b, tl.exp(-nll_b) - tl.exp(-nll_a))
+    for i in tl.static_range(len(fields)):
+        value = tl.where(broken, nan, fields[i]).to(tl.float32)
+        tl.store(out_ptr + tl.cast(i, tl.int64) * N + rows, value, mask=inside)
+    id_a = tl.where(broken_a, -1, id_a)
+    id_b = tl.where(broken_b, -1, id_b)
+    tl.store(out_ids_ptr + rows, id_a, mask=inside)
+    tl.store(out_ids_ptr + N + rows, id_b, mask=inside)
+    tie = (margin_a == 0.0) | (margin_b == 0.0)
+    tl.store(flags_ptr + rows, (id_a != id_b) & ~broken, mask=inside)
+    tl.store(flags_ptr + N + rows, tie & ~broken, mask=inside)
+    valid = (var_p <= 1.0) & ~one_sided & ~broken
+    tl.store(flags_ptr + 2 * N + rows, valid, mask=inside)
+    tl.store(norms_ptr + rows, ref_a / scale, mask=inside)
+    tl.store(norms_ptr + N + rows, ref_b / scale, mask=inside)
+    tl.store(norms_ptr + 2 * N + rows, ln_w0, mask=inside)
+    tl.store(norms_ptr + 3 * N + rows, ln_v0, mask=inside)
+
+
+@triton.jit
+def _lead(top_ptr, second_ptr, id_ptr, mask, top, second, index):
+    """Take a block of splits into the running maximum, runner-up and first index."""
+    tops = tl.load(top_ptr, mask=mask, other=float("-inf")).to(tl.float64)
+    seconds = tl.load(second_ptr, mask=mask, other=float("-inf")).to(tl.float64)
+    ids = tl.load(id_ptr, mask=mask, other=9223372036854775807)
+    best = tl.max(tops, 1)
+    first = tl.min(tl.where(tops == best[:, None], ids, 9223372036854775807), 1)
+    mine = (ids == first[:, None]) & (tops == best[:, None])
+    runner_up = tl.max(tl.where(mine, seconds, tops), 1)
+    wins = (best > top) | ((best == top) & (first < index))
+    runner_up = tl.where(wins, tl.maximum(runner_up, top), tl.maximum(second, best))
+    return tl.maximum(top, best), runner_up, tl.where(wins, first, index)
+
+
+@triton.jit
+def _at_least_0(x):
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Partial sums of N rows in S splits.
+
+    Attributes:
+        floats: `(N, S, fields)` float32, `state_fields`.
+        ids: `(N, S, 2)` int64, first ids of the largest logits.
+        temperature: T.
+        precise: whether the sums of the precise level are there.
+        by_other: whether the second-order estimates are weighted by other.
+        labels: whether label logits are there.
+    """
+
+    floats: Tensor
+    ids: Tensor
+    temperature: float
+    precise: bool
+    by_other: bool
+    labels: bool
+
+    @property
+    def scale(self) -> float:
+        """k = log2(e)/T as the kernels see it."""
+        return exponent_scale(self.temperature)
+
+    def finish(self, level: str) -> tuple[list[Tensor], Tensor]:
+        """Merge the splits; floats, ids and flags as `layout` packs them, and the norms."""
+        rows, splits = self.ids.shape[:2]
+        names = layout.pair_floats(level, self.labels)
+        device = self.floats.device
+        floats = torch.empty(len(names), rows, dtype=torch.float32, device=device)
+        ids = torch.empty(2, rows, dtype=torch.int64, device=device)
+        flags = torch.empty(3, rows, dtype=torch.bool, device=device)
+        norms = torch.empty(4, rows, dtype=torch.float64, device=device)
+        if rows:
+            config = tuning.merge_config(splits)
+            high = _to_float32(self.temperature)
+            with on(self.floats):
+                _pair_merge_kernel[(triton.cdiv(rows, config.rows),)](
+                    self.floats,
+                    self.ids,
+                    floats,
+                    ids,
+                    flags,
+                    norms,
+                    rows,
+                    splits,
+                    self.scale,
+                    high,
+                    self.temperature - high,
+                    FIELDS=self.floats.shape[2],
+                    PRECISE=self.precise,
+                    OTHER=self.by_other,
+                    LABELS=self.labels,
+                    ROWS=config.rows,
+                    SPLITS=config.splits,
+                    num_warps=config.num_warps,
+                    num_stages=1,
+                )
+        return [floats, ids, flags], norms
+
+
+def empty_state(
+    device: torch.device,
+    rows: int,
+    splits: int,
+    temperature: float,
+    precise: bool,
+    by_other: bool,
+    labels: bool,
+) -> State:
+    """Room for the partial sums of `rows` rows in `splits` splits."""
+    fields = len(state_fields(precise, by_other))
+    floats = torch.empty(rows, splits, fields, dtype=torch.float32, device=device)
+    ids = torch.empty(rows, splits, 2, dtype=torch.int64, device=device)
+    return State(floats, ids, temperature, precise, by_other, labels)
+
+
+def merge_states(states: Sequence[State]) -> State:
+    """One state of all splits, in the given order; nothing is added up until `finish`."""
+    return replace(
+        states[0],
+        floats=torch.cat([state.floats for state in states], 1),
+        ids=torch.cat([state.ids for state in states], 1),
+    )
+
+
+def exponent_scale(temperature: float) -> float:
+    """log2(e)/T rounded to float32, as a kernel argument is."""
+    return _to_float32(math.log2(math.e) / temperature)
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one while kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _to_float32(value: float) -> float:
+    return float(struct.unpack("f", struct.pack("f", value))[0])

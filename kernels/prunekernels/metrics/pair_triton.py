@@ -1,0 +1,504 @@
+"""Pair statistics of logits in one pass (METRICS: "One pass", "Kernels").
+
+A program sums one split of the vocabulary of one pair of rows into 512 lanes, without reducing
+across them: tiles of 4096 without masks, then what is left over at either end in masked pieces of
+512. The references A = k·max a and B = k·b there move in a branch that is rarely taken. Where a
+split turns out to hold −inf, NaN or +inf, it is summed again, in masked pieces alone. Partial sums
+are merged in a fixed order by `merge_triton`; "full" then reads the logits a second time, with
+both normalisers known.
+"""
+
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="misc, var-annotated, assignment"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunekernels import language as lib
+from prunekernels import layout, top_tokens, tuning
+from prunekernels.metrics import merge_triton
+from prunekernels.metrics.merge_triton import State
+from prunekernels.metrics.rows import PairRows
+from prunekernels.pair_sums import take_rows
+
+
+@triton.jit(do_not_specialize=["N", "V", "S", "first_id"])
+def _pair_sums_kernel(
+    base_ptr,  # logits a
+    other_ptr,  # logits b
+    starts_ptr,  # (2, N) int64 first element of each row, with ROW_TABLE
+    labels_ptr,  # (N,) int64, with LABELS
+    floats_ptr,  # (N, S, FIELDS) fp32: `merge_triton.state_fields`
+    ids_ptr,  # (N, S, 2) int64
+    N,
+    V,
+    S,
+    stride_an,
+    stride_av,
+    stride_bn,
+    stride_bv,
+    first_id,  # id of the first column
+    k,  # log2(e)/T
+    inverse_t,  # 1/T
+    PRECISE: tl.constexpr,
+    OTHER: tl.constexpr,
+    LABELS: tl.constexpr,
+    ROW_TABLE: tl.constexpr,
+    SHIFT: tl.constexpr,  # rows start at any element of an aligned vector of 4, alike for both
+    PACKED: tl.constexpr,  # bf16 read two at a time, as 32-bit words
+    LANES: tl.constexpr,
+    UNITS: tl.constexpr,
+):
+    WIDTH: tl.constexpr = 4 * LANES
+    TILE: tl.constexpr = WIDTH * UNITS
+    # References are logits at the precise level, else exponents: see `language`.
+    if PRECISE:
+        unit = 1.0
+        far = 20.0 / inverse_t
+        step = k
+    else:
+        unit = k
+        far = lib.FAR
+        step = 1.0
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // S
+    split = (pid % S).to(tl.int32)
+    if ROW_TABLE:
+        start_a = tl.load(starts_ptr + row)
+        start_b = tl.load(starts_ptr + N + row)
+    else:
+        start_a = row * stride_an
+        start_b = row * stride_bn
+    lanes = tl.arange(0, LANES)
+    # Columns are counted from `skew` elements before the row, where vectors are aligned.
+    skew = 0
+    head = 0
+    if SHIFT:
+        skew = (start_a % 4).to(tl.int32)
+        start_a = tl.multiple_of(start_a - skew, 4)
+        start_b = tl.multiple_of(start_b - skew, 4)
+        head = tl.where(skew > 0, WIDTH, 0)
+    end = V + skew
+    whole = tl.maximum(end - head, 0) // TILE
+    first = head + (whole.to(tl.int64) * split // S).to(tl.int32) * TILE
+    last = head + (whole.to(tl.int64) * (split + 1) // S).to(tl.int32) * TILE
+
+    minus_inf = float("-inf")
+    s = lib.zeros((LANES,), tl.float32, PRECISE, OTHER)
+    ref_a = tl.full((), minus_inf, tl.float32)
+    ref_b = tl.full((), minus_inf, tl.float32)
+    best_a = tl.full((LANES,), minus_inf, tl.float32)
+    best_b = tl.full((LANES,), minus_inf, tl.float32)
+    next_a = best_a
+    next_b = best_b
+    unit_a = tl.full((LANES,), -1, tl.int32)
+    unit_b = tl.full((LANES,), -1, tl.int32)
+    top_b = tl.full((), minus_inf, tl.float32)
+
+    for column in range(first, last, TILE):
+        tile_a = ()
+        tile_b = ()
+        from_a = base_ptr + (start_a + tl.cast(column, tl.int64) * stride_av)
+        from_b = other_ptr + (start_b + tl.cast(column, tl.int64) * stride_bv)
+        for u in tl.static_range(UNITS):
+            tile_a = tile_a + _quarters(from_a, stride_av, u * WIDTH, LANES, PACKED)
+            tile_b = tile_b + _quarters(from_b, stride_bv, u * WIDTH, LANES, PACKED)
+        max_a = tile_a[0]
+        max_b = tile_b[0]
+        for u in tl.static_range(1, 4 * UNITS):
+            max_a = tl.maximum(max_a, tile_a[u])
+            max_b = tl.maximum(max_b, tile_b[u])
+        next_a = tl.maximum(next_a, tl.minimum(best_a, max_a))
+        next_b = tl.maximum(next_b, tl.minimum(best_b, max_b))
+        unit_a = tl.where(max_a > best_a, column, unit_a)
+        unit_b = tl.where(max_b > best_b, column, unit_b)
+        best_a = tl.maximum(best_a, max_a)
+        best_b = tl.maximum(best_b, max_b)
+        tile_top_a = tl.max(max_a, 0)
+        tile_top_b = tl.max(max_b, 0)
+        if (tile_top_a * unit > ref_a) | (tile_top_b * unit > ref_b + far):
+            top_b = tl.max(best_b, 0)
+            new_a = ref_a
+            new_b = ref_b
+            if tile_top_a * unit > ref_a:
+                new_a = tile_top_a * unit
+                where = tl.full((LANES,), TILE, tl.int32)
+                for j in range(4 * UNITS):
+                    here = j * LANES + lanes
+                    value = tl.load(from_a + here * stride_av).to(tl.float32)
+                    where = tl.where(value == tile_top_a, tl.minimum(where, here), where)
+                found = tl.min(where, 0)
+                found = tl.where(found < TILE, found, 0)
+                new_b = tl.load(from_b + found * stride_bv).to(tl.float32) * unit
+            new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
+            moves = lib.moves(ref_a, new_a, ref_b, new_b, step)
+            s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
+            ref_a = new_a
+            ref_b = new_b
+        for u in tl.static_range(4 * UNITS):
+            a = tile_a[u]
+            b = tile_b[u]
+            y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE)
+            s = lib.accumulate(s, a, b, y, z, x, None, None, None, False, PRECISE, OTHER)
+        s = lib.count(s, 4 * UNITS)
+
+    # A row with −inf, NaN or +inf has non-finite Σx: sum the split again, looking at each.
+    total_x = tl.sum(s[14], 0)
+    again = (total_x - total_x) != 0.0
+    from_column = tl.where(split == 0, 0, first)
+    to_column = tl.where(split == S - 1, end, last)
+    heads = tl.where((split == 0) & (head > 0) & (end > 0), 1, 0)
+    heads = tl.where(again, tl.cdiv(to_column - from_column, WIDTH), heads)
+    tails = tl.where((split == S - 1) & ~again, tl.cdiv(tl.maximum(end - last, 0), WIDTH), 0)
+    if again:
+        s = lib.zeros((LANES,), tl.float32, PRECISE, OTHER)
+        ref_a = tl.full((), minus_inf, tl.float32)
+        ref_b = tl.full((), minus_inf, tl.float32)
+        best_a = tl.full((LANES,), minus_inf, tl.float32)
+        best_b = tl.full((LANES,), minus_inf, tl.float32)
+        next_a = tl.full((LANES,), minus_inf, tl.float32)
+        next_b = tl.full((LANES,), minus_inf, tl.float32)
+        unit_a = tl.full((LANES,), -1, tl.int32)
+        unit_b = tl.full((LANES,), -1, tl.int32)
+    only_a = tl.zeros((LANES,), tl.float32)
+    only_b = tl.zeros((LANES,), tl.float32)
+    broken_a = tl.zeros((LANES,), tl.float32)
+    broken_b = tl.zeros((LANES,), tl.float32)
+    for part in range(0, 4 * (heads + tails)):
+        piece = part // 4
+        column = tl.where(
+            piece < heads, from_column + piece * WIDTH, last + (piece - heads) * WIDTH
+        )
+        columns = column + 4 * lanes + part % 4
+        inside = (columns >= skew) & (columns < end)
+        offset = columns.to(tl.int64)
+        a = tl.load(base_ptr + start_a + offset * stride_av, mask=inside, other=minus_inf)
+        b = tl.load(other_ptr + start_b + offset * stride_bv, mask=inside, other=minus_inf)
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+        bad_a = (a != a) | (a == float("inf"))
+        bad_b = (b != b) | (b == float("inf"))
+        broken_a += tl.where(bad_a, 1.0, 0.0)
+        broken_b += tl.where(bad_b, 1.0, 0.0)
+        a = tl.where(bad_a, minus_inf, a)
+        b = tl.where(bad_b, minus_inf, b)
+        whole_a = a != minus_inf
+        whole_b = b != minus_inf
+        only_a += tl.where(whole_b & ~whole_a, 1.0, 0.0)
+        only_b += tl.where(whole_a & ~whole_b, 1.0, 0.0)
+        next_a = tl.maximum(next_a, tl.minimum(best_a, a))
+        next_b = tl.maximum(next_b, tl.minimum(best_b, b))
+        unit_a = tl.where(a > best_a, column, unit_a)
+        unit_b = tl.where(b > best_b, column, unit_b)
+        best_a = tl.maximum(best_a, a)
+        best_b = tl.maximum(best_b, b)
+        piece_top_a = tl.max(a, 0)
+        top_b = tl.max(best_b, 0)
+        if (piece_top_a * unit > ref_a) | (top_b * unit > ref_b + far):
+            new_a = ref_a
+            new_b = ref_b
+            if piece_top_a * unit > ref_a:
+                new_a = piece_top_a * unit
+                found = tl.min(tl.where(a == piece_top_a, lanes, LANES), 0)
+                new_b = tl.max(tl.where(lanes == found, b, minus_inf), 0) * unit
+            new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
+            moves = lib.moves(ref_a, new_a, ref_b, new_b, step)
+            s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
+            ref_a = new_a
+            ref_b = new_b
+        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE)
+        y = tl.where(whole_a, tl.maximum(y, lib.LOWEST), lib.LOWEST)
+        z = tl.where(whole_b, tl.maximum(z, lib.LOWEST), lib.LOWEST)
+        a = tl.where(whole_a, a, 0.0)
+        b = tl.where(whole_b, b, 0.0)
+        keep = whole_a | whole_b
+        s = lib.accumulate(s, a, b, y, z, x, whole_a, whole_b, keep, True, PRECISE, OTHER)
+
+    # Each lane reads its best unit again, for the first index of its maximum and the runner-up.
+    index_a = tl.full((LANES,), -1, tl.int32)
+    index_b = tl.full((LANES,), -1, tl.int32)
+    for j in range(4 * UNITS):
+        here = (j // 4) * WIDTH + 4 * lanes + j % 4
+        columns = unit_a + here
+        inside = (unit_a >= 0) & (columns >= skew) & (columns < end)
+        where = base_ptr + start_a + columns.to(tl.int64) * stride_av
+        value = tl.load(where, mask=inside, other=minus_inf).to(tl.float32)
+        mine = (value == best_a) & (index_a < 0) & inside
+        index_a = tl.where(mine, columns - skew, index_a)
+        next_a = tl.maximum(next_a, tl.where(mine, minus_inf, value))
+        columns = unit_b + here
+        inside = (unit_b >= 0) & (columns >= skew) & (columns < end)
+        where = other_ptr + start_b + columns.to(tl.int64) * stride_bv
+        value = tl.load(where, mask=inside, other=minus_inf).to(tl.float32)
+        mine = (value == best_b) & (index_b < 0) & inside
+        index_b = tl.where(mine, columns - skew, index_b)
+        next_b = tl.maximum(next_b, tl.where(mine, minus_inf, value))
+    top_a, second_a, id_a = _lead(best_a, next_a, index_a)
+    top_b, second_b, id_b = _lead(best_b, next_b, index_b)
+
+    label_a = 0.0
+    label_b = 0.0
+    if LABELS:
+        label = tl.load(labels_ptr + row) - first_id + skew
+        mine = (label >= from_column) & (label < to_column) & (label >= skew)
+        label_a = tl.load(base_ptr + start_a + label * stride_av, mask=mine, other=0.0)
+        label_b = tl.load(other_ptr + start_b + label * stride_bv, mask=mine, other=0.0)
+    else:
+        label_a = tl.full((), 0.0, tl.float32)
+        label_b = tl.full((), 0.0, tl.float32)
+    head_fields = (
+        ref_a,
+        ref_b,
+        top_a,
+        top_b,
+        second_a,
+        second_b,
+        label_a.to(tl.float32),
+        label_b.to(tl.float32),
+        tl.sum(only_a, 0),
+        tl.sum(only_b, 0),
+        tl.sum(broken_a, 0),
+        tl.sum(broken_b, 0),
+    )
+    out = floats_ptr + pid * (len(head_fields) + len(s))
+    for i in tl.static_range(len(head_fields)):
+        tl.store(out + i, head_fields[i])
+    for i in tl.static_range(len(s)):
+        tl.store(out + len(head_fields) + i, tl.sum(s[i], 0))
+    tl.store(ids_ptr + pid * 2, id_a.to(tl.int64) + first_id)
+    tl.store(ids_ptr + pid * 2 + 1, id_b.to(tl.int64) + first_id)
+
+
+@triton.jit
+def _lead(best, runner_up, index):
+    """Maximum over the lanes, the largest other value, and the maximum's first index."""
+    top = tl.max(best, 0)
+    first = tl.min(tl.where((best == top) & (index >= 0), index, 2147483647), 0)
+    second = tl.max(tl.where(index == first, runner_up, best), 0)
+    return top, second, first
+
+
+@triton.jit
+def _quarters(ptr, stride, skip, LANES: tl.constexpr, PACKED: tl.constexpr):
+    """Logits `skip` … `skip`+4·LANES as four float32 tensors; lane i has the columns 4i … 4i+3."""
+    if PACKED:
+        at = (ptr + skip).to(tl.pointer_type(tl.int32))
+        words = tl.load(at + tl.arange(0, 2 * LANES))
+        left, right = tl.split(tl.reshape(words, (LANES, 2)))
+        return (
+            (left << 16).to(tl.float32, bitcast=True),
+            (left & -65536).to(tl.float32, bitcast=True),
+            (right << 16).to(tl.float32, bitcast=True),
+            (right & -65536).to(tl.float32, bitcast=True),
+        )
+    else:
+        values = tl.load(ptr + (skip + tl.arange(0, 4 * LANES)) * stride)
+        even, odd = tl.split(tl.reshape(values, (LANES, 2, 2)))
+        q0, q2 = tl.split(even)
+        q1, q3 = tl.split(odd)
+        return (q0.to(tl.float32), q1.to(tl.float32), q2.to(tl.float32), q3.to(tl.float32))
+
+
+@triton.jit(do_not_specialize=["N", "V", "S"])
+def _pair_full_kernel(
+    base_ptr,  # logits a
+    other_ptr,  # logits b
+    starts_ptr,  # (2, N) int64 first element of each row, with ROW_TABLE
+    norms_ptr,  # (4, N) float64, from the merge kernel
+    sums_ptr,  # (N, S, 3) fp32: 2·JS, Σ|q−p|, Σ(√q−√p)²
+    N,
+    V,
+    S,
+    stride_an,
+    stride_av,
+    stride_bn,
+    stride_bv,
+    k,  # log2(e)/T
+    inverse_t,  # 1/T
+    ROW_TABLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    pid = tl.program_id(0).to(tl.int64)
+    row = pid // S
+    split = pid % S
+    if ROW_TABLE:
+        start_a = tl.load(starts_ptr + row)
+        start_b = tl.load(starts_ptr + N + row)
+    else:
+        start_a = row * stride_an
+        start_b = row * stride_bn
+    ref_a = tl.load(norms_ptr + row).to(tl.float32)
+    ref_b = tl.load(norms_ptr + N + row).to(tl.float32)
+    norm_a = tl.load(norms_ptr + 2 * N + row)
+    norm_b = tl.load(norms_ptr + 3 * N + row)
+    apart = (norm_b - norm_a).to(tl.float32)
+    norm_a = (norm_a * lib.LOG2E).to(tl.float32)
+    norm_b = (norm_b * lib.LOG2E).to(tl.float32)
+    blocks = tl.cdiv(V, BLOCK)
+    first = (blocks * split // S) * BLOCK
+    last = (blocks * (split + 1) // S) * BLOCK
+    js = tl.zeros((BLOCK,), tl.float32)
+    tv = tl.zeros((BLOCK,), tl.float32)
+    he = tl.zeros((BLOCK,), tl.float32)
+    for column in range(first, last, BLOCK):
+        columns = column + tl.arange(0, BLOCK)
+        mask = columns < V
+        at_a = base_ptr + start_a + columns.to(tl.int64) * stride_av
+        at_b = other_ptr + start_b + columns.to(tl.int64) * stride_bv
+        a = tl.load(at_a, mask=mask, other=float("-inf")).to(tl.float32)
+        b = tl.load(at_b, mask=mask, other=float("-inf")).to(tl.float32)
+        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, True)
+        p = tl.exp2(y - norm_a)
+        q = tl.exp2(z - norm_b)
+        half = 0.5 * (x - apart)
+        both = p + q
+        live = both > 0.0
+        divisor = tl.where(live, both, 1.0)
+        # s = tanh(ln(q/p)/2), from the series where p and q nearly agree.
+        close = tl.abs(half) < 0.25
+        h2 = half * half
+        series = half * (1.0 - h2 * (0.33333333 - h2 * (0.13333333 - h2 * 0.053968254)))
+        r = tl.where(close, series, (q - p) / divisor)
+        r2 = r * r
+        bend = 0.083333333 + r2 * (0.033333333 + r2 * (0.017857143 + r2 * 0.011111111))
+        near = both * r2 * (0.5 + r2 * bend)
+        up = q * tl.log(tl.where(q > 0.0, 2.0 * q / divisor, 1.0))
+        down = p * tl.log(tl.where(p > 0.0, 2.0 * p / divisor, 1.0))
+        js += tl.where(close, near, tl.where(live, up + down, 0.0))
+        tv += tl.where(close, both * tl.abs(r), tl.abs(q - p))
+        root = tl.sqrt(q) - tl.sqrt(p)
+        # 1 − √(1−s²)
+        cap = 0.5 + r2 * (0.125 + r2 * (0.0625 + r2 * (0.0390625 + r2 * 0.02734375)))
+        he += tl.where(close, both * r2 * cap, root * root)
+    tl.store(sums_ptr + pid * 3, tl.sum(js, 0))
+    tl.store(sums_ptr + pid * 3 + 1, tl.sum(tv, 0))
+    tl.store(sums_ptr + pid * 3 + 2, tl.sum(he, 0))
+
+
+def partial_state(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    level: str,
+    weights: str,
+    first_id: int = 0,
+    splits: int | None = None,
+) -> State:
+    """Launch the first pass: partial states of `(…, V)` logits whose first column is `first_id`."""
+    rows = PairRows(base, other)
+    if splits is None:
+        splits = tuning.pair_splits(rows.count, rows.width)
+    precise, by_other = level != "core", weights == "other"
+    state = merge_triton.empty_state(
+        base.device, rows.count, splits, temperature, precise, by_other, labels is not None
+    )
+    if rows.count:
+        config = tuning.pair_config()
+        with merge_triton.on(base):
+            _pair_sums_kernel[(rows.count * splits,)](
+                base,
+                other,
+                rows.starts,
+                labels,
+                state.floats,
+                state.ids,
+                rows.count,
+                rows.width,
+                splits,
+                *rows.strides,
+                first_id,
+                state.scale,
+                1.0 / temperature,
+                PRECISE=precise,
+                OTHER=by_other,
+                LABELS=labels is not None,
+                ROW_TABLE=rows.starts is not None,
+                SHIFT=rows.shift,
+                PACKED=rows.packed,
+                LANES=config.lanes,
+                UNITS=config.units,
+                num_warps=config.num_warps,
+                num_stages=1,
+            )
+    return state
+
+
+def second_pass(base: Tensor, other: Tensor, norms: Tensor, temperature: float) -> Tensor:
+    """js, total_variation and hellinger `(3, N)` fp32, from the normalisers of the first pass."""
+    rows = PairRows(base, other)
+    splits = tuning.pair_splits(rows.count, rows.width)
+    sums = torch.empty(rows.count, splits, 3, dtype=torch.float32, device=base.device)
+    if rows.count:
+        with merge_triton.on(base):
+            _pair_full_kernel[(rows.count * splits,)](
+                base,
+                other,
+                rows.starts,
+                norms,
+                sums,
+                rows.count,
+                rows.width,
+                splits,
+                *rows.strides,
+                merge_triton.exponent_scale(temperature),
+                1.0 / temperature,
+                ROW_TABLE=rows.starts is not None,
+                BLOCK=1024,
+                num_warps=4,
+                num_stages=1,
+            )
+    js, tv, he = sums.double().sum(1).unbind(-1)
+    return torch.stack([0.5 * js, 0.5 * tv, torch.sqrt(0.5 * he)]).float()
+
+
+def pair_stats(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+) -> list[Tensor]:
+    """Packed statistics of `(…, V)` logits (`eager.pair_stats` by Triton kernels)."""
+    state = partial_state(
+        base, other, None if labels is None else labels.reshape(-1), temperature, level, weights
+    )
+    packed, norms = state.finish(level)
+    broken = packed[0][0].isnan()
+    if level == "full":
+        extra = second_pass(base, other, norms, temperature)
+        packed[0][-3:] = extra.masked_fill_(broken, float("nan"))
+    if subset is not None:
+        few_a, few_b = (x.index_select(-1, subset) for x in (base, other))
+        packed += pair_stats(few_a, few_b, None, None, temperature, 0, level, weights)
+    if topk:
+        packed += _top_tokens(base, other, norms, broken, temperature, topk)
+    return packed
+
+
+def _top_tokens(
+    base: Tensor, other: Tensor, norms: Tensor, broken: Tensor, temperature: float, topk: int
+) -> list[Tensor]:
+    """The likeliest tokens, a few rows at a time: selection is torch's."""
+    rows = norms.shape[1]
+    device = base.device
+    floats = torch.zeros(len(layout.TOPK_FLOATS), rows, topk, device=device)
+    totals = torch.zeros(len(layout.TOPK_ROWS), rows, device=device)
+    ids = torch.zeros(len(layout.TOPK_IDS), rows, topk, dtype=torch.int64, device=device)
+    step = max(1, (64 << 20) // (16 * base.shape[-1]))
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        pair = (take_rows(base, start, part.stop), take_rows(other, start, part.stop))
+        found = top_tokens.compare(pair, norms[:2, part], norms[2:, part], temperature, topk)
+        floats[:, part], totals[:, part], ids[:, part] = found
+    floats.masked_fill_(broken[:, None], float("nan"))
+    totals.masked_fill_(broken, float("nan"))
+    return [floats, totals, ids]
