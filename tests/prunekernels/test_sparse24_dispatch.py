@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import types
 import warnings
@@ -37,6 +38,7 @@ def fake_gpu(monkeypatch):
     monkeypatch.setattr(dispatch24, "triton_installed", lambda: True)
     monkeypatch.setattr(dispatch24, "interpreting", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     return state

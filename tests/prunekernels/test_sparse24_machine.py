@@ -140,6 +140,7 @@ MORE = [
     (torch.bfloat16, 40, 70, 1600, MmaConfig(2, 4, 2, 3), "gelu_tanh", True),
     (torch.bfloat16, 9, 33, 2048, MmaConfig(2, 1, 4, 8), "none", False),
     (torch.float16, 33, 257, 832, MmaConfig(2, 4, 2, 1), "silu", False),
+    (torch.bfloat16, 70, 40, 832, MmaConfig(2, 8, 2, 3), "none", True),
 ]
 PARAMETERS = [pytest.param(*c) for c in CASES]
 PARAMETERS += [pytest.param(*c, marks=pytest.mark.slow) for c in MORE]

@@ -78,6 +78,17 @@ def test_portable_bias_activation_and_strides(activation):
 
 
 @interpreted
+@pytest.mark.parametrize(("rows", "columns"), [(17, 333), (70, 256), (3, 4)])
+def test_expanding_is_exact(rows, columns):
+    from prunekernels.sparse.portable24 import expand
+
+    for dtype in (torch.bfloat16, torch.float16):
+        packed = sparse24_pack(two_of_four(rows, columns, dtype))
+        dense = expand(packed.packed, rows, columns, dtype)
+        assert torch.equal(dense.view(torch.int16), packed.to_dense().view(torch.int16))
+
+
+@interpreted
 def test_portable_gate_up():
     gate, up = two_of_four(35, 100, torch.float16), two_of_four(35, 100, torch.float16)
     x = torch.randn(4, 100).to(torch.float16)

@@ -11,11 +11,13 @@ from __future__ import annotations
 import importlib
 import warnings
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunekernels.runtime import Choice, interpreting, triton_installed
+from prunekernels.sparse.format24 import sparse24_unpack
 from prunekernels.tuning import sparse24_order
 
 IMPLS = ("auto", "eager", "triton", "mma_sp")
@@ -37,6 +39,24 @@ def check_impl(impl: str) -> None:
 def kernel(name: str) -> ModuleType:
     """The module whose `forward` implements "triton" or "mma_sp" (imports Triton)."""
     return importlib.import_module(_MODULES[name])
+
+
+def forward(name: str, x: Tensor, *arguments: Any) -> Tensor:
+    """Run "triton" or "mma_sp" on the device of x."""
+    module = kernel(name)
+    if x.device.type != "cuda":
+        return module.forward(x, *arguments)
+    # Triton launches on the current device
+    with torch.cuda.device(x.device):
+        return module.forward(x, *arguments)
+
+
+def expand(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight, by the expanding kernel on a GPU that Triton can use."""
+    if packed.device.type != "cuda" or not triton_installed() or interpreting():
+        return sparse24_unpack(packed, rows, columns, dtype)
+    with torch.cuda.device(packed.device):
+        return kernel("triton").expand(packed, rows, columns, dtype)
 
 
 def select(x: Tensor, rows: int, impl: str = "auto") -> Choice:
@@ -106,7 +126,8 @@ def self_test(device: torch.device) -> str | None:
     if torch.cuda.is_current_stream_capturing():
         return "the self-test cannot run during graph capture: call the layer once before"
     try:
-        problem = kernel("mma_sp").self_test(device)
+        with torch.cuda.device(index):
+            problem = kernel("mma_sp").self_test(device)
     except Exception as error:  # a compiler or driver error must not take the model down
         problem = f"{type(error).__name__}: {error}".splitlines()[0]
     _tested[index] = problem

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunekernels.sparse import dispatch24
-from prunekernels.sparse.format24 import Sparse24, packed_shape, sparse24_unpack
+from prunekernels.sparse.format24 import Sparse24, packed_shape
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -125,7 +125,7 @@ def _check(x: Tensor, w: Sparse24, name: str) -> None:
 
 @torch.library.custom_op("prunekernels::sparse24_expand", mutates_args=())
 def _expand_op(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return sparse24_unpack(packed, rows, columns, dtype)
+    return dispatch24.expand(packed, rows, columns, dtype)
 
 
 @_expand_op.register_fake
@@ -146,10 +146,10 @@ def _linear_op(
     flat = x.reshape(-1, columns)
     choice = dispatch24.select(flat, rows, impl)
     if choice.name == "eager" or flat.shape[0] == 0:
-        z = F.linear(flat, sparse24_unpack(packed, rows, columns, x.dtype), bias)
+        z = F.linear(flat, dispatch24.expand(packed, rows, columns, x.dtype), bias)
         y = ACTIVATIONS[activation](z)
     else:
-        y = dispatch24.kernel(choice.name).forward(flat, packed, None, rows, bias, activation)
+        y = dispatch24.forward(choice.name, flat, packed, None, rows, bias, activation)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -192,10 +192,10 @@ def _gate_up_op(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, im
     choice = dispatch24.select(flat, rows, impl)
     if choice.name == "eager" or flat.shape[0] == 0:
         # one dense weight at a time
-        y = F.silu(F.linear(flat, sparse24_unpack(gate, rows, columns, x.dtype)))
-        y = y * F.linear(flat, sparse24_unpack(up, rows, columns, x.dtype))
+        y = F.silu(F.linear(flat, dispatch24.expand(gate, rows, columns, x.dtype)))
+        y = y * F.linear(flat, dispatch24.expand(up, rows, columns, x.dtype))
     else:
-        y = dispatch24.kernel(choice.name).forward(flat, gate, up, rows, None, "silu")
+        y = dispatch24.forward(choice.name, flat, gate, up, rows, None, "silu")
     return y.view(*x.shape[:-1], rows)
 
 

@@ -194,9 +194,10 @@ def _mma24_fwd_kernel(
     )
     # eight rows of 16-byte chunks, rotated: ldmatrix then meets every bank once
     RING: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    block = gl.program_id(0)
-    split = gl.program_id(1)
-    token0 = gl.program_id(2) * (8 * NT)
+    # blocks of tokens first: those that read the same rows of the weight run together
+    block = gl.program_id(1)
+    split = gl.program_id(2)
+    token0 = gl.program_id(0) * (8 * NT)
     first = split * units_per_split
     count = gl.minimum(units_per_split, units - first)
 
@@ -257,8 +258,8 @@ def _mma24_fwd_kernel(
             w_ptrs += 288
 
     if SPLIT:
-        blocks = gl.num_programs(0)
-        splits = gl.num_programs(1)
+        blocks = gl.num_programs(1)
+        splits = gl.num_programs(2)
         lane = _axis(32, 3, ACC)
         register = _axis(4, 4, ACC)
         # rows of the parts follow the tiles, so gate and up have rows of their own
@@ -268,11 +269,11 @@ def _mma24_fwd_kernel(
         used = token0 + part_token < M
         wide = blocks * (TILES * 16)
         size = (8 * NT * wide).to(gl.int64)
-        part_ptrs = parts_ptr + gl.program_id(2) * splits * size + part_token * wide + part_row
+        part_ptrs = parts_ptr + gl.program_id(0) * splits * size + part_token * wide + part_row
         gl.store(part_ptrs + split * size, acc, mask=used)
         # the program's stores come before its ticket: barrier, then a release at GPU scope
         barrier()
-        place = counter_ptr + gl.program_id(2) * blocks + block
+        place = counter_ptr + gl.program_id(0) * blocks + block
         ticket = gl.atomic_add(place, 1, sem="acq_rel", scope="gpu")
         if ticket == splits - 1:
             total = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
@@ -325,7 +326,7 @@ def launch(
         shape = (token_blocks, splits, 8 * config.token_tiles, wide)
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
         counter = counters(token_blocks * blocks, x.device)
-    _mma24_fwd_kernel[(blocks, splits, token_blocks)](
+    _mma24_fwd_kernel[(token_blocks, blocks, splits)](
         x.view(torch.int32),
         packed,
         packed if up is None else up,

@@ -26,10 +26,8 @@ from prunekernels.tuning import sparse24_portable
 
 
 @triton.jit
-def _decompress(
-    line_ptr, block, units, dtype: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr
-):
-    """Columns 64·block .. + 63 of BLOCK_N rows as (BLOCK_N, 64), from the lines at `line_ptr`.
+def _decompress(line_ptr, block, units, BLOCK_N: tl.constexpr):
+    """Bits of columns 64·block .. + 63 of BLOCK_N rows, int16 (BLOCK_N, 64).
 
     line_ptr: (BLOCK_N, 1) pointers to the packed line of each row.
     """
@@ -50,17 +48,41 @@ def _decompress(
     column = tl.arange(0, 4)[None, None, :]
     first = (nibble & 3)[:, :, None] == column
     second = ((nibble >> 2) & 3)[:, :, None] == column
-    word = word[:, :, None]
+    low = word.to(tl.int16)[:, :, None]
+    high = (word >> 16).to(tl.int16)[:, :, None]
+    bits = tl.where(first, low, tl.where(second, high, 0)).to(tl.int16)
+    return tl.reshape(bits, (BLOCK_N, 64))
+
+
+@triton.jit
+def _operand(bits, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """The weight's values, or their float32 equals if UPCAST."""
     if UPCAST and dtype == tl.bfloat16:
         # a bfloat16 is the upper half of a float32
-        bits = tl.where(first, word << 16, tl.where(second, word & -65536, 0))
-        dense = bits.to(tl.float32, bitcast=True)
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif UPCAST:
+        return bits.to(dtype, bitcast=True).to(tl.float32)
     else:
-        low = word.to(tl.int16)
-        high = (word >> 16).to(tl.int16)
-        bits = tl.where(first, low, tl.where(second, high, 0)).to(tl.int16)
-        dense = bits.to(dtype, bitcast=True)
-    return tl.reshape(dense, (BLOCK_N, 64))
+        return bits.to(dtype, bitcast=True)
+
+
+@triton.jit
+def _expand_kernel(
+    packed_ptr,  # int32 (lines, words)
+    dense_ptr,  # the bits of the dense weight, int16 (N, K), contiguous
+    N,
+    K,
+    units,
+    words,  # words in a line
+    BLOCK_N: tl.constexpr,
+):
+    block = tl.program_id(0)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = block * 64 + tl.arange(0, 64)
+    line = tl.where(offs_n < N, offs_n // 16, 0)[:, None] * words
+    bits = _decompress(packed_ptr + line, block, units, BLOCK_N)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    tl.store(dense_ptr + offs_n[:, None] * K + offs_k[None, :], bits, mask=mask)
 
 
 @triton.jit
@@ -99,18 +121,13 @@ def _sparse24_fwd_kernel(
         mask = mask_m[:, None] & (block * 64 + offs_k < K)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=0.0)
         x_ptrs += 64 * stride_xk
-        w = _decompress(packed_ptr + line, block, units, dtype, UPCAST, BLOCK_N)
+        w = _operand(_decompress(packed_ptr + line, block, units, BLOCK_N), dtype, UPCAST)
         if UPCAST:
             x = x.to(tl.float32)
-            acc += tl.dot(x, tl.trans(w.to(tl.float32)), input_precision="ieee")
-        else:
-            acc = tl.dot(x, tl.trans(w), acc)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if GATED:
-            w = _decompress(up_ptr + line, block, units, dtype, UPCAST, BLOCK_N)
-            if UPCAST:
-                acc_up += tl.dot(x, tl.trans(w.to(tl.float32)), input_precision="ieee")
-            else:
-                acc_up = tl.dot(x, tl.trans(w), acc_up)
+            w = _operand(_decompress(up_ptr + line, block, units, BLOCK_N), dtype, UPCAST)
+            acc_up = tl.dot(x, tl.trans(w), acc_up, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     y = activate(acc, ACTIVATION)
@@ -154,6 +171,16 @@ def forward(
     return y
 
 
+def expand(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense (rows, columns) weight: `sparse24_unpack` in one pass over memory."""
+    dense = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+    _, units, tails = line_blocks(rows, columns)
+    grid = (4 * units + tails, triton.cdiv(rows, 64))
+    bits = dense.view(torch.int16)
+    _expand_kernel[grid](packed, bits, rows, columns, units, packed.shape[1], BLOCK_N=64)
+    return dense
+
+
 def compile_cases() -> list[KernelCase]:
     """The specialisations that tests compile without a GPU."""
     wide, narrow = "HMMA.16816.F32", "HGMMA.64x64x16.F32"
@@ -162,6 +189,20 @@ def compile_cases() -> list[KernelCase]:
         *_cases(64, False, wide, (80, 89, "gfx942")),
         *_cases(64, False, narrow, (90,)),
         *_cases(16, True, wide, (80, 89, 90, "gfx942")),
+        KernelCase(
+            name="sparse24/expand",
+            kernel=_expand_kernel,
+            signature={
+                "packed_ptr": "*i32",
+                "dense_ptr": "*i16",
+                **dict.fromkeys(("N", "K", "units", "words"), "i32"),
+            },
+            constants={"BLOCK_N": 64},
+            divisible=("packed_ptr", "dense_ptr", "K", "words"),
+            # the dense rows leave in 16-byte pieces
+            opcodes=("STG.E.128",),
+            archs=(80, 89, 90, "gfx942"),
+        ),
     ]
 
 
