@@ -61,15 +61,13 @@ class LayerTrace:
 
 
 @torch.inference_mode()
-def capture(
-    arch: Architecture, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> LayerInputs:
+def capture(arch: Architecture, input_ids: Tensor) -> LayerInputs:
     """Record the first layer's input and every layer's keyword arguments, running no layer.
 
     Args:
         arch: The model.
-        input_ids: (batch, tokens), int64, on the device of the model's embedding.
-        attention_mask: (batch, tokens), 1 = real token, or None.
+        input_ids: (batch, tokens), int64, on the device of the model's embedding. Padding belongs
+            on the right, where causal attention needs no mask for it.
     """
     calls: list[tuple[Tensor, Keywords]] = []
 
@@ -88,7 +86,7 @@ def capture(
     with contextlib.ExitStack() as stack:
         for layer in arch.layers:
             stack.enter_context(_forward_replaced(layer, recorder(layer)))
-        arch.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        arch.base(input_ids=input_ids, use_cache=False)
     return LayerInputs(calls[0][0], [kwargs for _, kwargs in calls])
 
 

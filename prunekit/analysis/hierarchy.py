@@ -81,7 +81,7 @@ def layerwise(
     batches = step_batches(ours, sequences, batch_size, positions)
     for batch in track(batches, "layerwise", enabled=progress):
         states = _States(reader, batch)
-        inputs = blocks.capture(ours, batch.input_ids, batch.attention_mask)
+        inputs = blocks.capture(ours, batch.input_ids)
         hidden = inputs.hidden
         for index, kwargs in enumerate(inputs.kwargs):
             trace = blocks.trace_layer(ours, index, hidden, kwargs)
@@ -142,8 +142,8 @@ def accumulated(
     batches = step_batches(ours, sequences, batch_size, positions)
     for batch in track(batches, "accumulated", enabled=progress):
         states = _States(reader, batch)
-        dense_inputs = blocks.capture(ours, batch.input_ids, batch.attention_mask)
-        pruned_inputs = blocks.capture(theirs, batch.input_ids, batch.attention_mask)
+        dense_inputs = blocks.capture(ours, batch.input_ids)
+        pruned_inputs = blocks.capture(theirs, batch.input_ids)
         base, other = dense_inputs.hidden, pruned_inputs.hidden
         for index, twin in enumerate(twins):
             base = blocks.run_layer(ours, index, base, dense_inputs.kwargs[index])

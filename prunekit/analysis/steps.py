@@ -28,7 +28,6 @@ class StepBatch:
     Attributes:
         prompts: Index of each rollout, (rollouts,).
         input_ids: (rollouts, tokens) int64.
-        attention_mask: (rollouts, tokens) int64, 1 for tokens and 0 for padding.
         rows: (N,) index into `prompts` of every step.
         columns: (N,) index of the token whose state predicts that step's token.
         steps: (N,) decode step, 0 predicts the first token of the continuation.
@@ -37,7 +36,6 @@ class StepBatch:
 
     prompts: list[int]
     input_ids: Tensor
-    attention_mask: Tensor
     rows: Tensor
     columns: Tensor
     steps: Tensor
@@ -105,7 +103,8 @@ def step_batches(
     found = []
     for indices in batches_by_length([rollout.ids for rollout in rollouts], batch_size):
         # the last token is predicted, never read
-        ids, mask = right_padded([rollouts[index].ids[:-1] for index in indices], device)
+        # No mask: causal attention never looks at padding on the right.
+        ids, _ = right_padded([rollouts[index].ids[:-1] for index in indices], device)
         rows, columns, steps, labels = [], [], [], []
         for row, index in enumerate(indices):
             rollout = rollouts[index]
@@ -119,7 +118,7 @@ def step_batches(
         if not rows:
             continue
         tensors = (torch.tensor(part, device=device) for part in (rows, columns, steps, labels))
-        found.append(StepBatch(indices, ids, mask, *tensors))
+        found.append(StepBatch(indices, ids, *tensors))
     if not found:
         raise PrunekitError(f"no sequence has any of the positions {wanted}: use lower ones")
     return found
@@ -127,7 +126,5 @@ def step_batches(
 
 def final_states(arch: Architecture, batch: StepBatch) -> Tensor:
     """The model's final normed states at the steps of `batch`, (N, hidden), without its head."""
-    output = arch.base(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-    )
+    output = arch.base(input_ids=batch.input_ids, use_cache=False)
     return batch.pick(output.last_hidden_state)

@@ -26,19 +26,19 @@ def test_layer_by_layer_equals_the_stock_forward(architecture, tiny, token_ids):
 
 
 @torch.inference_mode()
-def test_capture_with_padding_and_restored_forwards(architecture, tiny, token_ids):
+def test_capture_restores_forwards_and_needs_no_mask_for_right_padding(
+    architecture, tiny, token_ids
+):
     model = tiny(architecture)
     arch = Architecture(model)
-    mask = torch.ones_like(token_ids)
-    mask[0, 8:] = 0
-    before = model(token_ids, attention_mask=mask).logits
-    inputs = blocks.capture(arch, token_ids, mask)
+    before = model(token_ids[:1, :4]).logits
+    inputs = blocks.capture(arch, token_ids)
     assert all("forward" not in layer.__dict__ for layer in arch.layers)
     hidden = inputs.hidden
     for index, kwargs in enumerate(inputs.kwargs):
         hidden = blocks.run_layer(arch, index, hidden, kwargs)
     logits = arch.head.logits(arch.final_norm(hidden))
-    torch.testing.assert_close(logits[mask.bool()], before[mask.bool()], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(logits[:1, :4], before, rtol=1e-5, atol=1e-5)
 
 
 def test_every_matrix_of_the_layers_is_found_once(architecture, tiny):
