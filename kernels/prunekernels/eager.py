@@ -7,6 +7,8 @@ proportion to the logits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -61,9 +63,30 @@ def head_pair_stats(
     """
     vocab, width = head_weight.shape
     rows = base_hidden.numel() // width
-    device = base_hidden.device
     options = (labels, subset, temperature, topk, level, weights)
-    sums = PairSums(rows, vocab, device, torch.float32, *options)
+    sums = PairSums(rows, vocab, base_hidden.device, torch.float32, *options)
+    heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
+    hidden = (base_hidden, other_hidden)
+    for start, a, b in logit_blocks(
+        hidden, heads, bias, norm_weight, norm_eps, softcap, logit_scale
+    ):
+        sums.add(start, a, b)
+    return sums.result()
+
+
+def logit_blocks(
+    hidden: tuple[Tensor, Tensor],
+    heads: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    softcap: float | None,
+    logit_scale: float | None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First row and float32 logits `(R, V)` of base and other, in buffers that are reused."""
+    vocab, width = heads[0].shape
+    device = heads[0].device
+    rows = hidden[0].numel() // width
     budget = (64 << 20) if device.type == "cpu" else (512 << 20)
     step = max(1, min(rows, budget // (8 * vocab)))
     # Two allocations, not two halves of one: a matmul may round by its output's alignment.
@@ -71,12 +94,10 @@ def head_pair_stats(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         pair = []
-        for side, (hidden, weight) in enumerate(
-            ((base_hidden, head_weight), (other_hidden, other_head_weight))
-        ):
-            out = logits[side][: stop - start]
-            states = _normalised(take_rows(hidden, start, stop), norm_weight, norm_eps)
-            _project(states, head_weight if weight is None else weight, out)
+        for states, weight, buffer in zip(hidden, heads, logits, strict=True):
+            out = buffer[: stop - start]
+            normalised = rms_normalised(take_rows(states, start, stop), norm_weight, norm_eps)
+            _project(normalised, weight, out)
             if bias is not None:
                 out += bias
             if logit_scale is not None:
@@ -84,11 +105,10 @@ def head_pair_stats(
             if softcap is not None:
                 out.div_(softcap).tanh_().mul_(softcap)
             pair.append(out)
-        sums.add(start, pair[0], pair[1])
-    return sums.result()
+        yield start, pair[0], pair[1]
 
 
-def _normalised(hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_normalised(hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """A fresh copy of the rows, RMS-normalised in float32, back in the states' own dtype."""
     if weight is None:
         return hidden.clone(memory_format=torch.contiguous_format)

@@ -264,6 +264,16 @@ def rebase(s, m, DTYPE: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr
 
 
 @triton.jit
+def tanh(x):
+    """tanh of float32, from its series near 0 and from e^{−2|x|} elsewhere."""
+    x2 = x * x
+    series = 0.33333333 - x2 * (0.13333333 - x2 * (0.053968254 - x2 * 0.021869489))
+    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
+    far = (1.0 - t) / (1.0 + t)
+    return tl.where(tl.abs(x) < 0.25, x - x * x2 * series, tl.where(x < 0.0, -far, far))
+
+
+@triton.jit
 def log1p(x):
     """ln(1+x) of float64 without losing a small x (Kahan's quotient)."""
     u = 1.0 + x

@@ -141,3 +141,39 @@ def vector_config(width: int) -> VectorConfig:
     while block < min(width, 1024):
         block *= 2
     return VectorConfig(rows=1024 // block, block=block, num_warps=4)
+
+
+class HeadConfig(NamedTuple):
+    """Tile of the head-fused kernel: pairs of rows × tokens × depth, warps, pipeline stages."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def head_config(rows: int, itemsize: int) -> HeadConfig:
+    """Two accumulators of block_n × block_v share each tile of the head (predicted)."""
+    block_d = 64 if itemsize == 2 else 32
+    if rows <= 16:
+        return HeadConfig(16, 128, block_d, 4, 3)
+    return HeadConfig(32 if rows <= 32 else 64, 128, block_d, 8, 3)
+
+
+def head_splits(rows: int, vocab: int) -> int:
+    """Programs that share a block of rows (predicted): enough for two per multiprocessor."""
+    config = head_config(rows, 2)
+    blocks = -(-rows // config.block_n)
+    tiles = -(-vocab // config.block_v)
+    return max(1, min(tiles, 264 // blocks))
+
+
+def head_fused(rows: int, width: int) -> bool:
+    """Whether the fused kernel is preferred to chunked products followed by the pair kernel.
+
+    Predicted from byte counts, not measured: a chunk writes and reads its float32 logits, 16
+    bytes a pair, which costs as much as the products unless D is large; with few rows, reading
+    the head once is all there is.
+    """
+    return rows <= 64 or width <= 1024

@@ -21,7 +21,14 @@ def _vector_stats(*arguments: Any) -> Tensor:
     return vector_triton.vector_stats(*arguments)
 
 
+def _head_pair_stats(*arguments: Any) -> list[Tensor]:
+    from prunekernels.metrics import head_triton
+
+    return head_triton.head_pair_stats(*arguments)
+
+
 def register_kernels() -> None:
     """Register every Triton kernel of this folder."""
+    register_triton("head_pair_stats", _head_pair_stats)
     register_triton("pair_stats", _pair_stats)
     register_triton("vector_stats", _vector_stats)

@@ -1,0 +1,340 @@
+"""Pair statistics of logits that never exist (METRICS: `head_pair_stats`).
+
+A program multiplies a block of base rows and the same block of other rows with one tile of the
+head after another, so that the two accumulators share each tile that is read. What leaves the
+program is a partial state per row; `merge_triton` turns those of all splits of the vocabulary into
+the fields. Row blocks vary fastest over programs, so that a tile stays in the second-level cache
+while all rows use it. The final norm is applied to the `(N, D)` states beforehand.
+
+What needs the logits twice or by rank ("full", `topk`) goes through logits of a few rows at a
+time, and so do shapes for which `tuning.head_fused` prefers it.
+"""
+
+# ruff: noqa: RUF005  (Triton compiles neither starred tuples nor every ternary)
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="misc, var-annotated, assignment"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunekernels import language as lib
+from prunekernels import tuning
+from prunekernels.eager import logit_blocks, rms_normalised
+from prunekernels.metrics import merge_triton, pair_triton
+from prunekernels.metrics.merge_triton import State
+from prunekernels.runtime import interpreting
+
+
+@triton.jit(do_not_specialize=["N", "V", "S"])
+def _head_pair_kernel(
+    base_ptr,  # (N, D) normalised states of base
+    other_ptr,  # (N, D) of other
+    head_ptr,  # (V, D)
+    other_head_ptr,  # (V, D), with TWO_HEADS
+    bias_ptr,  # (V,), with BIAS
+    labels_ptr,  # (N,) int64, with LABELS
+    floats_ptr,  # (N, S, FIELDS) fp32: `merge_triton.state_fields`
+    ids_ptr,  # (N, S, 2) int64
+    N,
+    V,
+    S,
+    D,
+    stride_hv,
+    stride_hd,
+    stride_ov,
+    stride_od,
+    k,  # log2(e)/T
+    inverse_t,  # 1/T
+    logit_scale,
+    softcap,
+    PRECISE: tl.constexpr,
+    OTHER: tl.constexpr,
+    TWO_HEADS: tl.constexpr,
+    BIAS: tl.constexpr,
+    SCALE: tl.constexpr,
+    CAP: tl.constexpr,
+    LABELS: tl.constexpr,
+    UPCAST: tl.constexpr,  # multiply in fp32: operands of two dtypes, or interpreted
+    FIELDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    if PRECISE:
+        unit = 1.0
+        far = 20.0 / inverse_t
+        step = k
+    else:
+        unit = k
+        far = lib.FAR
+        step = 1.0
+    minus_inf = float("-inf")
+    blocks = tl.cdiv(N, BLOCK_N)
+    block = tl.program_id(0) % blocks
+    split = tl.program_id(0) // blocks
+    rows = block.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside = rows < N
+    depth = tl.arange(0, BLOCK_D)
+    tiles = tl.cdiv(V, BLOCK_V).to(tl.int64)
+    first = (tiles * split // S).to(tl.int32)
+    last = (tiles * (split + 1) // S).to(tl.int32)
+
+    s = lib.zeros((BLOCK_N,), tl.float32, PRECISE, OTHER)
+    zero = tl.zeros((BLOCK_N,), tl.float32)
+    ref_a = zero + minus_inf
+    ref_b = zero + minus_inf
+    top_a = zero + minus_inf
+    top_b = zero + minus_inf
+    second_a = zero + minus_inf
+    second_b = zero + minus_inf
+    id_a = tl.zeros((BLOCK_N,), tl.int32)
+    id_b = tl.zeros((BLOCK_N,), tl.int32)
+    label_a = zero
+    label_b = zero
+    only_a = zero
+    only_b = zero
+    broken_a = zero
+    broken_b = zero
+    label = tl.zeros((BLOCK_N,), tl.int64) - 1
+    if LABELS:
+        label = tl.load(labels_ptr + rows, mask=inside, other=-1)
+    for tile in range(first, last):
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        real = columns < V
+        wide = columns.to(tl.int64)
+        a = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        b = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            at = start + depth
+            deep = at < D
+            mask = inside[:, None] & deep[None, :]
+            ha = tl.load(base_ptr + rows[:, None] * D + at[None, :], mask=mask, other=0.0)
+            hb = tl.load(other_ptr + rows[:, None] * D + at[None, :], mask=mask, other=0.0)
+            mask = deep[:, None] & real[None, :]
+            w = head_ptr + at[:, None] * stride_hd + wide[None, :] * stride_hv
+            w = tl.load(w, mask=mask, other=0.0)
+            if TWO_HEADS:
+                u = other_head_ptr + at[:, None] * stride_od + wide[None, :] * stride_ov
+                u = tl.load(u, mask=mask, other=0.0)
+            else:
+                u = w
+            if UPCAST:
+                ha = ha.to(tl.float32)
+                hb = hb.to(tl.float32)
+                w = w.to(tl.float32)
+                u = u.to(tl.float32)
+            a = tl.dot(ha, w, a, input_precision="ieee")
+            b = tl.dot(hb, u, b, input_precision="ieee")
+        if BIAS:
+            bias = tl.load(bias_ptr + columns, mask=real, other=0.0).to(tl.float32)
+            a += bias[None, :]
+            b += bias[None, :]
+        if SCALE:
+            a *= logit_scale
+            b *= logit_scale
+        if CAP:
+            a = softcap * lib.tanh(a / softcap)
+            b = softcap * lib.tanh(b / softcap)
+
+        present = inside[:, None] & real[None, :]
+        bad_a = (a != a) | (a == float("inf"))
+        bad_b = (b != b) | (b == float("inf"))
+        broken_a += tl.sum(tl.where(bad_a & present, 1.0, 0.0), 1)
+        broken_b += tl.sum(tl.where(bad_b & present, 1.0, 0.0), 1)
+        a = tl.where(bad_a | ~real[None, :], minus_inf, a)
+        b = tl.where(bad_b | ~real[None, :], minus_inf, b)
+        if LABELS:
+            mine = wide[None, :] == label[:, None]
+            label_a += tl.sum(tl.where(mine, a, 0.0), 1)
+            label_b += tl.sum(tl.where(mine, b, 0.0), 1)
+        whole_a = a != minus_inf
+        whole_b = b != minus_inf
+        only_a += tl.sum(tl.where(whole_b & ~whole_a, 1.0, 0.0), 1)
+        only_b += tl.sum(tl.where(whole_a & ~whole_b, 1.0, 0.0), 1)
+
+        best_a, at_a, next_a = _tile_lead(a, columns)
+        best_b, at_b, next_b = _tile_lead(b, columns)
+        found = columns[None, :] == at_a[:, None]
+        new_b = tl.max(tl.where(found, b, minus_inf), 1) * unit
+        second_a = tl.where(best_a > top_a, tl.maximum(top_a, next_a), tl.maximum(second_a, best_a))
+        second_b = tl.where(best_b > top_b, tl.maximum(top_b, next_b), tl.maximum(second_b, best_b))
+        id_a = tl.where(best_a > top_a, at_a, id_a)
+        id_b = tl.where(best_b > top_b, at_b, id_b)
+        top_a = tl.maximum(top_a, best_a)
+        top_b = tl.maximum(top_b, best_b)
+
+        moved = best_a * unit > ref_a
+        new_a = tl.where(moved, best_a * unit, ref_a)
+        new_b = tl.where(moved, new_b, ref_b)
+        new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
+        moves = lib.moves(ref_a, new_a, ref_b, new_b, step)
+        s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
+        ref_a = new_a
+        ref_b = new_b
+
+        safe_a = tl.where(ref_a == minus_inf, 0.0, ref_a)[:, None]
+        safe_b = tl.where(ref_b == minus_inf, 0.0, ref_b)[:, None]
+        y, z, x = lib.exponents(a, b, safe_a, safe_b, k, inverse_t, PRECISE)
+        y = tl.where(whole_a, tl.maximum(y, lib.LOWEST), lib.LOWEST)
+        z = tl.where(whole_b, tl.maximum(z, lib.LOWEST), lib.LOWEST)
+        a = tl.where(whole_a, a, 0.0)
+        b = tl.where(whole_b, b, 0.0)
+        keep = whole_a | whole_b
+        none = ()
+        for _ in tl.static_range(len(s)):
+            none = none + (0.0,)
+        terms = lib.accumulate(none, a, b, y, z, x, whole_a, whole_b, keep, True, PRECISE, OTHER)
+        total = ()
+        for i in tl.static_range(len(s)):
+            total = total + (tl.sum(terms[i], 1),)
+        s = lib.add(s, total)
+
+    head_fields = (
+        ref_a,
+        ref_b,
+        top_a,
+        top_b,
+        second_a,
+        second_b,
+        label_a,
+        label_b,
+        only_a,
+        only_b,
+        broken_a,
+        broken_b,
+    )
+    fields = head_fields + s
+    out = floats_ptr + (rows * S + split) * FIELDS
+    for i in tl.static_range(len(fields)):
+        tl.store(out + i, fields[i], mask=inside)
+    at = ids_ptr + (rows * S + split) * 2
+    tl.store(at, id_a.to(tl.int64), mask=inside)
+    tl.store(at + 1, id_b.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _tile_lead(z, columns):
+    """Largest of each row, its first column, and the largest of the rest."""
+    best = tl.max(z, 1)
+    at = tl.min(tl.where(z == best[:, None], columns[None, :], 2147483647), 1)
+    rest = tl.max(tl.where(columns[None, :] == at[:, None], float("-inf"), z), 1)
+    return best, at, rest
+
+
+def partial_state(
+    hidden: tuple[Tensor, Tensor],
+    heads: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    labels: Tensor | None,
+    softcap: float | None,
+    logit_scale: float | None,
+    temperature: float,
+    level: str,
+    weights: str,
+    splits: int | None = None,
+) -> State:
+    """Launch the fused kernel on normalised, contiguous `(N, D)` states."""
+    base, other = hidden
+    head, other_head = heads
+    rows, width = base.shape
+    vocab = head.shape[0]
+    if splits is None:
+        splits = tuning.head_splits(rows, vocab)
+    precise, by_other = level != "core", weights == "other"
+    state = merge_triton.empty_state(
+        base.device, rows, splits, temperature, precise, by_other, labels is not None
+    )
+    if rows:
+        mixed = not base.dtype == head.dtype == other_head.dtype
+        config = tuning.head_config(rows, 4 if mixed else base.element_size())
+        with merge_triton.on(base):
+            _head_pair_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
+                base,
+                other,
+                head,
+                other_head,
+                bias,
+                labels,
+                state.floats,
+                state.ids,
+                rows,
+                vocab,
+                splits,
+                width,
+                *head.stride(),
+                *other_head.stride(),
+                state.scale,
+                1.0 / temperature,
+                1.0 if logit_scale is None else float(logit_scale),
+                1.0 if softcap is None else float(softcap),
+                PRECISE=precise,
+                OTHER=by_other,
+                TWO_HEADS=other_head is not head,
+                BIAS=bias is not None,
+                SCALE=logit_scale is not None,
+                CAP=softcap is not None,
+                LABELS=labels is not None,
+                UPCAST=mixed or interpreting(),
+                FIELDS=state.floats.shape[2],
+                BLOCK_N=config.block_n,
+                BLOCK_V=config.block_v,
+                BLOCK_D=config.block_d,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+            )
+    return state
+
+
+def head_pair_stats(
+    base_hidden: Tensor,
+    other_hidden: Tensor,
+    head_weight: Tensor,
+    other_head_weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    norm_eps: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+) -> list[Tensor]:
+    """Packed statistics of the logits of hidden states (`eager.head_pair_stats` by Triton)."""
+    width = head_weight.shape[1]
+    rows = base_hidden.numel() // width
+    heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
+    labels = None if labels is None else labels.reshape(-1)
+    if level == "full" or topk or not tuning.head_fused(rows, width):
+        hidden = (base_hidden, other_hidden)
+        parts = []
+        for start, a, b in logit_blocks(
+            hidden, heads, bias, norm_weight, norm_eps, softcap, logit_scale
+        ):
+            some = None if labels is None else labels[start : start + a.shape[0]]
+            options = (some, subset, temperature, topk, level, weights)
+            parts.append(pair_triton.pair_stats(a, b, *options))
+        if parts:
+            return [torch.cat(blocks, 1) for blocks in zip(*parts, strict=True)]
+        none = head_weight.new_empty(0, head_weight.shape[0])
+        options = (labels, subset, temperature, topk, level, weights)
+        return pair_triton.pair_stats(none, none, *options)
+    states = (
+        rms_normalised(base_hidden.reshape(-1, width), norm_weight, norm_eps),
+        rms_normalised(other_hidden.reshape(-1, width), norm_weight, norm_eps),
+    )
+    shape = (softcap, logit_scale, temperature, level, weights)
+    packed, _ = partial_state(states, heads, bias, labels, *shape).finish(level)
+    if subset is not None:
+        few = heads[0].index_select(0, subset)
+        few_other = few if other_head_weight is None else heads[1].index_select(0, subset)
+        few_bias = None if bias is None else bias.index_select(0, subset)
+        inner, _ = partial_state(states, (few, few_other), few_bias, None, *shape).finish(level)
+        packed += inner
+    return packed
