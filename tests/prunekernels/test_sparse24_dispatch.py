@@ -89,6 +89,12 @@ def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so():
     assert choice.name == "eager" and "cpu" in choice.reason
 
 
+def test_describe_says_on_a_cpu_that_it_is_not_faster(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (row,) = dispatch24.describe()
+    assert row["impl"] == "eager" and "not faster" in row["reason"]
+
+
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 256, 257, 4096])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 4), (4096, 4096), (28672, 8192), (576, 1536)])
 def test_tables_give_configurations_that_cover_the_work(tokens, rows, columns):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunekernels.sparse.format24 import Sparse24, packed_shape, sparse24_pack
+from prunekernels.sparse.format24 import Sparse24, packed_shape, sparse24_cat, sparse24_pack
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -106,6 +106,20 @@ def test_only_matrices_pack(bad):
 def test_other_value_types_name_the_fix(dtype):
     with pytest.raises(ValueError, match=r"weight\.to\(torch\.bfloat16\)"):
         sparse24_pack(torch.zeros(4, 4, dtype=dtype))
+
+
+def test_stacked_weights_equal_packing_the_stacked_dense():
+    parts = [sparse_bits(rows, 100, rows).view(torch.float16) for rows in (32, 16, 21)]
+    stacked = sparse24_cat([sparse24_pack(part) for part in parts])
+    assert stacked.shape == (69, 100)
+    assert torch.equal(stacked.packed, sparse24_pack(torch.cat(parts)).packed)
+    a, b = sparse24_pack(parts[0]), sparse24_pack(parts[2])
+    with pytest.raises(ValueError, match="multiple of 16 rows, not 21"):
+        sparse24_cat([b, a])
+    with pytest.raises(ValueError, match="pack them alike"):
+        sparse24_cat([a, b.to(dtype=torch.bfloat16)])
+    with pytest.raises(ValueError, match="at least one"):
+        sparse24_cat([])
 
 
 def test_moves_between_types_round_like_torch():

@@ -91,6 +91,19 @@ def select(x: Tensor, rows: int, impl: str = "auto") -> Choice:
     return Choice("eager", "; ".join(reasons))
 
 
+def describe() -> list[dict[str, str]]:
+    """What `impl="auto"` runs here for one token and for many, and why (runs the self-test)."""
+    if not torch.cuda.is_available():
+        reason = "no GPU: the weight is expanded for each call, smaller in memory but not faster"
+        return [{"op": "sparse24_linear", "impl": "eager", "reason": reason}]
+    rows = []
+    for tokens in (1, 4096):
+        choice = select(torch.empty((tokens, 4096), dtype=torch.bfloat16, device="cuda"), 4096)
+        name = f"sparse24_linear, {tokens} token{'s' * (tokens > 1)}"
+        rows.append({"op": name, "impl": choice.name, "reason": choice.reason})
+    return rows
+
+
 def _blocker(name: str, x: Tensor) -> str | None:
     """Why an implementation cannot take these activations, or None."""
     if name == "eager":

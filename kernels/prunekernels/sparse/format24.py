@@ -20,7 +20,7 @@ Source: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -198,6 +198,37 @@ def sparse24_pack(weight: Tensor) -> Sparse24:
         out[:, :middle] = _interleave(words[:, :split], nibbles[:, :split], UNIT_STEPS)
         out[:, middle:] = _interleave(words[:, split:], nibbles[:, split:], TAIL_STEPS)
     return Sparse24(packed, (rows, columns), weight.dtype)
+
+
+def sparse24_cat(weights: Sequence[Sparse24]) -> Sparse24:
+    """Stack packed weights along their rows, as for merged query, key and value projections.
+
+    Equivalent to packing `torch.cat([w.to_dense() for w in weights])`, without unpacking.
+
+    Args:
+        weights: Packed weights with the same columns, value type and device; the rows of all but
+            the last are multiples of 16.
+
+    Returns:
+        The packed weight of all rows, in a new buffer.
+
+    Raises:
+        ValueError: If there are none, or they do not fit together.
+    """
+    if not weights:
+        raise ValueError("sparse24_cat needs at least one packed weight")
+    first = weights[0]
+    for w in weights:
+        if (w.shape[1], w.dtype, w.device) != (first.shape[1], first.dtype, first.device):
+            raise ValueError(f"sparse24_cat: {w} does not fit {first}; pack them alike")
+    for w in weights[:-1]:
+        if w.shape[0] % ROWS:
+            raise ValueError(
+                f"sparse24_cat: all but the last weight need a multiple of {ROWS} rows, not "
+                f"{w.shape[0]}; concatenate the dense weights and pack the result"
+            )
+    rows = sum(w.shape[0] for w in weights)
+    return Sparse24(torch.cat([w.packed for w in weights]), (rows, first.shape[1]), first.dtype)
 
 
 def sparse24_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
