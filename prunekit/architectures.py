@@ -13,7 +13,6 @@ names a module of transformers itself. Supporting another architecture means one
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -438,10 +437,3 @@ def slice_config_(config: PretrainedConfig, kept: Sequence[int]) -> None:
             dropped = set(getattr(config, field))
             setattr(config, field, [new for new, old in enumerate(kept) if old in dropped])
     config.num_hidden_layers = len(kept)
-
-
-def cache_config(config: PretrainedConfig, kept: Sequence[int]) -> PretrainedConfig:
-    """A copy of `config` that describes only the layers `kept`, for building a KV cache."""
-    view = copy.deepcopy(config)
-    slice_config_(view, kept)
-    return view

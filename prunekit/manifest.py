@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+import prunekit
 from prunekit.errors import PrunekitError
 
 MANIFEST = "prunekit.json"
@@ -26,7 +29,8 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
             for file in sorted(folder.glob("*.safetensors"))
         },
         "versions": {
-            name: importlib.metadata.version(name) for name in ("prunekit", "transformers", "torch")
+            package.__name__: str(package.__version__)
+            for package in (prunekit, transformers, torch)
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
