@@ -30,8 +30,7 @@ def replaced_folder(
     Raises:
         PrunekitError: `folder` is a file, not empty, not replaceable, or can't be written.
     """
-    target = Path(folder).expanduser().resolve()
-    _check_target(target, overwrite, replaceable)
+    target = check_target(folder, overwrite=overwrite, replaceable=replaceable)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -54,14 +53,30 @@ def replaced_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_target(target: Path, overwrite: bool, replaceable: Sequence[str]) -> None:
+def check_target(
+    folder: Path | str, *, overwrite: bool = False, replaceable: Sequence[str] = ()
+) -> Path:
+    """Make sure, before any work is done, that `replaced_folder` would accept the same arguments.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        PrunekitError: See `replaced_folder`.
+    """
+    target = Path(folder).expanduser().resolve()
+    parent = next(path for path in target.parents if path.exists())
+    if not parent.is_dir():
+        raise PrunekitError(f"{parent} is a file: choose another folder")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PrunekitError(f"{parent} can't be written: choose another folder")
     if not target.exists():
-        return
+        return target
     if not target.is_dir():
         raise PrunekitError(f"{target} is a file: choose a folder")
     names = {path.name for path in target.iterdir()}
     if not names:
-        return
+        return target
     if not overwrite:
         raise PrunekitError(f"{target} is not empty: choose another folder or allow overwriting")
     if not names.intersection(replaceable):
@@ -69,6 +84,7 @@ def _check_target(target: Path, overwrite: bool, replaceable: Sequence[str]) -> 
             f"{target} holds none of {', '.join(replaceable)}, so it won't be overwritten: choose "
             f"another folder"
         )
+    return target
 
 
 def _sync(folder: Path) -> None:

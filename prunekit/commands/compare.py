@@ -1,0 +1,111 @@
+"""`prunekit compare`: what pruning did, from hidden state to logit to probability."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, TextIO
+
+from prunekit.commands import options
+
+SUMMARY = "compare a pruned model with its dense one: h → z → p"
+DESCRIPTION = """\
+Compare a dense model and its pruned copy layer by layer, step by step and text by text, and write
+JSON, CSV, figures and one HTML page.
+
+Prompts and questions come from the built-in set unless files are given: prompts as .txt (one a
+line), .jsonl or .json; questions as .jsonl or .json with question, options and answer.
+"""
+EXAMPLE = "prunekit compare demo out/wanda24 --output out/study"
+STUDY = ("study.json",)  # by which a saved study is known
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("dense", nargs="?", metavar="DENSE", help="'demo', folder, .gguf, Hub id")
+    parser.add_argument("pruned", nargs="?", metavar="PRUNED", help="its pruned or dropped copy")
+    parser.add_argument("--prompts", metavar="FILE", help="open prompts (the built-in ones)")
+    parser.add_argument("--choices", metavar="FILE", help="questions (the built-in ones)")
+    parser.add_argument("--no-choices", action="store_true", help="leave questions out")
+    parser.add_argument("--limit", type=options.positive, help="use at most so many of each")
+    parser.add_argument("--max-new-tokens", type=options.positive, default=48, help="(48)")
+    parser.add_argument(
+        "--temperature", type=options.fraction, default=1.0, help="T in p = softmax(z/T) (1)"
+    )
+    parser.add_argument(
+        "--lens", default="final_norm", help="final_norm (default), or raw: without the final norm"
+    )
+    parser.add_argument(
+        "--chat", default="auto", help="chat template: auto (default), always, never"
+    )
+    parser.add_argument("--layerwise-prompts", type=options.positive, default=8, help="(8)")
+    parser.add_argument("--layerwise-steps", type=options.positive, default=16, help="(16)")
+    options.add_output(parser, "folder for the study", "out/study")
+    options.add_running(parser)
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace, answer: TextIO) -> None:
+    """Carry the command out."""
+    sources = [options.needed(getattr(args, name), f"{name} model") for name in ("dense", "pruned")]
+    folder = options.output(args, STUDY)
+
+    from prunekit.evaluation.items import load_choices, load_prompts
+
+    prompts = [item.prompt for item in load_prompts(args.prompts)][: args.limit]
+    choices = None if args.no_choices else load_choices(args.choices)[: args.limit]
+
+    from prunekit.analysis.study import compare
+
+    dense, tokenizer = options.load(sources[0], args)
+    pruned, _ = options.load(sources[1], args)
+    study = compare(
+        dense,
+        pruned,
+        prompts,
+        tokenizer=tokenizer,
+        choices=choices,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        lens=args.lens,
+        batch_size=args.batch_size,
+        layerwise_prompts=args.layerwise_prompts,
+        layerwise_steps=args.layerwise_steps,
+        chat=args.chat,
+        seed=args.seed,
+        progress=not args.quiet,
+        names=(_name(sources[0]), _name(sources[1])),
+    )
+    study.save(folder, overwrite=args.overwrite)
+    page = str(Path(folder) / "index.html")
+    options.emit(
+        args,
+        answer,
+        lambda: {"output": folder, "html": page, "summary": summary_data(study)},
+        lambda: _shown(study, page),
+    )
+
+
+def summary_data(study: Any) -> dict[str, Any]:
+    """`Study.summary()` as JSON-able data."""
+    from prunekit.analysis.grid import interval_to_dict
+    from prunekit.evaluation.statistics import Interval
+
+    return {
+        name: interval_to_dict(value) if isinstance(value, Interval) else value
+        for name, value in study.summary().items()
+    }
+
+
+def _name(source: str) -> str:
+    """A short name for a model: the last part of its path."""
+    return "SmolLM2-135M-Instruct" if source == "demo" else Path(source).name or source
+
+
+def _shown(study: Any, page: str) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunekit.report import tables
+
+    return Group(tables.study_summary(study), Text(f"\nOpen {page}"))

@@ -1,0 +1,178 @@
+"""`prunekit demo`: prune a real model two ways, and show what that did."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from prunekit.commands import options
+
+if TYPE_CHECKING:
+    from prunekit.analysis.study import Study
+
+SUMMARY = "prune a small real model two ways and show what that did"
+DESCRIPTION = """\
+On SmolLM2-135M-Instruct, which comes with prunekit: drop attentions, and prune to 2:4 with Wanda;
+compare each with the dense model from hidden state to logit to probability; and drop more and
+more attentions to see which score notices first. Prints one table and writes an HTML page for
+each. Minutes on two CPU cores; nothing is downloaded.
+"""
+EXAMPLE = "prunekit demo --output out/demo --quick"
+DEMO = ("demo.json",)  # by which a saved demo is known
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much the demo does."""
+
+    prompts: int
+    choices: int
+    tokens: int
+    samples: int
+    length: int
+    layerwise_prompts: int
+    layerwise_steps: int
+    dropped: int
+    sweep: tuple[int, ...]
+
+
+FULL = Plan(24, 72, 32, 16, 128, 6, 8, 4, (0, 1, 2, 4, 8))
+QUICK = Plan(6, 24, 16, 8, 64, 2, 4, 4, ())
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", default="demo", help="another model")
+    parser.add_argument("--quick", action="store_true", help="fewer prompts, no sweep: a glance")
+    options.add_output(parser, "folder for the studies", "out/demo")
+    options.add_running(parser, batch_size=12)
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace, answer: TextIO) -> None:
+    """Carry the command out."""
+    folder = options.output(args, DEMO)
+    start = time.perf_counter()
+    studies = _studies(args, QUICK if args.quick else FULL)
+
+    from prunekit import distributed
+    from prunekit.atomic import replaced_folder
+    from prunekit.commands.compare import summary_data
+
+    pages = {name: str(Path(folder) / name / "index.html") for name in studies}
+    if distributed.is_main():
+        _say(args, "writing the pages")
+        with replaced_folder(folder, overwrite=args.overwrite, replaceable=DEMO) as new:
+            for name, study in studies.items():
+                study.save(new / name)
+            (new / DEMO[0]).write_text(json.dumps({"studies": list(studies)}) + "\n")
+    seconds = time.perf_counter() - start
+    options.emit(
+        args,
+        answer,
+        lambda: {
+            "output": folder,
+            "html": pages,
+            "summary": {name: summary_data(study) for name, study in studies.items()},
+            "sweep": next(iter(studies.values())).meta.get("sweep"),
+            "seconds": round(seconds, 1),
+        },
+        lambda: _shown(studies, pages, seconds),
+    )
+
+
+def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
+    from prunekit import calibration
+    from prunekit.analysis.study import compare
+    from prunekit.analysis.sweep import sweep
+    from prunekit.evaluation.items import load_choices, load_prompts
+    from prunekit.pruning import Drop, Wanda, drop_, prune_
+
+    prompts = [item.prompt for item in load_prompts()][: plan.prompts]
+    choices = load_choices()[: plan.choices]
+    progress = not args.quiet
+    _say(args, "loading the dense model")
+    dense, tokenizer = options.load(args.model, args)
+    _say(args, "calibrating on text that it writes itself")
+    wanted = calibration.Calibration(samples=plan.samples, length=plan.length, seed=args.seed)
+    tokens = calibration.tokens(wanted, dense, progress=progress)
+    name = "SmolLM2-135M-Instruct" if args.model == "demo" else Path(args.model).name
+
+    def study(pruned: Any, what: str) -> Study:
+        return compare(
+            dense,
+            pruned,
+            prompts,
+            tokenizer=tokenizer,
+            choices=choices,
+            max_new_tokens=plan.tokens,
+            batch_size=args.batch_size,
+            layerwise_prompts=plan.layerwise_prompts,
+            layerwise_steps=plan.layerwise_steps,
+            seed=args.seed,
+            progress=progress,
+            names=(name, what),
+        )
+
+    _say(args, f"dropping {plan.dropped} attentions, and comparing")
+    pruned = copy.deepcopy(dense)
+    dropped = drop_(
+        pruned, Drop("attn", plan.dropped), tokens, batch_size=args.batch_size, progress=progress
+    )
+    attention = study(pruned, f"{plan.dropped} attentions dropped")
+    _say(args, "pruning to 2:4 with Wanda, and comparing")
+    pruned = copy.deepcopy(dense)
+    prune_(pruned, Wanda(pattern="2:4"), tokens, batch_size=args.batch_size, progress=progress)
+    wanda = study(pruned, "Wanda 2:4")
+    if plan.sweep:
+        _say(args, "dropping more and more attentions")
+        scores = {layer: s for layer, s in enumerate(dropped.scores["attn"]) if s is not None}
+        ranking = [("attn", layer) for layer in sorted(scores, key=lambda layer: -scores[layer])]
+        rows = sweep(
+            dense,
+            tokenizer,
+            ranking,
+            plan.sweep,
+            prompts=prompts,
+            choices=choices,
+            max_new_tokens=plan.tokens,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            progress=progress,
+        )
+        attention = replace(attention, meta={**attention.meta, "sweep": rows})
+    return {"attention-drop": attention, "wanda-2-4": wanda}
+
+
+def _say(args: argparse.Namespace, what: str) -> None:
+    from prunekit import distributed
+
+    if not args.quiet and distributed.is_main():
+        print(f"prunekit: {what} …", file=sys.stderr)
+
+
+def _shown(studies: Mapping[str, Study], pages: Mapping[str, str], seconds: float) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunekit.report import sentences, tables
+
+    named = {study.meta["names"]["pruned"]: study for study in studies.values()}
+    parts: list[Any] = [tables.studies_side_by_side(named)]
+    rows = next(iter(studies.values())).meta.get("sweep")
+    if rows:
+        parts += [tables.sweep_table(rows), Text()]
+    for name, study in named.items():
+        parts.append(Text(name, style="bold"))
+        parts += [tables.sentence(said) for said in sentences.describe(study)]
+        parts.append(Text())
+    parts.append(Text(f"Done in {seconds:.0f} s. Open the pages:"))
+    parts += [Text(f"  {page}") for page in pages.values()]
+    return Group(*parts)

@@ -1,0 +1,109 @@
+"""`prunekit doctor`: what this machine can do, and which implementation runs for each op."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import platform
+from typing import Any, TextIO
+
+from prunekit.commands import options
+
+SUMMARY = "say what runs on this machine, and why"
+DESCRIPTION = """\
+Print the versions at work, the devices, which implementation runs for each op and why, whether the
+embedded demo model is there, and which optional packages are installed.
+"""
+EXAMPLE = "prunekit doctor"
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
+# package -> what it is for, and the extra that brings it
+_EXTRAS = {
+    "datasets": "calibration from Hub data sets: pip install 'prunekit[datasets]'",
+    "pyarrow": "calibration from .parquet files: pip install 'prunekit[parquet]'",
+    "lm_eval": "lm-eval tasks: pip install 'prunekit[eval]'",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace, answer: TextIO) -> None:
+    """Carry the command out."""
+    found = _facts()
+    options.emit(args, answer, lambda: found, lambda: _shown(found))
+
+
+def own_version() -> str:
+    """The version of prunekit."""
+    import prunekit
+
+    return prunekit.__version__
+
+
+def _facts() -> dict[str, Any]:
+    import torch
+    from prunekernels import runtime
+
+    from prunekit.errors import PrunekitError
+    from prunekit.gguf_reader import demo_file
+
+    try:
+        demo = str(demo_file())
+    except PrunekitError as error:
+        demo = f"missing: {error}"
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    return {
+        "versions": {
+            "prunekit": own_version(),
+            "python": platform.python_version(),
+            **{name: _version(name) for name in _PACKAGES},
+        },
+        "platform": platform.platform(),
+        "devices": [torch.cuda.get_device_name(index) for index in gpus] or ["cpu"],
+        "cpu_threads": {"used by torch": torch.get_num_threads(), "cores": os.cpu_count()},
+        "ops": runtime.describe(),
+        "demo_model": demo,
+        "extras": {
+            name: "installed" if importlib.util.find_spec(name) else f"missing ({purpose})"
+            for name, purpose in _EXTRAS.items()
+        },
+    }
+
+
+def _version(package: str) -> str:
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _shown(found: dict[str, Any]) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunekit.report import tables
+
+    threads = found["cpu_threads"]
+    return Group(
+        tables.facts("Versions", found["versions"].items()),
+        Text(),
+        tables.facts(
+            "Machine",
+            [
+                ("platform", found["platform"]),
+                ("devices", ", ".join(found["devices"])),
+                ("CPU threads", f"{threads['used by torch']} of {threads['cores']} cores"),
+                ("demo model", found["demo_model"]),
+            ],
+        ),
+        Text(),
+        tables.records("Which implementation runs, and why", found["ops"]),
+        Text(),
+        tables.facts("Optional packages", found["extras"].items()),
+    )

@@ -1,0 +1,130 @@
+"""`prunekit drop`: take sublayers or blocks out of a model and save the checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, TextIO
+
+from prunekit.commands import options
+from prunekit.errors import PrunekitError
+
+if TYPE_CHECKING:
+    from prunekit.commands.measures import CacheSize
+    from prunekit.pruning import DropReport
+
+SUMMARY = "take attentions, MLPs or whole blocks out of a model"
+DESCRIPTION = """\
+Drop the sublayers or blocks that change the hidden state least, and save the smaller model.
+
+What is dropped is really gone: no parameters, no compute, and no cache entry for a dropped
+attention. Dropped blocks leave a stock model; dropped sublayers make a prunekit_<architecture>
+that transformers loads after `import prunekit`, or with --format zeroed a stock model of the
+old size that computes the same.
+"""
+EXAMPLE = "prunekit drop demo --unit attn --count 8 --strategy discrete --output out/attn8"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
+    parser.add_argument("--unit", default="attn", help="attn (default), mlp, all or block")
+    parser.add_argument("--count", type=options.whole, help="how many to drop")
+    parser.add_argument(
+        "--strategy", default="discrete", help="discrete (default), consecutive or iterative"
+    )
+    parser.add_argument("--format", default="auto", help="auto (default) or zeroed")
+    options.add_output(parser, "folder for the checkpoint")
+    options.add_calibration(parser)
+    options.add_running(parser)
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace, answer: TextIO) -> None:
+    """Carry the command out."""
+    source = options.needed(args.model, "model")
+    folder = options.output(args, options.CHECKPOINT)
+    if args.count is None:
+        raise PrunekitError("how many? give --count, for example --count 8")
+
+    from prunekit import checkpoint, distributed
+    from prunekit.commands import measures
+    from prunekit.pruning import Drop, drop_
+
+    drop = Drop(args.unit, args.count, args.strategy)
+    if args.format not in checkpoint.FORMATS:
+        raise PrunekitError(
+            f"format '{args.format}' is unknown: use {' or '.join(checkpoint.FORMATS)}"
+        )
+    calibration = options.calibration(args)
+    model, tokenizer = options.load(source, args)
+    before = measures.cache_size(model)
+    report = drop_(
+        model,
+        drop,
+        calibration,
+        tokenizer=tokenizer,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    after = measures.cache_size(model)
+    if not distributed.is_main():
+        return
+    checkpoint.save(
+        model,
+        tokenizer,
+        folder,
+        format=args.format,
+        overwrite=args.overwrite,
+        report={"drop": report.to_dict()},
+    )
+    size = measures.folder_bytes(folder)
+    options.emit(
+        args,
+        answer,
+        lambda: {
+            "model": source,
+            "output": folder,
+            "folder_bytes": size,
+            "cache_before": vars(before),
+            "cache_after": vars(after),
+            "report": report.to_dict(),
+        },
+        lambda: _shown(report, before, after, folder, size, args.format),
+    )
+
+
+def _shown(
+    report: DropReport, before: CacheSize, after: CacheSize, folder: str, size: int, form: str
+) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunekit.report import tables
+
+    gone = [
+        f"{name} of layers {', '.join(map(str, layers))}"
+        for name, layers in (
+            ("attn", report.dropped_attn),
+            ("mlp", report.dropped_mlp),
+            ("blocks", report.dropped_blocks),
+        )
+        if layers
+    ]
+    kept = report.parameters_after / report.parameters_before
+    lines = [
+        "Mean cosine of a layer part's input and output (the highest go):",
+        report.table(),
+        "",
+        f"Dropped: {'; '.join(gone)}.",
+        f"Parameters: {report.parameters_before:,} → {report.parameters_after:,} "
+        f"({100 * kept:.1f} %).",
+        f"KV cache: {before.entries} → {after.entries} entries, "
+        f"{before.bytes_per_token:,} → {after.bytes_per_token:,} bytes per token.",
+        f"Saved to {folder} ({tables.size(size)}).",
+    ]
+    if form == "zeroed":
+        lines.append(
+            "Not smaller and not faster in this format: the dropped sublayers are there as zeros, "
+            "so that every program can load the model."
+        )
+    return Group(*(Text(line) for line in lines))

@@ -1,0 +1,190 @@
+"""Options that several commands share, and what they stand for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from prunekit.errors import PrunekitError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from prunekit.calibration import Calibration
+
+CHECKPOINT = ("config.json", "prunekit.json")  # files by which a saved model is known
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Options of every command."""
+    group = parser.add_argument_group("output of the command")
+    group.add_argument("--json", action="store_true", help="print the result as JSON on stdout")
+    group.add_argument("--quiet", action="store_true", help="no progress bars and no tables")
+    group.add_argument("--config", metavar="FILE.yaml", help="read options from a file; flags win")
+
+
+def add_running(parser: argparse.ArgumentParser, *, batch_size: int = 8) -> None:
+    """Options of commands that run a model."""
+    group = parser.add_argument_group("running the model")
+    group.add_argument("--seed", type=whole, default=0, help="seed of everything random (0)")
+    add_placement(group)
+    group.add_argument(
+        "--batch-size", type=positive, default=batch_size, help=f"run together ({batch_size})"
+    )
+
+
+def add_placement(group: Any) -> None:
+    """Where a model is put, and in which type."""
+    group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
+    group.add_argument("--dtype", help="float32, bfloat16 or float16 (the checkpoint's)")
+
+
+def add_output(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
+    """Where the result goes."""
+    shown = f" ({default})" if default else ""
+    parser.add_argument("--output", metavar="DIR", default=default, help=f"{what}{shown}")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What calibration data is."""
+    group = parser.add_argument_group("calibration")
+    group.add_argument(
+        "--calibration",
+        default="self",
+        metavar="SOURCE",
+        help="'self': text the model writes itself (default); a .txt, .jsonl, .json or .parquet "
+        "file; or a Hub dataset id",
+    )
+    group.add_argument("--samples", type=positive, default=16, help="sequences (16)")
+    group.add_argument("--length", type=positive, default=256, help="tokens per sequence (256)")
+    group.add_argument("--text-field", default="text", help="field of the text in rows (text)")
+
+
+def calibration(args: argparse.Namespace) -> Calibration:
+    """The calibration that the options describe, its file checked to exist.
+
+    Raises:
+        PrunekitError: No such file, or an option is out of range.
+    """
+    from prunekit import texts
+    from prunekit.calibration import SELF, Calibration
+
+    source = args.calibration
+    if source != SELF and not texts.is_hub_id(source) and not Path(source).is_file():
+        raise PrunekitError(
+            f"calibration file {source} does not exist: give a file, 'self' or a Hub dataset id"
+        )
+    return Calibration(source, args.samples, args.length, args.seed, args.text_field)
+
+
+def output(args: argparse.Namespace, replaceable: Sequence[str]) -> str:
+    """The output folder, checked to be writable, and empty or allowed to be replaced.
+
+    Raises:
+        PrunekitError: It is missing or can't be used.
+    """
+    from prunekit.atomic import check_target
+
+    if not args.output:
+        raise PrunekitError("where to? give --output DIR")
+    try:
+        check_target(args.output, overwrite=args.overwrite, replaceable=replaceable)
+    except PrunekitError as error:
+        raise PrunekitError(str(error).replace("allow overwriting", "add --overwrite")) from error
+    return str(args.output)
+
+
+def needed(value: str | None, what: str) -> str:
+    """`value` of a positional argument, which a configuration file may give as well.
+
+    Raises:
+        PrunekitError: It is missing.
+    """
+    if value is None:
+        raise PrunekitError(f"which {what}? give 'demo', a folder, a .gguf file or a Hub id")
+    return value
+
+
+def load(source: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model where --device and --dtype say.
+
+    Raises:
+        PrunekitError: The device or dtype can't be used, or the model can't be loaded.
+    """
+    place = device(args.device)  # before anything is read
+    from prunekit import checkpoint
+
+    return checkpoint.load(source, dtype=args.dtype, device=place)
+
+
+def device(name: str | None) -> str:
+    """A device that exists: `name`, or by default this process's GPU if there is one.
+
+    Raises:
+        PrunekitError: There is no such device.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name is None:
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % gpus}" if gpus else "cpu"
+    try:
+        wanted = torch.device(name)
+    except RuntimeError:
+        raise PrunekitError(f"--device {name} is unknown: use cpu, cuda or cuda:0") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= gpus:
+        raise PrunekitError(f"--device {name}: this machine has {gpus} usable GPUs: use cpu")
+    return name
+
+
+def emit(
+    args: argparse.Namespace, answer: TextIO, data: Callable[[], Any], shown: Callable[[], Any]
+) -> None:
+    """Print a command's result: as JSON, as a rich renderable, or (--quiet) not at all.
+
+    Under several processes only the main one prints.
+    """
+    from prunekit import distributed
+
+    if not distributed.is_main():
+        return
+    if args.json:
+        json.dump(data(), answer, ensure_ascii=False, allow_nan=False, indent=2)
+        answer.write("\n")
+    elif not args.quiet:
+        from prunekit.report import tables
+
+        tables.show(shown(), answer)
+
+
+def whole(text: str) -> int:
+    """A whole number from 0."""
+    return _at_least(text, 0)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    return _at_least(text, 1)
+
+
+def _at_least(text: str, low: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = low - 1
+    if value < low:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from {low}")
+    return value
+
+
+def fraction(text: str) -> float:
+    """A number; its range is checked where it is used."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number") from None

@@ -1,0 +1,124 @@
+"""`prunekit prune`: set weights to zero and save the checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any, TextIO
+
+from prunekit.commands import options
+from prunekit.errors import PrunekitError
+
+if TYPE_CHECKING:
+    from prunekit.pruning import PruneReport, Recipe
+
+SUMMARY = "set weights to zero: magnitude, Wanda or SparseGPT"
+DESCRIPTION = """\
+Set weights of a model's decoder layers to zero and save it as a checkpoint.
+
+A YAML file given with --config may hold any option by name, and instead of one method for all
+matrices a mapping 'rules' from name patterns to methods:
+
+  rules:
+    "*.mlp.*": {method: sparsegpt, sparsity: 0.6}
+    "*": {method: wanda, pattern: 2:4}
+"""
+EXAMPLE = "prunekit prune demo --method wanda --pattern 2:4 --output out/wanda24"
+
+_METHOD_OPTIONS = ("method", "pattern", "sparsity", "variant", "block", "damping")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.set_defaults(nested_keys=("rules",), rules=None)
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
+    parser.add_argument("--method", help="magnitude, wanda (default) or sparsegpt")
+    parser.add_argument("--pattern", help="unstructured (default), or N:M with N kept of M: 2:4")
+    parser.add_argument(
+        "--sparsity", type=options.fraction, help="fraction to prune (0.5, or what N:M implies)"
+    )
+    parser.add_argument("--variant", action="store_true", help="Wanda: thresholds per row (α)")
+    parser.add_argument("--block", type=options.positive, help="SparseGPT: columns at once (128)")
+    parser.add_argument("--damping", type=options.fraction, help="SparseGPT: of the mean (0.01)")
+    parser.add_argument(
+        "--ignore",
+        action="append",
+        metavar="GLOB",
+        help="name pattern of matrices that stay dense, beside MoE routers; may be repeated",
+    )
+    options.add_output(parser, "folder for the checkpoint")
+    parser.add_argument("--verbose", action="store_true", help="a line per matrix in the table")
+    options.add_calibration(parser)
+    options.add_running(parser)
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace, answer: TextIO) -> None:
+    """Carry the command out."""
+    source = options.needed(args.model, "model")
+    folder = options.output(args, options.CHECKPOINT)
+    recipe = _recipe(args)
+    calibrated = any(method.calibrated for method in recipe.rules.values())
+    calibration = options.calibration(args) if calibrated else None
+
+    from prunekit import checkpoint, distributed
+    from prunekit.commands import measures
+    from prunekit.pruning import prune_
+
+    model, tokenizer = options.load(source, args)
+    report = prune_(
+        model,
+        recipe,
+        calibration,
+        tokenizer=tokenizer,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    if not distributed.is_main():
+        return
+    checkpoint.save(
+        model, tokenizer, folder, overwrite=args.overwrite, report={"prune": report.to_dict()}
+    )
+    sizes = {
+        "parameters_bytes": measures.parameter_bytes(model),
+        "folder_bytes": measures.folder_bytes(folder),
+    }
+    options.emit(
+        args,
+        answer,
+        lambda: {"model": source, "output": folder, **sizes, "report": report.to_dict()},
+        lambda: _shown(report, folder, sizes["folder_bytes"], args.verbose),
+    )
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    from prunekit.pruning import DEFAULT_IGNORE, Recipe
+
+    ignore = [*DEFAULT_IGNORE, *(args.ignore or [])]
+    given = {name: getattr(args, name) for name in _METHOD_OPTIONS if getattr(args, name)}
+    # 0 is no sparsity and False no variant, but a sparsity of 0 must be refused, not ignored
+    given |= {"sparsity": args.sparsity} if args.sparsity is not None else {}
+    if args.rules is None:
+        return Recipe.from_dict({"method": "wanda", **given, "ignore": ignore})
+    if given:
+        raise PrunekitError(
+            f"--{next(iter(given))} contradicts 'rules' of the configuration: put it into a rule"
+        )
+    return Recipe.from_dict({"rules": args.rules, "ignore": ignore})
+
+
+def _shown(report: PruneReport, folder: str, size: int, verbose: bool) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunekit.report import tables
+
+    lines = [
+        report.table(verbose=verbose),
+        "",
+        f"Zeros: {report.zeros:,} of {report.size:,} weights of the pruned matrices "
+        f"({100 * report.sparsity:.2f} %); {len(report.left_dense)} matrices left dense.",
+        f"Saved to {folder} ({tables.size(size)}).",
+        "Not smaller and not faster: the zeros are stored and multiplied like any other weight. "
+        "Only packing them and swapping in sparse kernels would save memory or time.",
+    ]
+    return Group(*(Text(line) for line in lines))

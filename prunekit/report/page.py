@@ -1,0 +1,44 @@
+"""The HTML page: one self-contained file that loads nothing from the network."""
+
+from __future__ import annotations
+
+import json
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+
+def render(payload: dict[str, Any]) -> str:
+    """The page that shows `payload` (what `assets/page.js` reads), as UTF-8 text.
+
+    Everything in `payload` may be text that a model wrote: it enters the page as JSON only, and the
+    script puts it into the document as text, never as HTML.
+    """
+    title = f"{payload['names']['dense']} → {payload['names']['pruned']} · prunekit"
+    return Template(_asset("page.html")).substitute(
+        title=escape(title),
+        style=_asset("page.css"),
+        script=_asset("page.js"),
+        methods=_asset("methods.html"),
+        data=embed(payload),
+    )
+
+
+def embed(payload: Any) -> str:
+    """JSON that is safe inside a <script> element, whatever texts it holds.
+
+    `<`, `>` and `&` are escaped, so that neither `</script>` nor `<!--` can occur; so are the line
+    separators that JavaScript once didn't allow in strings, and lone surrogates, which UTF-8 has no
+    bytes for.
+    """
+    text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _asset(name: str) -> str:
+    return (
+        resources.files("prunekit.report").joinpath("assets", name).read_text("utf-8").rstrip("\n")
+    )

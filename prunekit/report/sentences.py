@@ -1,0 +1,147 @@
+"""What the numbers of a study say, in plain sentences that claim no more than they show."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from prunekit.analysis.decoding import Decoding
+from prunekit.analysis.grid import MetricGrid
+from prunekit.analysis.study import Study
+from prunekit.evaluation.statistics import Interval
+from prunekit.report.view import Value, number
+
+# Below this share of valid positions an estimate is called unusable, below the second doubtful.
+_UNUSABLE, _DOUBTFUL = 0.5, 0.9
+
+
+@dataclass(frozen=True)
+class Sentence:
+    """One statement; `warn` marks limits that a reader must not miss."""
+
+    text: str
+    warn: bool = False
+
+
+def describe(study: Study) -> list[Sentence]:
+    """The statements at the head of a report, from the sections that the study has."""
+    said: list[Sentence] = []
+    if study.decoding is not None:
+        grid = study.decoding.teacher_forced
+        said.append(_hierarchy(grid))
+        if float(np.nanmax(grid["kl_dense_pruned"])) > 0:
+            said += [_divergence(grid), _estimate(grid)]
+    accuracies = {
+        name: values["accuracy"]
+        for name, values in (study.scores or {}).items()
+        if "accuracy" in values
+    }
+    if accuracies:
+        said.append(_single_step(accuracies))
+    if study.decoding is not None:
+        said.append(_texts(study.decoding))
+        identical = float(study.decoding.sequence["identical"].mean())
+        if accuracies and _overlap(accuracies) and identical < 0.5:
+            said.append(
+                Sentence(
+                    "So here the single-step score does not show what happened to the generated "
+                    "texts: most of them differ from the dense model's, while these questions "
+                    "can't tell the two models apart."
+                )
+            )
+        said += _limits(len(study.decoding.generations), accuracies)
+    return said
+
+
+def _hierarchy(grid: MetricGrid) -> Sentence:
+    if not float(np.nanmax(grid["kl_dense_pruned"])) and not float(
+        np.nanmax(grid["h_one_minus_cosine"])
+    ):
+        return Sentence("The two models are identical at every position that was looked at.")
+    h, z, p = (Value.of(grid.interval(f"{space}_cosine")) for space in "hzp")
+    return Sentence(
+        f"Reading the dense model's own text, the pruned model's hidden states have cosine {h} to "
+        f"the dense ones, its logits {z}, and its next-token probabilities {p}."
+    )
+
+
+def _divergence(grid: MetricGrid) -> Sentence:
+    kl = Value.of(grid.interval("kl_dense_pruned"), "nats")
+    flipped = Value.of(grid.interval("flipped"), "%", 100)
+    return Sentence(
+        f"KL(dense‖pruned) averages {kl} per token; the most likely next token is another one at "
+        f"{flipped} of the positions."
+    )
+
+
+def _estimate(grid: MetricGrid) -> Sentence:
+    share = float(grid.interval("estimate_valid").mean)
+    exact, estimate = (float(grid.interval(m).mean) for m in ("kl_dense_pruned", "kl_estimate"))
+    ratio = estimate / exact if exact > 0 else math.nan
+    compared = f"its mean is {number(ratio)} times the exact one" if exact > 0 else "not comparable"
+    where = f"{number(100 * share)} % of the positions"
+    if share < _UNUSABLE:
+        return Sentence(
+            f"The second-order estimate of KL is not usable here: the change is small enough for "
+            f"it at only {where} ({compared}).",
+            warn=True,
+        )
+    if share < _DOUBTFUL:
+        return Sentence(
+            f"The second-order estimate of KL holds at {where} only; {compared}, so take it with "
+            "care.",
+            warn=True,
+        )
+    return Sentence(f"The second-order estimate of KL is valid at {where}; {compared}.")
+
+
+def _overlap(accuracies: Mapping[str, Interval]) -> bool:
+    dense, pruned = accuracies["dense"], accuracies["pruned"]
+    return float(pruned.high) >= float(dense.low) and float(dense.high) >= float(pruned.low)
+
+
+def _single_step(accuracies: Mapping[str, Interval]) -> Sentence:
+    dense, pruned = (Value.of(accuracies[name], "%", 100) for name in ("dense", "pruned"))
+    verdict = (
+        "the intervals overlap, so this set does not tell the two apart"
+        if _overlap(accuracies)
+        else "the intervals do not overlap"
+    )
+    return Sentence(
+        f"Single-step: accuracy on {accuracies['dense'].n} multiple-choice questions goes from "
+        f"{dense} to {pruned}; {verdict}."
+    )
+
+
+def _texts(decoding: Decoding) -> Sentence:
+    steps = [found.first_divergence for found in decoding.generations]
+    differing = sorted(step for step in steps if step is not None)
+    if not differing:
+        return Sentence(
+            f"Generation: all {len(steps)} greedy texts are identical to the dense ones."
+        )
+    middle = number(float(np.median(differing)))
+    chrf = number(float(np.nanmean(decoding.sequence["chrf"])))
+    same = len(steps) - len(differing)
+    one = len(differing) == 1
+    first = "the other differs" if one else "half of those that differ do so"
+    when = f"from step {middle}" if one else f"by step {middle}"
+    return Sentence(
+        f"Generation: {same} of {len(steps)} greedy texts {'is' if same == 1 else 'are'} identical "
+        f"to the dense model's; {first} {when}; chrF to the dense texts is {chrf} of 100."
+    )
+
+
+def _limits(prompts: int, accuracies: Mapping[str, Interval]) -> list[Sentence]:
+    found = []
+    if prompts < 12:
+        text = f"Only {prompts} prompts were used: the intervals over prompts are rough."
+        found.append(Sentence(text, warn=True))
+    questions = int(accuracies["dense"].n) if accuracies else 0
+    if 0 < questions < 50:
+        text = f"Only {questions} questions were asked: small differences of accuracy don't show."
+        found.append(Sentence(text, warn=True))
+    return found
