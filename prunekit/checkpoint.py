@@ -79,6 +79,7 @@ def load(
         PrunekitError: The source is missing, damaged, incomplete or not supported.
     """
     wanted = _parse_dtype(dtype)
+    _check_device(device)
     path = Path(source).expanduser()
     if source == DEMO:
         path = demo_file()
@@ -104,6 +105,18 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
         raise PrunekitError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
     return parsed
+
+
+def _check_device(device: torch.device | str | None) -> None:
+    """See that `device` works before anything is read."""
+    if device is None or device == "auto":
+        return
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        raise PrunekitError(
+            f"device {device} can't be used ({_one_line(error)}): use cpu"
+        ) from error
 
 
 @contextlib.contextmanager

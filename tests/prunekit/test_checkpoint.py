@@ -107,6 +107,9 @@ def test_dtype_and_device_on_request(saved):
     assert checkpoint.load(saved, dtype=torch.bfloat16)[0].dtype is torch.bfloat16
     with pytest.raises(PrunekitError, match="unknown dtype 'int8': use float32"):
         checkpoint.load(saved, dtype="int8")
+    for device in ("cuda:99", "gpu"):
+        with pytest.raises(PrunekitError, match=f"device {device} can't be used"):
+            checkpoint.load(saved, device=device)
 
 
 _WITHOUT_PRUNEKIT = """
