@@ -35,8 +35,8 @@ TAIL_K, TAIL_STEPS, TAIL_WORDS = 64, 2, 288
 #: Value types and their numbers in a stored header. 8- and 4-bit values take numbers from 2.
 VALUE_CODES: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float16: 1}
 
-# Elements handled at once, so that temporaries stay small beside the weight.
-_CHUNK_ELEMENTS = 1 << 22
+# Elements handled at once: temporaries stay in cache, and small beside the weight.
+_CHUNK_ELEMENTS = 1 << 18
 
 # By which of the four columns are non-zero (bit i = column i): the two kept columns, increasing.
 _KEPT = [

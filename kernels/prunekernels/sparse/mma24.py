@@ -35,8 +35,8 @@ from prunekernels.sparse.epilogue import activate
 from prunekernels.sparse.format24 import ROWS, line_blocks, sparse24_pack, sparse24_unpack
 from prunekernels.tuning import MmaConfig, sparse24_mma
 
-#: Where the kernel is known to compile; nothing has run yet on (8, 6), (8, 9) or (12, 0).
-CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (12, 0))
+#: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
+CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
 WARPS = 4
 
 

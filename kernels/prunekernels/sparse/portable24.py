@@ -40,17 +40,25 @@ def _decompress(line_ptr, block, units, BLOCK_N: tl.constexpr):
     quarter = tl.where(whole, block % 4, 0)
     start = tl.where(whole, block // 4 * 1152, units * 1152 + (block - 4 * units) * 288)
     lane = row % 8 * 4 + group % 4
-    word = tl.load(line_ptr + start + quarter * 256 + step * 128 + lane * 4 + upper * 2 + row // 8)
+    # what does not depend on the block stands first, for the compiler to keep out of the loop
+    word_ptrs = line_ptr + (step * 128 + lane * 4 + upper * 2 + row // 8)
+    word = tl.load(word_ptrs + (start + quarter * 256))
     lane = row % 8 * 4 + step * 2 + upper
     meta_start = start + tl.where(whole, 1024, 256)
-    meta = tl.load(line_ptr + meta_start + lane * tl.where(whole, 4, 1) + quarter)
+    meta = tl.load(line_ptr + (lane * 4 >> tl.where(whole, 0, 2)) + (meta_start + quarter))
     nibble = meta >> (row // 8 * 16 + group % 4 * 4)
-    column = tl.arange(0, 4)[None, None, :]
-    first = (nibble & 3)[:, :, None] == column
-    second = ((nibble >> 2) & 3)[:, :, None] == column
-    low = word.to(tl.int16)[:, :, None]
-    high = (word >> 16).to(tl.int16)[:, :, None]
-    bits = tl.where(first, low, tl.where(second, high, 0)).to(tl.int16)
+    first = nibble & 3
+    second = (nibble >> 2) & 3
+    low = word.to(tl.int16)
+    high = (word >> 16).to(tl.int16)
+    zero = tl.zeros_like(low)
+    # the first kept value is never in column 3, the second never in column 0
+    bits0 = tl.where(first == 0, low, zero)
+    bits1 = tl.where(first == 1, low, tl.where(second == 1, high, zero))
+    bits2 = tl.where(first == 2, low, tl.where(second == 2, high, zero))
+    bits3 = tl.where(second == 3, high, zero)
+    # joined, not broadcast: a thread then holds its four columns side by side
+    bits = tl.join(tl.join(bits0, bits2), tl.join(bits1, bits3))
     return tl.reshape(bits, (BLOCK_N, 64))
 
 
