@@ -68,11 +68,19 @@ def pair_fields(
 
     cos_prob = (sums["C0"] / torch.sqrt(sums["R0"] * sums["S0"])).clamp_max(1.0)
     apart = (sums["P2"] - sums["Pw"] ** 2 / sums["R0"]).clamp_min(0.0)
+    # The residual v−w is worth its rounding where it is shorter than v; else 1−cos itself is.
     one_minus_cos_prob = torch.where(
-        cos_prob > 0.5, apart / (sums["S0"] * (1.0 + cos_prob)), 1.0 - cos_prob
+        sums["P2"] < sums["S0"], apart / (sums["S0"] * (1.0 + cos_prob)), 1.0 - cos_prob
     )
     logit = angle_fields(*(sums[name] for name in ("Z2", "Zd", "D2", "ZZ", "B2")))
     n = sums["n"]
+    # d = x + β − α: subtract the smaller mean's square. x has the large one where the top token
+    # moved and the rest did not, d where the whole row moved.
+    mean_x = sums["U1"] / n
+    mean_d = mean_x + (beta - alpha)
+    uniform = torch.where(
+        mean_d.abs() < mean_x.abs(), sums["D2"] / n - mean_d**2, sums["U2"] / n - mean_x**2
+    )
     fields = {
         "kl_base_other": (c - w1 / t).clamp_min(0.0).masked_fill(only_other, inf),
         "kl_other_base": (v1 / t - c).clamp_min(0.0).masked_fill(only_base, inf),
@@ -89,9 +97,7 @@ def pair_fields(
         "orthogonal_ratio": logit["orthogonal_ratio"].masked_fill(one_sided, nan),
         "kl_estimate": kl_estimate,
         "one_minus_cos_prob_estimate": var_r * inv_2t2,
-        "uniform_variance": (sums["U2"] / n - (sums["U1"] / n) ** 2)
-        .clamp_min(0.0)
-        .masked_fill(one_sided, inf),
+        "uniform_variance": uniform.clamp_min(0.0).masked_fill(one_sided, inf),
         "delta_l1": sums["L1"].masked_fill(one_sided, inf),
         "delta_l2": sums["D2"].masked_fill(one_sided, inf),
         "estimate_valid": ~one_sided & (var_p <= t * t),
@@ -116,8 +122,7 @@ def angle_fields(z2: Tensor, zd: Tensor, d2: Tensor, zz: Tensor, b2: Tensor) -> 
     cosine = torch.where((z2 == 0) | (b2 == 0), 0.0, cosine).masked_fill(same, 1.0)
     alpha = (zd / z2).masked_fill(same, 0.0)
     across2 = (d2 - alpha * zd).clamp_min(0.0)
-    close = (d2 < b2) & (cosine > 0.5)
-    one_minus = torch.where(close, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
+    one_minus = torch.where(d2 < b2, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
     return {
         "cosine": cosine,
         "one_minus_cosine": one_minus,

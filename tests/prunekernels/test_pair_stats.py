@@ -140,6 +140,8 @@ def adversarial() -> dict[str, tuple[Tensor, Tensor]]:
         "ties": (one_hot(5, 4.0) + one_hot(900, 4.0), one_hot(900, 4.0)),
         "opposite": (noise, -noise),
         "far and small": (100 * noise, 1e-3 * noise),
+        "short and nearly parallel": (100 * noise, 1e-3 * (noise + 0.05 * more)),
+        "broad against its own top token": (0.3 * noise + one_hot(7, 3.0), one_hot(7, 60.0)),
     }
 
 
@@ -156,6 +158,19 @@ def test_adversarial_rows_to_float64(level: str, temperature: float) -> None:
 def test_adversarial_rows_in_float32(name: str) -> None:
     base, other = adversarial()[name]
     check(base[None], other[None])
+
+
+def test_broad_against_certain() -> None:
+    """Σv² is as little as 1e-5 of Σw²: what core takes as a difference of the two would be lost."""
+    vocab = 50257
+    base, other = 0.05 * torch.randn(3, vocab), 0.05 * torch.randn(3, vocab)
+    base[:, 7], other[:, 7] = 0.3, torch.tensor([4.0, 5.0, 9.0])
+    check(base, other, level="precise")
+    found = pair_stats(base, other).as_dict()
+    truth = reference.pair_stats(base.double(), other.double())
+    names = ("one_minus_cos_prob", "cos_prob", "kl_base_other", "kl_other_base", "lse_other")
+    wrong = mismatches({name: found[name] for name in names}, truth, vocab=vocab)
+    assert not wrong, "\n".join(wrong)
 
 
 def test_disjoint_argmax_does_not_overflow_at_low_temperature() -> None:
