@@ -5,7 +5,7 @@ package's kernels compile to (an unknown instruction raises). Memory is checked:
 outside the given arrays raises, shared memory starts poisoned, and `cp.async` copies take effect
 only when `cp.async.wait_group` demands it (`lazy`) or at once (`eager`): right code gives the same
 result both ways. Warps must not touch the same shared bytes, one of them writing, without a barrier
-between them; that raises too. Branches must be uniform over the program. Programs run one by one.
+between them; that raises too. Programs run one after another.
 
 `mma_sp_m16n8k32` is NVIDIA's sparse tensor-core instruction, written from the PTX ISA.
 """
@@ -186,24 +186,29 @@ class Program:
         self.groups: list[list[Any]] = []
 
     def run(self, limit: int = 200_000) -> None:
-        """Execute until `ret`."""
-        at = 0
+        """Execute until every thread returned; the threads that are furthest behind go first."""
+        end = len(self.kernel.instructions)
+        at = np.zeros(self.threads, np.int64)
         for _ in range(limit):
-            instruction = self.kernel.instructions[at]
-            at += 1
-            active = np.ones(self.threads, bool)
-            if instruction.guard is not None:
-                active = self.registers[instruction.guard].astype(bool) ^ instruction.negated
-            name = instruction.opcode[0]
-            if not active.any():
-                continue
-            if name == "bra":
-                if not active.all():
-                    raise ValueError(f"divergent branch: {instruction.text}")
-                at = self.kernel.labels[instruction.operands[0]]
-            elif name == "ret":
+            here = int(at.min())
+            if here == end:
                 return
-            else:
+            instruction = self.kernel.instructions[here]
+            group = at == here
+            active = group
+            if instruction.guard is not None:
+                active = group & (
+                    self.registers[instruction.guard].astype(bool) ^ instruction.negated
+                )
+            at[group] = here + 1
+            name = instruction.opcode[0]
+            if name == "bra":
+                at[active] = self.kernel.labels[instruction.operands[0]]
+            elif name == "ret":
+                at[active] = end
+            elif active.any():
+                if name in ("bar", "mma", "ldmatrix") and not active.all():
+                    raise ValueError(f"only some threads arrive: {instruction.text}")
                 handler = getattr(self, f"_{name}", None)
                 if handler is None:
                     raise ValueError(f"unknown instruction: {instruction.text}")
@@ -443,6 +448,16 @@ class Program:
         with np.errstate(all="ignore"):
             self._set(operands[0], (a * b + c).astype(np.float32), active)
 
+    def _abs(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        self._set(operands[0], np.abs(self._value(operands[1], opcode[-1])), active)
+
+    def _neg(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        self._set(operands[0], -self._value(operands[1], opcode[-1]), active)
+
+    def _copysign(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        sign, size = (self._value(o, "f32") for o in operands[1:])
+        self._set(operands[0], np.copysign(size, sign), active)
+
     def _ex2(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         with np.errstate(all="ignore"):
             self._set(operands[0], np.exp2(self._value(operands[1], "f32")), active)
@@ -450,9 +465,13 @@ class Program:
     def _setp(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         functions = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
         functions |= {"eq": np.equal, "ne": np.not_equal}
-        kind = opcode[2].replace("b", "u")
+        kind = opcode[-1].replace("b", "u")
         left, right = (self._value(o, kind) for o in operands[1:])
-        self._set(operands[0], functions[opcode[1]](left, right), active)
+        result = functions[opcode[1][:2]](left, right)
+        if opcode[1].endswith("u"):
+            # unordered: also true of a NaN
+            result |= np.isnan(left) | np.isnan(right)
+        self._set(operands[0], result, active)
 
     def _selp(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         width = "u" + opcode[-1][1:]

@@ -136,6 +136,7 @@ CASES = [
 ]
 MORE = [
     (torch.float16, 8, 16, 4, MmaConfig(2, 1, 4, 1), "relu", True),
+    (torch.float16, 2, 33, 320, MmaConfig(2, 1, 4, 1), "gelu", True),
     (torch.float16, 13, 100, 300, MmaConfig(2, 2, 4, 1), "none", True),
     (torch.bfloat16, 40, 70, 1600, MmaConfig(2, 4, 2, 3), "gelu_tanh", True),
     (torch.bfloat16, 9, 33, 2048, MmaConfig(2, 1, 4, 8), "none", False),
@@ -215,8 +216,10 @@ def test_the_machine_notices_what_must_not_happen():
         run("mov.b32 %r3, 7; add.s32 %r2, %r2, 4;" + store)
     with pytest.raises(ValueError, match="unknown instruction"):
         run("popc.b32 %r3, %r1;")
-    with pytest.raises(ValueError, match="divergent"):
-        run("setp.lt.s32 %p1, %r1, 64; @%p1 bra $L_a; $L_a: ")
+    part = "setp.lt.s32 %p1, %r1, 64; mov.b32 %r3, 5; @%p1 bra $L_a; mov.b32 %r3, 6; $L_a: "
+    assert np.array_equal(run(part + store), np.where(np.arange(128) < 64, 5, 6))
+    with pytest.raises(ValueError, match="only some threads arrive"):
+        run("setp.lt.s32 %p1, %r1, 64; @%p1 bra $L_a; bar.sync 0; $L_a: mov.b32 %r3, 5;" + store)
     swap = "xor.b32 %r4, %r2, 256; st.shared.b32 [ %r2 + 0 ], %r1; SYNC ld.shared.b32 %r3, [ %r4 ];"
     assert np.array_equal(run(swap.replace("SYNC", "bar.sync 0;") + store), np.arange(128) ^ 64)
     with pytest.raises(ValueError, match="without a barrier"):
