@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
@@ -45,7 +46,7 @@ class Calibration:
         PrunekitError: samples or length out of range.
     """
 
-    source: str = SELF
+    source: str | Path = SELF
     samples: int = 16
     length: int = 256
     seed: int = 0
@@ -239,7 +240,7 @@ def _windows(calibration: Calibration, tokenizer: Any) -> Tensor:
     """Random non-overlapping windows of a source's text."""
     samples, length = calibration.samples, calibration.length
     documents = texts.read(
-        calibration.source, text_field=calibration.text_field, seed=calibration.seed
+        str(calibration.source), text_field=calibration.text_field, seed=calibration.seed
     )
     pool: list[int] = []
     pending: list[str] = []

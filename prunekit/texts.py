@@ -45,7 +45,7 @@ def read(source: str, *, text_field: str = "text", seed: int = 0) -> Iterable[st
 
 def is_hub_id(source: str) -> bool:
     """Whether `source` can only mean a dataset on the Hub: no file, no file's name, no folder."""
-    path = Path(source)
+    path = Path(source).expanduser()
     local = path.suffix in SUFFIXES or path.exists() or (path.parent.name and path.parent.is_dir())
     return not local and _HUB_ID.fullmatch(source) is not None
 
@@ -56,7 +56,7 @@ def read_file(source: str | Path, *, text_field: str = "text") -> list[str]:
     Raises:
         PrunekitError: See `read`; the message names the line or row at fault.
     """
-    path = Path(source)
+    path = Path(source).expanduser()
     if path.suffix not in SUFFIXES:
         raise PrunekitError(
             f"'{source}' is no text source: give a {', '.join(SUFFIXES)} file, or a Hub dataset id "

@@ -122,7 +122,7 @@ def test_windows_of_every_format_are_disjoint_pieces_of_the_text(tiny, tmp_path,
     rows = [f"{number:04d} is number {number}" for number in range(60)]
     rows_of(path)(rows)
     tokenizer, model = Characters(), tiny("llama")
-    described = Calibration(source=str(path), samples=20, length=16, seed=1)
+    described = Calibration(source=path, samples=20, length=16, seed=1)
     got = tokens(described, model, tokenizer)
     assert got.shape == (20, 16) and got.dtype == torch.int64
     read = texts.read(str(path), seed=1)
