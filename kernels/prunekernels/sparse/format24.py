@@ -38,12 +38,6 @@ VALUE_CODES: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float16: 1}
 # Elements handled at once: temporaries stay in cache, and small beside the weight.
 _CHUNK_ELEMENTS = 1 << 18
 
-# By which of the four columns are non-zero (bit i = column i): the two kept columns, increasing.
-_KEPT = [
-    (0, 1), (0, 1), (0, 1), (0, 1), (2, 3), (0, 2), (1, 2), (0, 0),
-    (2, 3), (0, 3), (1, 3), (0, 0), (2, 3), (0, 0), (0, 0), (0, 0),
-]  # fmt: skip
-
 
 def line_blocks(out_features: int, in_features: int) -> tuple[int, int, int]:
     """Lines of 16 rows, and units and tails in each line, of a packed (N, K) weight."""
@@ -250,8 +244,8 @@ def sparse24_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype)
     for first in range(0, lines, per_chunk):
         last = min(first + per_chunk, lines)
         part = packed[first:last]
-        full = _expand(*_separate(part[:, :middle], units, UNIT_STEPS))
-        rest = _expand(*_separate(part[:, middle:], tails, TAIL_STEPS))
+        full = _expand(part[:, :middle], units, UNIT_STEPS)
+        rest = _expand(part[:, middle:], tails, TAIL_STEPS)
         target = dense[first * ROWS : last * ROWS].view(torch.int16)
         count = target.shape[0]
         target[:, :split] = full[:count, : min(split, columns)]
@@ -276,19 +270,26 @@ def _check_pattern(weight: Tensor, first_row: int) -> None:
 
 def _select(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Value words and index nibbles, both int32 (rows, groups), of a padded 16-bit weight."""
-    used = weight != 0
-    groups = weight.view(torch.int16).masked_fill(~used, 0).view(weight.shape[0], -1, 4)
-    used = used.view(groups.shape)
-    pattern = used[..., 0].to(torch.int32)
-    for column in range(1, 4):
-        pattern += used[..., column].to(torch.int32) << column
-    kept = torch.tensor(_KEPT, dtype=torch.int32, device=weight.device)
-    first, second = kept[:, 0][pattern], kept[:, 1][pattern]
-    a, b, c, d = groups.unbind(2)
-    low = torch.where(first == 0, a, torch.where(first == 1, b, c))
-    high = torch.where(second == 1, b, torch.where(second == 2, c, d))
-    words = torch.stack((low, high), 2).view(torch.int32).squeeze(2)
+    columns = weight.view(weight.shape[0], -1, 4).permute(2, 0, 1).contiguous()
+    used = columns != 0
+    u0, u1, u2, u3 = used
+    # Masks of bits instead of selections and tables: several times faster on a CPU.
+    # Kept columns: the used ones; beside a single one, its partner in 0, 1 or 2, 3.
+    upper = u2 | u3
+    first_is_1, first_is_2 = u1 & upper & ~u0, upper & ~u1 & ~u0
+    second_is_2 = u2 & ~u3 & (u0 | u1)
+    a, b, c, d = columns.view(torch.int16)
+    low = (a & _mask(u0)) | (b & _mask(first_is_1)) | (c & _mask(first_is_2 & u2))
+    high = (b & _mask(u1 & ~upper)) | (c & _mask(second_is_2)) | (d & _mask(u3))
+    words = (low.to(torch.int32) & 0xFFFF) | (high.to(torch.int32) << 16)
+    first = first_is_1.to(torch.int32) + first_is_2.to(torch.int32) * 2
+    second = 1 + upper.to(torch.int32) * 2 - second_is_2.to(torch.int32)
     return words, first | (second << 2)
+
+
+def _mask(chosen: Tensor) -> Tensor:
+    """All sixteen bits where chosen, none elsewhere."""
+    return -chosen.to(torch.int16)
 
 
 def _interleave(words: Tensor, nibbles: Tensor, steps: int) -> Tensor:
@@ -304,23 +305,20 @@ def _interleave(words: Tensor, nibbles: Tensor, steps: int) -> Tensor:
     return torch.cat(parts, 2).reshape(lines, blocks * steps * 144)
 
 
-def _separate(part: Tensor, blocks: int, steps: int) -> tuple[Tensor, Tensor]:
-    """Inverse of `_interleave`."""
+def _expand(part: Tensor, blocks: int, steps: int) -> Tensor:
+    """Dense 16-bit patterns, int16 (16·lines, 32·steps·blocks): inverse of `_interleave`."""
     lines = part.shape[0]
     part = part.reshape(lines, blocks, steps * 144)
-    values = part[..., : steps * 128].reshape(lines, blocks, steps, 8, 4, 2, 2)
-    words = values.permute(0, 6, 3, 1, 2, 5, 4).reshape(lines * ROWS, blocks * steps * 8)
+    # (t, high, line, g, block, step, upper): the nibbles of a metadata word then are far apart,
+    # and every shift below is by one number
+    words = part[..., : steps * 128].reshape(lines, blocks, steps, 8, 4, 2, 2)
+    words = words.permute(4, 6, 0, 3, 1, 2, 5).contiguous()
     meta = part[..., steps * 128 :].reshape(lines, blocks, 8, 2, 2, steps // 2)
-    meta = meta.permute(0, 2, 1, 5, 3, 4)
-    halves = torch.stack((meta & 0xFFFF, (meta >> 16) & 0xFFFF), 1)
-    shifts = torch.arange(0, 16, 4, dtype=torch.int32, device=part.device)
-    nibbles = (halves.unsqueeze(-1) >> shifts) & 0xF
-    return words, nibbles.reshape(lines * ROWS, blocks * steps * 8)
-
-
-def _expand(words: Tensor, nibbles: Tensor) -> Tensor:
-    """Dense 16-bit patterns, int16 (rows, 4·groups), from value words and nibbles."""
+    meta = meta.permute(0, 2, 1, 5, 3, 4).reshape(words.shape[2:])
+    shifts = [[16 * high + 4 * t for high in range(2)] for t in range(4)]
+    nibbles = torch.stack([torch.stack([meta >> s for s in pair]) for pair in shifts])
     # one group of four 16-bit values is one 64-bit word
-    low = (words & 0xFFFF).to(torch.int64) << ((nibbles & 3) << 4).to(torch.int64)
-    high = ((words >> 16) & 0xFFFF).to(torch.int64) << ((nibbles >> 2) << 4).to(torch.int64)
-    return (low | high).view(torch.int16)
+    dense = (words & 0xFFFF).to(torch.int64) << ((nibbles & 3) << 4).to(torch.int64)
+    dense |= ((words >> 16) & 0xFFFF).to(torch.int64) << ((nibbles & 12) << 2).to(torch.int64)
+    dense = dense.permute(2, 1, 3, 4, 5, 6, 0).reshape(lines * ROWS, blocks * steps * 8)
+    return dense.view(torch.int16)
