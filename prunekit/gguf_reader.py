@@ -1,17 +1,14 @@
 """Read GGUF files: the embedded demo model, and any other that transformers can dequantise.
 
 Files of the SmolLM family (Llama layers, byte-level BPE) are read here, because transformers parses
-a file's metadata several times over and, depending on its version, gives the tokenizer a wrong end
-token. The layout is the GGUF specification's (ggml, docs/gguf.md): a header of little-endian
-key-value pairs, a table of tensors, then their data.
+a file's metadata several times over, which makes loading several times slower, and, depending on
+its version, gives the tokenizer a wrong end token.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-import mmap
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,20 +31,6 @@ from transformers import (
 
 from prunekit.errors import PrunekitError
 
-_SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
-_STRING, _ARRAY = 8, 9
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -103,14 +86,7 @@ def read_gguf(
         return _through_transformers(path, dtype)
     except PrunekitError:
         raise
-    except (
-        struct.error,
-        ValueError,
-        KeyError,
-        OSError,
-        RuntimeError,
-        NotImplementedError,
-    ) as error:
+    except (ValueError, LookupError, OSError, RuntimeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise PrunekitError(
             f"{path} couldn't be read as GGUF ({reason}): get the file again"
@@ -139,76 +115,20 @@ def _through_transformers(
 
 
 @dataclass
-class _TensorEntry:
-    shape: tuple[int, ...]  # as torch has it: (out, in)
-    kind: gguf.GGMLQuantizationType
-    start: int
-
-
-class _Cursor:
-    """Reads a file's header from front to back."""
-
-    def __init__(self, data: mmap.mmap) -> None:
-        self.data, self.at = data, 0
-
-    def scalars(self, code: str, count: int = 1) -> tuple[Any, ...]:
-        values = struct.unpack_from(f"<{count}{code}", self.data, self.at)
-        self.at += struct.calcsize(f"<{count}{code}")
-        return values
-
-    def string(self) -> str:
-        (length,) = self.scalars("Q")
-        self.at += length
-        if self.at > len(self.data):
-            raise ValueError("it ends too early")
-        return self.data[self.at - length : self.at].decode()
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind == _ARRAY:
-            item, count = *self.scalars("I"), *self.scalars("Q")
-            if item == _STRING:
-                return [self.string() for _ in range(count)]
-            return list(self.scalars(_SCALARS[item], count))
-        return self.scalars(_SCALARS[kind])[0]
-
-
-@dataclass
 class _Contents:
-    """A GGUF file's metadata and where its tensors lie."""
+    """A GGUF file's metadata and its still quantised tensors."""
 
-    data: mmap.mmap
     metadata: dict[str, Any]
-    tensors: dict[str, _TensorEntry]
+    tensors: dict[str, gguf.ReaderTensor]
 
     @classmethod
     def read(cls, path: Path) -> _Contents:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise PrunekitError(f"{path} is not a GGUF file: give a folder or a .gguf file")
-            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        cursor = _Cursor(data)
-        cursor.at = 4
-        (version,) = cursor.scalars("I")
-        if version not in (2, 3):
-            raise ValueError(f"GGUF version {version} is unknown")
-        tensor_count, pair_count = cursor.scalars("Q", 2)
-        metadata = {}
-        for _ in range(pair_count):
-            key = cursor.string()
-            metadata[key] = cursor.value(*cursor.scalars("I"))
-        tensors = {}
-        for _ in range(tensor_count):
-            name = cursor.string()
-            shape = cursor.scalars("Q", *cursor.scalars("I"))[::-1]
-            kind, offset = *cursor.scalars("I"), *cursor.scalars("Q")
-            tensors[name] = _TensorEntry(shape, gguf.GGMLQuantizationType(kind), offset)
-        alignment = metadata.get("general.alignment", 32)
-        start = -(-cursor.at // alignment) * alignment
-        for entry in tensors.values():
-            entry.start += start
-        return cls(data, metadata, tensors)
+        reader = gguf.GGUFReader(path)
+        metadata = {key: field.contents() for key, field in reader.fields.items()}
+        return cls(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
     @property
     def is_smollm(self) -> bool:
@@ -272,14 +192,9 @@ class _Contents:
         )
 
     def _tensor(self, name: str) -> Tensor:
-        """Tensor `name`, dequantised to float32."""
-        entry = self.tensors[name]
-        shape = gguf.quant_shape_to_byte_shape(entry.shape, entry.kind)
-        count = int(np.prod(shape))
-        if entry.start + count > len(self.data):
-            raise ValueError(f"it ends before {name}")
-        raw = np.frombuffer(self.data, np.uint8, count, entry.start).reshape(shape)
-        values = gguf.dequantize(raw, entry.kind)
+        """Tensor `name`, (out, in), dequantised to float32."""
+        tensor = self.tensors[name]
+        values = gguf.dequantize(tensor.data, tensor.tensor_type)
         return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # copies float32 data
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
