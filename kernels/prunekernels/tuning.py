@@ -60,7 +60,7 @@ def sparse24_order(
 def sparse24_portable(tokens: int) -> PortableConfig:
     """Tile of the portable kernel for M tokens (predicted)."""
     if tokens <= 16:
-        return PortableConfig(16, 64, 4, 3)
+        return PortableConfig(16, 32, 4, 3)
     if tokens <= 32:
         return PortableConfig(32, 64, 4, 3)
     return PortableConfig(64, 64, 4, 2)
