@@ -22,7 +22,7 @@ from prunekernels.compilation import Arch, KernelCase
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.epilogue import activate
 from prunekernels.sparse.format24 import line_blocks
-from prunekernels.tuning import sparse24_portable
+from prunekernels.tuning import PortableConfig, sparse24_portable
 
 
 @triton.jit
@@ -145,13 +145,18 @@ def _sparse24_fwd_kernel(
     tl.store(y_ptrs, y.to(dtype), mask=mask_m[:, None] & (offs_n < N)[None, :])
 
 
+def _config(tokens: int, gated: bool) -> PortableConfig:
+    # two accumulators of 64 tokens would not fit the registers
+    return sparse24_portable(min(tokens, 32) if gated else tokens)
+
+
 def forward(
     x: Tensor, packed: Tensor, up: Tensor | None, rows: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     """Launch for x (M, K) with M > 0; `up` selects the gated form."""
     tokens, columns = x.shape
     _, units, tails = line_blocks(rows, columns)
-    config = sparse24_portable(tokens)
+    config = _config(tokens, up is not None)
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m))
     _sparse24_fwd_kernel[grid](
@@ -197,6 +202,7 @@ def compile_cases() -> list[KernelCase]:
         *_cases(64, False, wide, (80, 89, "gfx942")),
         *_cases(64, False, narrow, (90,)),
         *_cases(16, True, wide, (80, 89, 90, "gfx942")),
+        *_cases(64, True, wide, (80, 89, 90, "gfx942")),
         KernelCase(
             name="sparse24/expand",
             kernel=_expand_kernel,
@@ -215,7 +221,7 @@ def compile_cases() -> list[KernelCase]:
 
 
 def _cases(tokens: int, gated: bool, opcode: str, archs: Sequence[Arch]) -> list[KernelCase]:
-    config = sparse24_portable(tokens)
+    config = _config(tokens, gated)
     sizes = ("M", "N", "K", "units", "blocks", "words")
     return [
         KernelCase(
