@@ -47,6 +47,7 @@ def own_version() -> str:
 def _facts() -> dict[str, Any]:
     import torch
     from prunekernels import runtime
+    from prunekernels.sparse import dispatch24
 
     from prunekit.errors import PrunekitError
     from prunekit.gguf_reader import demo_file
@@ -65,7 +66,7 @@ def _facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": [torch.cuda.get_device_name(index) for index in gpus] or ["cpu"],
         "cpu_threads": {"used by torch": torch.get_num_threads(), "cores": os.cpu_count()},
-        "ops": runtime.describe(),
+        "ops": [*runtime.describe(), *dispatch24.describe()],
         "demo_model": demo,
         "extras": {
             name: "installed" if importlib.util.find_spec(name) else f"missing ({purpose})"
