@@ -40,11 +40,32 @@ class Plan:
     layerwise_prompts: int
     layerwise_steps: int
     dropped: int
-    sweep: tuple[int, ...]
+    sweep: tuple[int, ...] = ()
+    sweep_prompts: int = 0
 
 
-FULL = Plan(24, 72, 32, 16, 128, 6, 8, 4, (0, 1, 2, 4, 8))
-QUICK = Plan(6, 24, 16, 8, 64, 2, 4, 4, ())
+FULL = Plan(
+    prompts=16,
+    choices=60,
+    tokens=32,
+    samples=16,
+    length=128,
+    layerwise_prompts=6,
+    layerwise_steps=8,
+    dropped=4,
+    sweep=(0, 2, 4, 8),
+    sweep_prompts=12,
+)
+QUICK = Plan(
+    prompts=6,
+    choices=24,
+    tokens=16,
+    samples=8,
+    length=64,
+    layerwise_prompts=2,
+    layerwise_steps=4,
+    dropped=4,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,7 +161,7 @@ def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
             tokenizer,
             ranking,
             plan.sweep,
-            prompts=prompts,
+            prompts=prompts[: plan.sweep_prompts],
             choices=choices,
             max_new_tokens=plan.tokens,
             batch_size=args.batch_size,

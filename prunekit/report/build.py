@@ -47,8 +47,9 @@ def tables(study: Study) -> list[view.Table]:
     found = []
     if study.decoding is not None:
         found.append(view.inside_table(study.decoding.teacher_forced))
-    if study.scores is not None:
-        found.append(view.scores_table(study.scores))
+    if study.scores is not None and study.decoding is not None:
+        first = study.decoding.sequence["first_divergence"]
+        found.append(view.scores_table(study.scores, first))
     if study.subspace is not None:
         found += view.subspace_tables(study.subspace)
     return found

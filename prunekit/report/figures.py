@@ -70,7 +70,7 @@ def _draw_chart(axis: Axes, chart: Chart) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         _draw_bars(axis, chart)
-    if chart.log:
+    if chart.log and any(value > 0 for series in chart.series for value in series.mean):
         axis.set_yscale("log")
         low, high = axis.get_ylim()
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from importlib import resources
 from string import Template
@@ -29,13 +30,13 @@ def embed(payload: Any) -> str:
     """JSON that is safe inside a <script> element, whatever texts it holds.
 
     `<`, `>` and `&` are escaped, so that neither `</script>` nor `<!--` can occur; so are the line
-    separators that JavaScript once didn't allow in strings, and lone surrogates, which UTF-8 has no
-    bytes for.
+    separators that JavaScript once didn't allow in strings. Lone surrogates, which are no text and
+    make browsers crash, become U+FFFD.
     """
     text = json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _asset(name: str) -> str:

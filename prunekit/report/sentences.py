@@ -16,6 +16,8 @@ from prunekit.report.view import Value, number
 
 # Below this share of valid positions an estimate is called unusable, below the second doubtful.
 _UNUSABLE, _DOUBTFUL = 0.5, 0.9
+# Fewer than these are called few.
+_FEW_PROMPTS, _FEW_QUESTIONS = 12, 50
 
 
 @dataclass(frozen=True)
@@ -44,12 +46,12 @@ def describe(study: Study) -> list[Sentence]:
     if study.decoding is not None:
         said.append(_texts(study.decoding))
         identical = float(study.decoding.sequence["identical"].mean())
-        if accuracies and _overlap(accuracies) and identical < 0.5:
+        if accuracies and _unchanged(accuracies) and identical < 0.5:
             said.append(
                 Sentence(
                     "So here the single-step score does not show what happened to the generated "
-                    "texts: most of them differ from the dense model's, while these questions "
-                    "can't tell the two models apart."
+                    "texts: most of them differ from the dense model's, while the accuracy stays "
+                    "within the dense model's interval."
                 )
             )
         said += _limits(len(study.decoding.generations), accuracies)
@@ -98,18 +100,21 @@ def _estimate(grid: MetricGrid) -> Sentence:
     return Sentence(f"The second-order estimate of KL is valid at {where}; {compared}.")
 
 
-def _overlap(accuracies: Mapping[str, Interval]) -> bool:
+def _unchanged(accuracies: Mapping[str, Interval]) -> bool:
+    """Whether enough questions were asked, and the pruned score is in the dense one's interval."""
     dense, pruned = accuracies["dense"], accuracies["pruned"]
-    return float(pruned.high) >= float(dense.low) and float(dense.high) >= float(pruned.low)
+    inside = float(dense.low) <= float(pruned.mean) <= float(dense.high)
+    return inside and int(dense.n) >= _FEW_QUESTIONS
 
 
 def _single_step(accuracies: Mapping[str, Interval]) -> Sentence:
     dense, pruned = (Value.of(accuracies[name], "%", 100) for name in ("dense", "pruned"))
-    verdict = (
-        "the intervals overlap, so this set does not tell the two apart"
-        if _overlap(accuracies)
-        else "the intervals do not overlap"
-    )
+    if dense.low <= pruned.mean <= dense.high:
+        verdict = "the pruned score is within the dense one's interval"
+    elif pruned.high >= dense.low and dense.high >= pruned.low:
+        verdict = "outside the dense one's interval, though the two intervals overlap"
+    else:
+        verdict = "the intervals do not overlap"
     return Sentence(
         f"Single-step: accuracy on {accuracies['dense'].n} multiple-choice questions goes from "
         f"{dense} to {pruned}; {verdict}."
@@ -137,11 +142,11 @@ def _texts(decoding: Decoding) -> Sentence:
 
 def _limits(prompts: int, accuracies: Mapping[str, Interval]) -> list[Sentence]:
     found = []
-    if prompts < 12:
+    if prompts < _FEW_PROMPTS:
         text = f"Only {prompts} prompts were used: the intervals over prompts are rough."
         found.append(Sentence(text, warn=True))
     questions = int(accuracies["dense"].n) if accuracies else 0
-    if 0 < questions < 50:
+    if 0 < questions < _FEW_QUESTIONS:
         text = f"Only {questions} questions were asked: small differences of accuracy don't show."
         found.append(Sentence(text, warn=True))
     return found

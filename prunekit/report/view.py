@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.scores import Scores
 from prunekit.analysis.subspace import Subspace
-from prunekit.evaluation.statistics import Interval, bootstrap_mean
+from prunekit.evaluation.statistics import Floats, Interval, bootstrap_mean
 from prunekit.report.charts import compact_number
 
 SPACES = (
@@ -134,10 +134,6 @@ def inside_table(grid: MetricGrid) -> Table:
     def value(metric: str, unit: str = "", scale: float = 1.0) -> Value:
         return Value.of(grid.interval(metric), unit, scale)
 
-    share = value("estimate_valid", "%", 100)
-    valid = f"valid at {number(share.mean)} % of the positions" + (
-        "" if share.mean >= 50 else ": outside its range here, do not rely on it"
-    )
     rows: list[list[Cell]] = [
         [f"{space}: cosine", value(f"{space}_cosine"), f"{text}; 1 = unchanged"]
         for space, _, text in SPACES
@@ -145,17 +141,27 @@ def inside_table(grid: MetricGrid) -> Table:
     rows += [
         ["KL(dense‖pruned)", value("kl_dense_pruned", "nats"), "per token; 0 = unchanged"],
         ["KL(pruned‖dense)", value("kl_pruned_dense", "nats"), "the other direction"],
-        ["second-order estimate of KL", value("kl_estimate", "nats"), valid],
+        ["estimate of KL", value("kl_estimate", "nats"), "to second order in the logit change"],
         ["1 − cosine of p", value("p_one_minus_cosine"), "0 = unchanged"],
-        ["second-order estimate of 1 − cos p", value("p_one_minus_cosine_estimate"), valid],
+        ["estimate of 1 − cos p", value("p_one_minus_cosine_estimate"), "to second order"],
+        [
+            "estimates valid",
+            value("estimate_valid", "%", 100),
+            "share of the positions; elsewhere the change is too large for them",
+        ],
         ["most likely token changes", value("flipped", "%", 100), "share of the positions"],
     ]
     columns = ("Inside the model, both reading the dense model's text", "mean", "")
     return Table("From hidden state to logit to probability", columns, rows)
 
 
-def scores_table(scores: Mapping[str, Scores]) -> Table:
-    """Single-step scores beside what became of the generated texts."""
+def scores_table(scores: Mapping[str, Scores], first_divergence: Floats) -> Table:
+    """Single-step scores beside what became of the generated texts.
+
+    Args:
+        scores: Of "dense" and "pruned".
+        first_divergence: Per prompt the step of the first different token, NaN if there is none.
+    """
     dense, pruned = scores["dense"], scores["pruned"]
     rows: list[list[Cell]] = [
         [
@@ -167,6 +173,8 @@ def scores_table(scores: Mapping[str, Scores]) -> Table:
         for kind, key, name, unit, scale, text in _SCORES
         if key in pruned
     ]
+    first = Value.of(bootstrap_mean(first_divergence), "tokens")
+    rows.append(["generated: first difference after", NONE, first, "of the texts that differ"])
     return Table("Single-step against generative", ("Score", "dense", "pruned", ""), rows)
 
 
