@@ -76,6 +76,8 @@ class KernelCase:
         elements_per_iteration: Elements one warp handles in one source-level loop iteration;
             0 leaves instructions per element out of the report.
         per_iteration: `(opcode prefix, count)` in one source-level iteration; None = not unrolled.
+        rare: Opcode prefix that marks a rarely taken part of the hot loop: the largest part with
+            it that a forward branch skips is not counted per element.
         archs: Where the case is meant to compile.
     """
 
@@ -89,6 +91,7 @@ class KernelCase:
     opcodes: Sequence[str] = ()
     elements_per_iteration: int = 0
     per_iteration: tuple[str, int] | None = None
+    rare: str = ""
     archs: Sequence[Arch] = (80, 89, 90)
 
 
@@ -107,6 +110,7 @@ class CompiledReport:
         instructions_per_element: Per-lane instructions per element, or None if not asked for.
         instructions: Instructions in the whole kernel.
         loop_opcodes: Opcode (first component) counts in the hot loop.
+        loop_loads: Global loads in the hot loop, by width ("LDG.E.64"), rare part left out.
     """
 
     name: str
@@ -119,6 +123,7 @@ class CompiledReport:
     instructions_per_element: float | None
     instructions: int
     loop_opcodes: Mapping[str, int]
+    loop_loads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def missing(self) -> list[str]:
@@ -253,6 +258,19 @@ def _count(code: Iterable[Instruction], prefix: str) -> int:
     return sum(i.opcode.startswith(prefix) for i in code)
 
 
+def _without_rare(loop: Sequence[Instruction], marker: str) -> list[Instruction]:
+    skipped: list[Instruction] = []
+    for branch in loop:
+        target = re.search(r"0x([0-9a-f]+)\s*$", branch.operands)
+        if branch.opcode.split(".")[0] != "BRA" or target is None:
+            continue
+        part = [i for i in loop if branch.address < i.address < int(target.group(1), 16)]
+        if _count(part, marker) and len(part) > len(skipped):
+            skipped = part
+    left_out = {i.address for i in skipped}
+    return [i for i in loop if i.address not in left_out]
+
+
 def _read_sass(
     case: KernelCase, arch: Arch, code: Sequence[Instruction], registers: int, shared: int
 ) -> CompiledReport:
@@ -262,13 +280,14 @@ def _read_sass(
     loop = max(
         innermost_loops(code), key=lambda body: (_count(body, marker), len(body)), default=[]
     )
+    usual = _without_rare(loop, case.rare) if case.rare else loop
     per_element = None
     if case.elements_per_iteration and loop:
         unrolled = 1.0
         if case.per_iteration is not None:
             unrolled = _count(loop, marker) / case.per_iteration[1]
         if unrolled:
-            per_element = 32 * len(loop) / (unrolled * case.elements_per_iteration)
+            per_element = 32 * len(usual) / (unrolled * case.elements_per_iteration)
     return CompiledReport(
         name=case.name,
         arch=arch,
@@ -280,6 +299,7 @@ def _read_sass(
         instructions_per_element=per_element,
         instructions=len(code),
         loop_opcodes=Counter(i.opcode.split(".")[0] for i in loop),
+        loop_loads=Counter(i.opcode for i in usual if i.opcode.startswith("LDG")),
     )
 
 

@@ -82,16 +82,24 @@ def fma(a, b, c):
 
 
 @triton.jit
-def exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE: tl.constexpr):
-    """y, z and x of logits a and b."""
+def exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE: tl.constexpr, FLOOR: tl.constexpr):
+    """y, z and x of logits a and b; with FLOOR, y and z of −inf or nearly so are finite."""
     if PRECISE:
         low_a = a - ref_a
         low_b = b - ref_b
-        return low_a * k, low_b * k, (low_b - low_a) * inverse_t
+        y = low_a * k
+        z = low_b * k
     else:
         y = fma(a, k, -ref_a)
         z = fma(b, k, -ref_b)
-        return y, z, z - y
+    if FLOOR:
+        y = tl.maximum(y, LOWEST)
+        z = tl.maximum(z, LOWEST)
+    if PRECISE:
+        x = (low_b - low_a) * inverse_t
+    else:
+        x = z - y
+    return y, z, x
 
 
 @triton.jit
@@ -185,24 +193,27 @@ def accumulate(
 
 
 @triton.jit
-def moves(old_a, new_a, old_b, new_b, unit):
-    """What moving the references from old to new does, in float64 (−inf: nothing summed yet).
+def moves(old_a, new_a, old_b, new_b, unit, DTYPE: tl.constexpr):
+    """What moving the references from old to new does (−inf: nothing summed yet).
 
     unit: k where the references are logits (precise), 1 where they are exponents.
     """
-    unit = tl.cast(unit, tl.float64)
-    da = (new_a.to(tl.float64) - old_a.to(tl.float64)) * unit
-    db = (new_b.to(tl.float64) - old_b.to(tl.float64)) * unit
+    unit = tl.cast(unit, DTYPE)
+    da = (new_a.to(DTYPE) - old_a.to(DTYPE)) * unit
+    db = (new_b.to(DTYPE) - old_b.to(DTYPE)) * unit
     da = tl.where(old_a == float("-inf"), 0.0, da)
     db = tl.where(old_b == float("-inf"), 0.0, db)
     t = (db - da) * LN2
     ra = tl.exp2(-da)
     rb = tl.exp2(-db)
     t2 = t * t
-    small = tl.abs(t) < 1e-3
-    even = t2 * (0.5 + t2 * (1.0 / 24.0))
-    odd = t2 * t * (1.0 / 6.0 + t2 * (1.0 / 120.0))
     # ra·expm1(−t), ra·φ(−t) and rb·φ(t), each from what neither cancels nor overflows.
+    if tl.float64 == DTYPE:
+        small = tl.abs(t) < 1e-3
+    else:
+        small = tl.abs(t) < 0.25
+    even = t2 * (0.5 + t2 * (1.0 / 24.0 + t2 * (1.0 / 720.0)))
+    odd = t2 * t * (1.0 / 6.0 + t2 * (1.0 / 120.0 + t2 * (1.0 / 5040.0)))
     e = tl.where(small, ra * (even - odd - t), rb - ra)
     phi_p = tl.where(small, ra * (even - odd), rb - ra + ra * t)
     phi_q = tl.where(small, rb * (even + odd), ra - rb - rb * t)

@@ -153,20 +153,23 @@ class HeadConfig(NamedTuple):
     num_stages: int
 
 
-def head_config(rows: int, itemsize: int) -> HeadConfig:
-    """Two accumulators of block_n × block_v share each tile of the head (predicted)."""
+def head_config(rows: int, itemsize: int, precise: bool, capability: tuple[int, int]) -> HeadConfig:
+    """Two accumulators of block_n × block_v share each tile of the head (predicted).
+
+    The sums of a block of rows live in registers. 64 rows fit where products accumulate over a
+    warpgroup (capability 9) at the core level; elsewhere they would spill, so 16.
+    """
     block_d = 64 if itemsize == 2 else 32
-    if rows <= 16:
-        return HeadConfig(16, 128, block_d, 4, 3)
-    return HeadConfig(32 if rows <= 32 else 64, 128, block_d, 8, 3)
+    if rows > 16 and not precise and capability[0] == 9:
+        return HeadConfig(64, 64, block_d, 8, 3)
+    return HeadConfig(16, 64, block_d, 4, 3)
 
 
-def head_splits(rows: int, vocab: int) -> int:
+def head_splits(rows: int, vocab: int, config: HeadConfig) -> int:
     """Programs that share a block of rows (predicted): enough for two per multiprocessor."""
-    config = head_config(rows, 2)
     blocks = -(-rows // config.block_n)
     tiles = -(-vocab // config.block_v)
-    return max(1, min(tiles, 264 // blocks))
+    return max(1, min(tiles, 264 // max(blocks, 1)))
 
 
 def head_fused(rows: int, width: int) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from prunekernels import language as lib
 from prunekernels import tuning
+from prunekernels.compilation import KernelCase
 from prunekernels.eager import logit_blocks, rms_normalised
 from prunekernels.metrics import merge_triton, pair_triton
 from prunekernels.metrics.merge_triton import State
@@ -95,10 +96,7 @@ def _head_pair_kernel(
     id_b = tl.zeros((BLOCK_N,), tl.int32)
     label_a = zero
     label_b = zero
-    only_a = zero
-    only_b = zero
-    broken_a = zero
-    broken_b = zero
+    oddities = tl.zeros((BLOCK_N,), tl.int32)
     label = tl.zeros((BLOCK_N,), tl.int64) - 1
     if LABELS:
         label = tl.load(labels_ptr + rows, mask=inside, other=-1)
@@ -140,11 +138,8 @@ def _head_pair_kernel(
             a = softcap * lib.tanh(a / softcap)
             b = softcap * lib.tanh(b / softcap)
 
-        present = inside[:, None] & real[None, :]
         bad_a = (a != a) | (a == float("inf"))
         bad_b = (b != b) | (b == float("inf"))
-        broken_a += tl.sum(tl.where(bad_a & present, 1.0, 0.0), 1)
-        broken_b += tl.sum(tl.where(bad_b & present, 1.0, 0.0), 1)
         a = tl.where(bad_a | ~real[None, :], minus_inf, a)
         b = tl.where(bad_b | ~real[None, :], minus_inf, b)
         if LABELS:
@@ -153,8 +148,11 @@ def _head_pair_kernel(
             label_b += tl.sum(tl.where(mine, b, 0.0), 1)
         whole_a = a != minus_inf
         whole_b = b != minus_inf
-        only_a += tl.sum(tl.where(whole_b & ~whole_a, 1.0, 0.0), 1)
-        only_b += tl.sum(tl.where(whole_a & ~whole_b, 1.0, 0.0), 1)
+        # Bits: −inf in base alone, in other alone, NaN or +inf in base, in other.
+        bits = (whole_b & ~whole_a).to(tl.int32) | ((whole_a & ~whole_b).to(tl.int32) << 1)
+        bits = bits | (bad_a.to(tl.int32) << 2) | (bad_b.to(tl.int32) << 3)
+        bits = tl.where(real[None, :], bits, 0)
+        oddities = oddities | tl.reduce(bits, 1, _either)
 
         best_a, at_a, next_a = _tile_lead(a, columns)
         best_b, at_b, next_b = _tile_lead(b, columns)
@@ -171,16 +169,16 @@ def _head_pair_kernel(
         new_a = tl.where(moved, best_a * unit, ref_a)
         new_b = tl.where(moved, new_b, ref_b)
         new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-        moves = lib.moves(ref_a, new_a, ref_b, new_b, step)
+        moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float32)
         s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
         ref_a = new_a
         ref_b = new_b
 
         safe_a = tl.where(ref_a == minus_inf, 0.0, ref_a)[:, None]
         safe_b = tl.where(ref_b == minus_inf, 0.0, ref_b)[:, None]
-        y, z, x = lib.exponents(a, b, safe_a, safe_b, k, inverse_t, PRECISE)
-        y = tl.where(whole_a, tl.maximum(y, lib.LOWEST), lib.LOWEST)
-        z = tl.where(whole_b, tl.maximum(z, lib.LOWEST), lib.LOWEST)
+        y, z, x = lib.exponents(a, b, safe_a, safe_b, k, inverse_t, PRECISE, True)
+        y = tl.where(whole_a, y, lib.LOWEST)
+        z = tl.where(whole_b, z, lib.LOWEST)
         a = tl.where(whole_a, a, 0.0)
         b = tl.where(whole_b, b, 0.0)
         keep = whole_a | whole_b
@@ -202,10 +200,10 @@ def _head_pair_kernel(
         second_b,
         label_a,
         label_b,
-        only_a,
-        only_b,
-        broken_a,
-        broken_b,
+        (oddities & 1).to(tl.float32),
+        ((oddities >> 1) & 1).to(tl.float32),
+        ((oddities >> 2) & 1).to(tl.float32),
+        ((oddities >> 3) & 1).to(tl.float32),
     )
     fields = head_fields + s
     out = floats_ptr + (rows * S + split) * FIELDS
@@ -214,6 +212,11 @@ def _head_pair_kernel(
     at = ids_ptr + (rows * S + split) * 2
     tl.store(at, id_a.to(tl.int64), mask=inside)
     tl.store(at + 1, id_b.to(tl.int64), mask=inside)
+
+
+@triton.jit
+def _either(left, right):
+    return left | right
 
 
 @triton.jit
@@ -242,15 +245,16 @@ def partial_state(
     head, other_head = heads
     rows, width = base.shape
     vocab = head.shape[0]
-    if splits is None:
-        splits = tuning.head_splits(rows, vocab)
     precise, by_other = level != "core", weights == "other"
+    mixed = not base.dtype == head.dtype == other_head.dtype
+    capability = torch.cuda.get_device_capability(base.device) if base.is_cuda else (9, 0)
+    config = tuning.head_config(rows, 4 if mixed else base.element_size(), precise, capability)
+    if splits is None:
+        splits = tuning.head_splits(rows, vocab, config)
     state = merge_triton.empty_state(
         base.device, rows, splits, temperature, precise, by_other, labels is not None
     )
     if rows:
-        mixed = not base.dtype == head.dtype == other_head.dtype
-        config = tuning.head_config(rows, 4 if mixed else base.element_size())
         with merge_triton.on(base):
             _head_pair_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
                 base,
@@ -338,3 +342,47 @@ def head_pair_stats(
         inner, _ = partial_state(states, (few, few_other), few_bias, None, *shape).finish(level)
         packed += inner
     return packed
+
+
+def compile_cases() -> list[KernelCase]:
+    """One bfloat16 head and everything that models add to logits, as each architecture runs it."""
+    pointers = ("base_ptr", "other_ptr", "head_ptr", "bias_ptr")
+    cases = []
+    for rows, level, arch, opcode in (
+        (1024, "core", 80, "HMMA.16816.F32.BF16"),
+        (1024, "core", 89, "HMMA.16816.F32.BF16"),
+        (1024, "core", 90, "HGMMA"),
+        (1024, "core", "gfx942", "v_mfma"),
+        (1024, "precise", 90, "HMMA.16816.F32.BF16"),
+        (8, "core", 90, "HMMA.16816.F32.BF16"),
+    ):
+        capability = (arch // 10, arch % 10) if isinstance(arch, int) else (9, 4)
+        config = tuning.head_config(rows, 2, level == "precise", capability)
+        signature = {
+            **dict.fromkeys(pointers, "*bf16"),
+            **{"labels_ptr": "*i64", "floats_ptr": "*fp32", "ids_ptr": "*i64"},
+            **dict.fromkeys(("N", "V", "S", "D"), "i32"),
+            "stride_hv": "i64",
+            **dict.fromkeys(("k", "inverse_t", "logit_scale", "softcap"), "fp32"),
+        }
+        constants = {
+            **{"other_head_ptr": None, "stride_hd": 1, "stride_ov": 1, "stride_od": 1},
+            **{"PRECISE": level == "precise", "OTHER": False, "TWO_HEADS": False},
+            **{"BIAS": True, "SCALE": True, "CAP": True, "LABELS": True, "UPCAST": False},
+            "FIELDS": len(merge_triton.state_fields(level == "precise", False)),
+            **{"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d},
+        }
+        cases.append(
+            KernelCase(
+                name=f"head_pair_stats/{level}/{rows}",
+                kernel=_head_pair_kernel,
+                signature=signature,
+                constants=constants,
+                num_warps=config.num_warps,
+                num_stages=config.num_stages,
+                divisible=[*(n for n in signature if n.endswith("_ptr")), "D", "stride_hv"],
+                opcodes=(opcode,),
+                archs=(arch,),
+            )
+        )
+    return cases

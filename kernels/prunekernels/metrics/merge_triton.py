@@ -25,6 +25,7 @@ from torch import Tensor
 
 from prunekernels import language as lib
 from prunekernels import layout, tuning
+from prunekernels.compilation import KernelCase
 
 #: What a partial state holds before the sums. ref: A, B; top, second: the largest logits; label:
 #: the label's logit, 0 where another split has it; then counts of excluded elements.
@@ -132,7 +133,7 @@ def _pair_merge_kernel(
         part = ()
         for i in tl.static_range(FIELDS - HEADS):
             part = part + (tl.load(state + HEADS + i, mask=mask, other=0.0).to(tl.float64),)
-        moves = lib.moves(a, ref_a[:, None], b, ref_b[:, None], 1.0)
+        moves = lib.moves(a, ref_a[:, None], b, ref_b[:, None], 1.0, tl.float64)
         part = lib.rebase(part, moves, tl.float64, PRECISE, OTHER)
         total = ()
         for i in tl.static_range(FIELDS - HEADS):
@@ -154,15 +155,16 @@ def _pair_merge_kernel(
     ln_v0 = tl.log(v0)
     w1 = s[1] / w0
     v1 = s[5] / v0
+    c = tl.log(v0 / w0)
+    kl_pq = c - w1 * nats
+    kl_qp = v1 * nats - c
     if PRECISE:
+        # The φ sums keep a small divergence; where the masses differ much they would cancel.
         mean = s[23] / w0
         bend = lib.log1p(mean)
-        kl_pq = s[24] / w0 - (mean - bend)
-        kl_qp = s[25] / v0 + mean / (1.0 + mean) - bend
-    else:
-        c = tl.log(v0 / w0)
-        kl_pq = c - w1 * nats
-        kl_qp = v1 * nats - c
+        alike = tl.abs(mean) < 0.5
+        kl_pq = tl.where(alike, s[24] / w0 - (mean - bend), kl_pq)
+        kl_qp = tl.where(alike, s[25] / v0 + mean / (1.0 + mean) - bend, kl_qp)
     kl_pq = tl.where(only_b, inf, _at_least_0(kl_pq))
     kl_qp = tl.where(only_a, inf, _at_least_0(kl_qp))
     square = nats * nats
@@ -350,3 +352,37 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _to_float32(value: float) -> float:
     return float(struct.unpack("f", struct.pack("f", value))[0])
+
+
+def compile_cases() -> list[KernelCase]:
+    """Many rows of one split, and one row of many."""
+    cases = []
+    for precise, by_other, splits in ((False, False, 1), (False, False, 64), (True, True, 1)):
+        config = tuning.merge_config(splits)
+        signature = {
+            **dict.fromkeys(("floats_ptr", "out_ptr"), "*fp32"),
+            **dict.fromkeys(("ids_ptr", "out_ids_ptr"), "*i64"),
+            **{"flags_ptr": "*i1", "norms_ptr": "*fp64", "N": "i32", "S": "i32"},
+            **dict.fromkeys(("k", "temperature", "temperature_rest"), "fp32"),
+        }
+        cases.append(
+            KernelCase(
+                name=f"pair_stats/merge/{'precise' if precise else 'core'}/{splits}",
+                kernel=_pair_merge_kernel,
+                signature=signature,
+                constants={
+                    "FIELDS": len(state_fields(precise, by_other)),
+                    "PRECISE": precise,
+                    "OTHER": by_other,
+                    "LABELS": True,
+                    "ROWS": config.rows,
+                    "SPLITS": config.splits,
+                },
+                num_warps=config.num_warps,
+                num_stages=1,
+                divisible=[name for name in signature if name.endswith("_ptr")],
+                opcodes=("DFMA", "v_fma_f64"),
+                archs=(80, 89, 90, "gfx942"),
+            )
+        )
+    return cases

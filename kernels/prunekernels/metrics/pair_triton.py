@@ -21,6 +21,7 @@ from torch import Tensor
 
 from prunekernels import language as lib
 from prunekernels import layout, top_tokens, tuning
+from prunekernels.compilation import KernelCase
 from prunekernels.metrics import merge_triton
 from prunekernels.metrics.merge_triton import State
 from prunekernels.metrics.rows import PairRows
@@ -136,20 +137,20 @@ def _pair_sums_kernel(
                 found = tl.where(found < TILE, found, 0)
                 new_b = tl.load(from_b + found * stride_bv).to(tl.float32) * unit
             new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-            moves = lib.moves(ref_a, new_a, ref_b, new_b, step)
+            moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
             s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
             ref_a = new_a
             ref_b = new_b
         for u in tl.static_range(4 * UNITS):
             a = tile_a[u]
             b = tile_b[u]
-            y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE)
+            y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, False)
             s = lib.accumulate(s, a, b, y, z, x, None, None, None, False, PRECISE, OTHER)
         s = lib.count(s, 4 * UNITS)
 
-    # A row with −inf, NaN or +inf has non-finite Σx: sum the split again, looking at each.
-    total_x = tl.sum(s[14], 0)
-    again = (total_x - total_x) != 0.0
+    # −inf, NaN or +inf make Σx, Σwy or Σvz non-finite: sum the split again, looking at each.
+    sign = tl.sum(s[14] + s[3] + s[6], 0)
+    again = (sign - sign) != 0.0
     from_column = tl.where(split == 0, 0, first)
     to_column = tl.where(split == S - 1, end, last)
     heads = tl.where((split == 0) & (head > 0) & (end > 0), 1, 0)
@@ -207,13 +208,13 @@ def _pair_sums_kernel(
                 found = tl.min(tl.where(a == piece_top_a, lanes, LANES), 0)
                 new_b = tl.max(tl.where(lanes == found, b, minus_inf), 0) * unit
             new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-            moves = lib.moves(ref_a, new_a, ref_b, new_b, step)
+            moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
             s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
             ref_a = new_a
             ref_b = new_b
-        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE)
-        y = tl.where(whole_a, tl.maximum(y, lib.LOWEST), lib.LOWEST)
-        z = tl.where(whole_b, tl.maximum(z, lib.LOWEST), lib.LOWEST)
+        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, True)
+        y = tl.where(whole_a, y, lib.LOWEST)
+        z = tl.where(whole_b, z, lib.LOWEST)
         a = tl.where(whole_a, a, 0.0)
         b = tl.where(whole_b, b, 0.0)
         keep = whole_a | whole_b
@@ -352,7 +353,7 @@ def _pair_full_kernel(
         at_b = other_ptr + start_b + columns.to(tl.int64) * stride_bv
         a = tl.load(at_a, mask=mask, other=float("-inf")).to(tl.float32)
         b = tl.load(at_b, mask=mask, other=float("-inf")).to(tl.float32)
-        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, True)
+        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, True, False)
         p = tl.exp2(y - norm_a)
         q = tl.exp2(z - norm_b)
         half = 0.5 * (x - apart)
@@ -502,3 +503,85 @@ def _top_tokens(
     floats.masked_fill_(broken[:, None], float("nan"))
     totals.masked_fill_(broken, float("nan"))
     return [floats, totals, ids]
+
+
+def compile_cases() -> list[KernelCase]:
+    """First passes as they run on contiguous logits, and the second pass."""
+    config = tuning.pair_config()
+    integers = dict.fromkeys(("N", "V", "S"), "i32")
+    strides = dict.fromkeys(("stride_an", "stride_bn"), "i64")
+    pointers = ("base_ptr", "other_ptr")
+    numbers = {"k": "fp32", "inverse_t": "fp32"}
+    cases = []
+    for level, dtype, weights in (
+        ("core", "bf16", "base"),
+        ("core", "fp32", "base"),
+        ("core", "fp16", "other"),
+        ("precise", "bf16", "base"),
+        ("precise", "fp32", "other"),
+    ):
+        outputs = {"floats_ptr": "*fp32", "ids_ptr": "*i64"}
+        columns = config.lanes * 4 * config.units
+        per_thread = columns // (32 * config.num_warps)
+        cases.append(
+            KernelCase(
+                name=f"pair_stats/{level}/{dtype}/{weights}",
+                kernel=_pair_sums_kernel,
+                signature={
+                    **dict.fromkeys(pointers, f"*{dtype}"),
+                    **outputs,
+                    **integers,
+                    **strides,
+                    **numbers,
+                    "first_id": "i64",
+                },
+                constants={
+                    "starts_ptr": None,
+                    "labels_ptr": None,
+                    "stride_av": 1,
+                    "stride_bv": 1,
+                    "PRECISE": level == "precise",
+                    "OTHER": weights == "other",
+                    "LABELS": False,
+                    "ROW_TABLE": False,
+                    "SHIFT": False,
+                    "PACKED": dtype == "bf16",
+                    "LANES": config.lanes,
+                    "UNITS": config.units,
+                },
+                num_warps=config.num_warps,
+                num_stages=1,
+                divisible=(*pointers, *outputs, *strides),
+                opcodes=("MUFU.EX2", "v_exp_f32"),
+                elements_per_iteration=columns // config.num_warps,
+                per_iteration=("MUFU.EX2", 2 * per_thread),
+                rare="DFMA",
+                archs=(80, 89, 90, "gfx942"),
+            )
+        )
+    cases.append(
+        KernelCase(
+            name="pair_stats/second_pass/bf16",
+            kernel=_pair_full_kernel,
+            signature={
+                **dict.fromkeys(pointers, "*bf16"),
+                **integers,
+                **strides,
+                **numbers,
+                "norms_ptr": "*fp64",
+                "sums_ptr": "*fp32",
+            },
+            constants={
+                "starts_ptr": None,
+                "stride_av": 1,
+                "stride_bv": 1,
+                "ROW_TABLE": False,
+                "BLOCK": 1024,
+            },
+            num_stages=1,
+            divisible=(*pointers, *strides),
+            opcodes=("MUFU.EX2", "v_exp_f32"),
+            archs=(80, 89, 90, "gfx942"),
+        )
+    )
+    return cases

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prunekernels import language as lib
 from prunekernels import tuning
+from prunekernels.compilation import KernelCase
 from prunekernels.layout import VECTOR_FLOATS
 from prunekernels.metrics.merge_triton import on
 from prunekernels.metrics.rows import PairRows
@@ -105,3 +106,31 @@ def vector_stats(base: Tensor, other: Tensor) -> Tensor:
                 num_stages=1,
             )
     return out
+
+
+def compile_cases() -> list[KernelCase]:
+    """Vectors of 4096 numbers."""
+    config = tuning.vector_config(4096)
+    strides = dict.fromkeys(("stride_an", "stride_bn"), "i64")
+    return [
+        KernelCase(
+            name=f"vector_stats/{dtype}",
+            kernel=_vector_stats_kernel,
+            signature={
+                **{"base_ptr": f"*{dtype}", "other_ptr": f"*{dtype}", "out_ptr": "*fp32"},
+                **{"N": "i32", "D": "i32"},
+                **strides,
+            },
+            constants={
+                **{"starts_ptr": None, "stride_ad": 1, "stride_bd": 1, "ROW_TABLE": False},
+                **{"ROWS": config.rows, "BLOCK": config.block},
+            },
+            num_warps=config.num_warps,
+            num_stages=1,
+            divisible=("base_ptr", "other_ptr", "D", *strides),
+            opcodes=("LDG.E.128", "global_load_dwordx"),
+            elements_per_iteration=config.rows * config.block // config.num_warps,
+            archs=(80, 89, 90, "gfx942"),
+        )
+        for dtype in ("bf16", "fp32")
+    ]

@@ -1,0 +1,375 @@
+"""The metric kernels in Triton's interpreter against float64, and in eager's company."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from prunekernels import head_pair_stats, pair_stats, reference, vector_stats
+from prunekernels.runtime import interpreting
+
+pytest.importorskip("triton")
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's process")
+compiled = pytest.mark.skipif(interpreting(), reason="already in the interpreter's process")
+INF = float("inf")
+
+
+def _run_interpreted(*marker):
+    """Triton decides at import whether kernels are interpreted, hence a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *marker, __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+@compiled
+def test_in_the_interpreter():
+    _run_interpreted()
+
+
+@compiled
+@pytest.mark.slow
+def test_slow_ones_in_the_interpreter():
+    _run_interpreted("-m", "slow")
+
+
+# Absolute floors where float32 sums limit what a value near zero can be (METRICS: error table),
+# and a relative one: float32 results, of sums whose terms carry a few roundings each.
+FLOORS = {
+    "one_minus_cos_logit": 3e-11,
+    "total_variation": 2e-7,
+    "entropy_base": 4e-7,
+    "entropy_other": 4e-7,
+    "kl_base_other": 4e-7,
+    "kl_other_base": 4e-7,
+}
+RELATIVE = 4e-6
+
+
+def floor(name, exact):
+    """What float32 sums can resolve of a field.
+
+    1−cos and ‖d⊥‖² of logits are differences of numbers of the size of (‖d‖/‖a‖)².
+    """
+    group, _, field = name.rpartition(".")
+    dot = "." if group else ""
+    flat = FLOORS.get(field, 1e-7)
+    if field in ("one_minus_cos_logit", "one_minus_cosine", "one_minus_cosine_estimate"):
+        return FLOORS["one_minus_cos_logit"] + 1e-7 * _relative_size(exact, group + dot)
+    if field == "orthogonal_ratio":
+        return (1e-7 * _relative_size(exact, group + dot)).sqrt() + flat
+    return torch.tensor(flat)
+
+
+def _relative_size(exact, group):
+    ratios = (exact[f"{group}parallel_ratio"], exact[f"{group}orthogonal_ratio"])
+    return sum(ratio.square() for ratio in ratios).nan_to_num(0.0)
+
+
+def assert_as_good_as_eager(got, eager, exact, extra=None):
+    """Err(kernel) ≤ 2·err(eager) + floor, NaN and ±inf and every id and flag alike."""
+    assert list(got) == list(eager)
+    extra = extra or {}
+    for name, value in got.items():
+        want = exact[name] if name in exact else eager[name]
+        if not value.is_floating_point():
+            assert torch.equal(value, eager[name]), name
+            continue
+        assert torch.equal(value.isnan(), eager[name].isnan()), name
+        infinite = eager[name].isinf()
+        assert torch.equal(value[infinite], eager[name][infinite]), name
+        fine = ~eager[name].isnan() & ~infinite
+        error = (value.double() - want)[fine].abs()
+        least = (floor(name, exact) + extra.get(name, 0.0)).expand(want.shape)[fine]
+        allowed = 2 * (eager[name].double() - want)[fine].abs()
+        allowed += RELATIVE * want[fine].abs() + least
+        assert (error <= allowed).all(), (name, error.max().item(), want[fine])
+
+
+def compare(base, other, extra=None, **options):
+    got = pair_stats(base, other, impl="triton", **options).as_dict()
+    eager = pair_stats(base, other, impl="eager", **options).as_dict()
+    exact = reference.pair_stats(base.double(), other.double(), **options)
+    assert_as_good_as_eager(got, eager, exact, extra)
+    return got
+
+
+def pair(rows, vocab, dtype=torch.float32, noise=0.2):
+    base = torch.randn(rows, vocab) * 3
+    return base.to(dtype), (base + noise * torch.randn(rows, vocab)).to(dtype)
+
+
+@interpreted
+@pytest.mark.parametrize("level", ["core", "full"])
+@pytest.mark.parametrize(
+    ("vocab", "dtype", "weights", "temperature"),
+    [
+        (1, torch.float32, "base", 1.0),
+        (17, torch.bfloat16, "other", 0.7),
+        (700, torch.float16, "other", 1.0),
+        (4096, torch.bfloat16, "base", 1.3),
+    ],
+)
+def test_values(vocab, dtype, weights, temperature, level):
+    base, other = pair(2, vocab, dtype)
+    labels = torch.randint(0, vocab, (2,))
+    compare(base, other, labels=labels, level=level, weights=weights, temperature=temperature)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_do_not_start_on_a_vector(dtype):
+    """Odd row lengths: an aligned start before the row, whole tiles, and both ends masked."""
+    base, other = pair(3, 8192 + 1111, dtype)
+    compare(base, other, labels=torch.tensor([0, 5000, 9302]))
+
+
+@interpreted
+def test_a_real_vocabulary():
+    compare(*pair(1, 50257, torch.bfloat16))
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("vocab", [50257, 151936, 262144])
+@pytest.mark.parametrize("level", ["core", "precise", "full"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_vocabularies(vocab, level, dtype):
+    compare(*pair(2, vocab, dtype), level=level)
+    compare(*(x * 0.01 for x in pair(1, vocab, dtype)), level=level)
+
+
+@interpreted
+@pytest.mark.parametrize(("level", "kl", "allowed"), [("core", 1e-5, 0.1), ("precise", 1e-7, 1e-4)])
+def test_small_divergences(level, kl, allowed):
+    base, noise = torch.randn(2, 6000) * 3, torch.randn(2, 6000)
+    other = base + noise * (2 * kl) ** 0.5
+    got = pair_stats(base, other, level=level, impl="triton")
+    exact = reference.pair_stats(base.double(), other.double())
+    for name in ("kl_base_other", "kl_other_base"):
+        assert (getattr(got, name) / exact[name] - 1).abs().max() < allowed, name
+    apart = exact["one_minus_cos_prob"]
+    assert (got.one_minus_cos_prob - apart).abs().max() < 3e-10 + 1e-5 * apart.max()
+    assert ((got.kl_estimate / exact["kl_estimate"]) - 1).abs().max() < (
+        2e-3 if level == "core" else 4e-6
+    )
+
+
+def adversarial(vocab=4096 + 700):
+    base, other = pair(12, vocab)
+    base[1] += 1e4
+    other[2] -= 1e4
+    base[3], other[3] = base[3] + 1e4, other[3] + 1e4
+    base[4] = -50.0
+    base[4, 7] = 50.0
+    base[5], other[5] = 0.25, 0.25
+    base[6, 3], other[6, 4500] = 80.0, 80.0
+    base[7, -1], other[7, -2] = 40.0, 41.0
+    base[8] = torch.linspace(-30, 30, vocab)
+    base[9] = torch.linspace(30, -30, vocab)
+    base[10], other[10] = base[10].bfloat16().float(), other[10].bfloat16().float()
+    other[11] = base[11]
+    return base, other
+
+
+@interpreted
+@pytest.mark.parametrize("level", ["core", "full"])
+def test_adversarial_rows(level):
+    base, other = adversarial()
+    # d is centred at its value at base's top token, which here lies far from its mean
+    d = (other - base).double()
+    far = (d - d.gather(1, base.argmax(1, keepdim=True))).abs().amax(1)
+    # and where other's top token lies elsewhere, x is centred there instead
+    moved = other.amax(1) - other.gather(1, base.argmax(1, keepdim=True)).squeeze(1)
+    moved = torch.where(moved > 20, moved, 0.0).double()
+    extra = {"uniform_variance": 2e-7 * far**2}
+    extra |= dict.fromkeys(("kl_estimate", "one_minus_cos_prob_estimate"), 1e-7 * moved**2)
+    got = compare(base, other, level=level, extra=extra)
+    exactly = {"cos_prob": 1.0, "cos_logit": 1.0, "one_minus_cos_prob": 0.0, "kl_base_other": 0.0}
+    exactly |= {"kl_other_base": 0.0, "one_minus_cos_logit": 0.0, "kl_estimate": 0.0}
+    if level == "full":
+        exactly |= {"js": 0.0, "total_variation": 0.0, "hellinger": 0.0}
+    assert {name: got[name][11].item() for name in exactly} == exactly
+
+
+@interpreted
+@pytest.mark.parametrize("level", ["core", "full"])
+def test_excluded_and_broken_elements(level):
+    base, other = pair(9, 4096 + 600)
+    base[0, 5] = other[0, 5] = -INF
+    base[1, 7] = other[2, 4200] = -INF
+    base[3, 3], other[4, 4100], base[5, 4000] = float("nan"), INF, INF
+    base[6] = -INF
+    base[7, :4500] = other[7, :4500] = -INF
+    lowest = torch.finfo(torch.float32).min
+    base[8, 9] = other[8, 9] = lowest
+    options = {"labels": torch.full((9,), 4600), "topk": 3, "level": level}
+    got = compare(
+        base[:8],
+        other[:8],
+        subset=torch.tensor([3, 5, 4600]),
+        **{**options, "labels": options["labels"][:8]},
+    )
+    # neighbours of a broken row are untouched
+    alone = pair_stats(base[2], other[2], level=level, impl="triton")
+    assert got["kl_other_base"][2] == alone.kl_other_base
+    masked = pair_stats(base[8], other[8], level=level, impl="triton")
+    exact = reference.pair_stats(base[8].double(), other[8].double(), level=level)
+    for name in ("kl_base_other", "kl_other_base", "cos_prob", "entropy_base"):
+        assert (getattr(masked, name) - exact[name]).abs() < 1e-6, name
+
+
+@interpreted
+def test_any_strides():
+    base, other = pair(2, 5000)
+    compare(base[:, 1:], other[:, 1:])
+    compare(base[:, ::2], other[:, ::2])
+    compare(base[:, :4999], other[:, 1:])
+    compare(base.t().contiguous().t(), other.t().contiguous().t())
+    base, other = pair(8, 300)
+    base, other = (x.view(2, 2, 2, 300).transpose(0, 2)[..., :299] for x in (base, other))
+    compare(base, other)
+
+
+@interpreted
+def test_no_rows():
+    empty = torch.zeros(0, 9)
+    stats = pair_stats(empty, empty, level="full", topk=2, subset=[1, 2], impl="triton")
+    assert {tuple(x.shape) for x in stats.as_dict().values()} == {(0,), (0, 2)}
+    assert vector_stats(empty, empty, impl="triton").cosine.shape == (0,)
+    assert head_pair_stats(empty, empty, torch.ones(5, 9), impl="triton").lse_base.shape == (0,)
+
+
+@interpreted
+def test_repeatable_and_temperature_scales_exactly():
+    base, other = pair(2, 5000)
+    first = pair_stats(base, other, temperature=0.7, level="precise", impl="triton").as_dict()
+    again = pair_stats(base, other, temperature=0.7, level="precise", impl="triton").as_dict()
+    twice = pair_stats(2 * base, 2 * other, temperature=1.4, level="precise", impl="triton")
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+    for name in ("kl_base_other", "kl_other_base", "entropy_base", "cos_prob", "kl_estimate"):
+        assert torch.equal(getattr(twice, name), first[name]), name
+
+
+@interpreted
+@pytest.mark.parametrize("level", ["core", "precise"])
+def test_swapping_the_rows_swaps_the_fields(level):
+    base, other = pair(2, 3000)
+    there = pair_stats(base, other, level=level, impl="triton")
+    back = pair_stats(other, base, level=level, weights="other", impl="triton")
+    for left, right in (
+        ("kl_base_other", "kl_other_base"),
+        ("entropy_base", "entropy_other"),
+        ("lse_base", "lse_other"),
+        ("cos_prob", "cos_prob"),
+        ("kl_estimate", "kl_estimate"),
+        ("margin_base", "margin_other"),
+    ):
+        torch.testing.assert_close(getattr(there, left), getattr(back, right), rtol=1e-5, atol=3e-7)
+
+
+@interpreted
+def test_splits_agree():
+    from prunekernels.metrics import merge_triton, pair_triton
+
+    base, other = pair(2, 37 * 4096 // 4 + 99)
+    base[0, 9000], other[1, 20000] = 30.0, 29.0
+    labels = torch.tensor([40, 30000])
+    exact = reference.pair_stats(base.double(), other.double(), labels=labels)
+    for splits in (1, 2, 7, 37):
+        state = pair_triton.partial_state(
+            base, other, labels, 1.0, "precise", "base", splits=splits
+        )
+        (floats, ids, flags), _ = state.finish("precise")
+        assert ids.tolist() == [exact["argmax_base"].tolist(), exact["argmax_other"].tolist()]
+        torch.testing.assert_close(floats[0].double(), exact["kl_base_other"], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(floats[-3].double(), exact["nll_base"], rtol=1e-6, atol=1e-6)
+        assert flags[0].tolist() == exact["flipped"].tolist()
+    halves = [
+        pair_triton.partial_state(part_a, part_b, labels, 1.0, "precise", "base", first_id=first)
+        for first, part_a, part_b in (
+            (0, base[:, :11111], other[:, :11111]),
+            (11111, base[:, 11111:], other[:, 11111:]),
+        )
+    ]
+    (floats, ids, _), _ = merge_triton.merge_states(halves).finish("precise")
+    assert ids.tolist() == [exact["argmax_base"].tolist(), exact["argmax_other"].tolist()]
+    torch.testing.assert_close(floats[0].double(), exact["kl_base_other"], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(floats[-3].double(), exact["nll_base"], rtol=1e-6, atol=1e-6)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("width", "dtype"), [(1, torch.float32), (77, torch.bfloat16), (2500, torch.float16)]
+)
+def test_vectors(width, dtype):
+    base = torch.randn(2, 5, width)
+    other = base + 0.05 * torch.randn(2, 5, width)
+    other[0, 0] = base[0, 0]
+    base[0, 1] = 0
+    base[0, 2] = other[0, 2] = 0
+    base, other = base.to(dtype), other.to(dtype)
+    got = vector_stats(base, other, impl="triton").as_dict()
+    eager = vector_stats(base, other, impl="eager").as_dict()
+    assert_as_good_as_eager(got, eager, reference.vector_stats(base.double(), other.double()))
+    assert got["cosine"][0, 0] == 1 and got["one_minus_cosine"][0, 0] == 0
+    flipped = vector_stats(base.transpose(0, 1), other.transpose(0, 1), impl="triton")
+    assert torch.equal(flipped.cosine.nan_to_num(), got["cosine"].t().nan_to_num())
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("rows", "width", "vocab", "dtype", "options"),
+    [
+        (3, 40, 300, torch.float32, {"level": "precise", "labels": True, "subset": [3, 9, 1]}),
+        (18, 33, 200, torch.bfloat16, {"softcap": 5.0, "logit_scale": 1.5, "temperature": 0.8}),
+        (2, 64, 500, torch.float16, {"weights": "other", "second": True, "norm": True}),
+        (2, 64, 500, torch.float16, {"level": "full", "topk": 3}),
+        (2, 40, 300, torch.float32, {"bias": True}),
+    ],
+)
+def test_heads(rows, width, vocab, dtype, options):
+    options = dict(options)
+    base = torch.randn(rows, width)
+    other = base + 0.1 * torch.randn(rows, width)
+    other[0] = base[0]
+    head = (torch.randn(vocab, width) * 3 / width**0.5).to(dtype)
+    if options.pop("second", False):
+        options["other_head_weight"] = (head + 0.01 * torch.randn(vocab, width)).to(dtype)
+    if options.pop("norm", False):
+        options["norm_weight"] = torch.rand(width) + 0.5
+    if options.pop("labels", False):
+        options["labels"] = torch.randint(0, vocab, (rows,))
+    if options.pop("bias", False):
+        options["bias"] = torch.randn(vocab)
+        options["bias"][50:90] = -INF
+    base, other = base.to(dtype), other.to(dtype)
+    got = head_pair_stats(base, other, head, impl="triton", **options)
+    eager = head_pair_stats(base, other, head, impl="eager", **options).as_dict()
+    if "other_head_weight" not in options:
+        assert got.kl_base_other[0] == 0 and got.cos_prob[0] == 1
+    for name, value in got.as_dict().items():
+        if value.is_floating_point():
+            # two orders of summation of float32 products
+            torch.testing.assert_close(value, eager[name], rtol=2e-5, atol=2e-6, equal_nan=True)
+        else:
+            assert torch.equal(value, eager[name]), name
+
+
+@interpreted
+@pytest.mark.parametrize("impl", ["triton"])
+def test_ops_pass_opcheck(impl):
+    base, other = pair(2, 40)
+    labels = torch.tensor([1, 2])
+    options = (labels, None, 1.0, 2, "core", "base", impl)
+    torch.library.opcheck(torch.ops.prunekernels.pair_stats.default, (base, other, *options))
+    torch.library.opcheck(torch.ops.prunekernels.vector_stats.default, (base, other, impl))
