@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -24,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
+from harness import RESULTS, provenance, write_csv
 
 from prunekit import checkpoint, generation
 from prunekit.analysis.hierarchy import layerwise
@@ -72,7 +69,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours (research: one)")
     parser.add_argument("--device", default=None)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     return parser.parse_args()
 
 
@@ -145,20 +142,13 @@ def main() -> None:
             ratio = medians.get("research", np.nan) / medians["prunekit"]
             times = ", ".join(f"{name} {value:.2f} s" for name, value in medians.items())
             print(f"{mode}: {times}" + ("" if np.isnan(ratio) else f", {ratio:.1f}x"))
-    path = options.output / rows[0]["device"].replace(" ", "_") / "layerwise.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written: {path}", file=sys.stderr)
+    write_csv(options.output, "layerwise.csv", rows)
 
 
 def row(
     options: argparse.Namespace, mode: str, provider: str, result: dict[str, Any], dense: Any
 ) -> dict[str, Any]:
     """One line of the table."""
-    device = dense.device
     low, middle, high = np.percentile(result["seconds"], [20, 50, 80])
     return {
         "op": "layerwise",
@@ -172,20 +162,8 @@ def row(
         "p50_ms": f"{1000 * middle:.0f}",
         "p80_ms": f"{1000 * high:.0f}",
         "runs": len(result["seconds"]),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "cpu": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
+        **provenance(dense.device),
     }
-
-
-def commit() -> str:
-    """The checked-out commit, or "" outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -2,25 +2,21 @@
 
     python bench/bench_quality.py --calibration c4.json --text c4.json
 
-Prints a Markdown table and writes results/<cpu or gpu name>/quality.csv. Without --calibration the
+Prints a table and writes results/<cpu or gpu name>/quality.csv. Without --calibration the
 model writes its own calibration text; without --text the built-in held-out prose is scored.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import platform
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
+from harness import RESULTS, provenance, write_csv
 
 from prunekit import calibration, checkpoint
 from prunekit.evaluation.items import load_heldout
@@ -57,7 +53,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512, help="tokens per scored window")
     parser.add_argument("--device", default=None)
     parser.add_argument("--only", nargs="*", choices=METHODS, help="some of the methods")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--name", default="quality.csv", help="of the file to write")
     return parser.parse_args()
 
 
@@ -96,10 +93,8 @@ def main() -> None:
         if options.only and name not in options.only:
             continue
         model.load_state_dict(dense)
-        started = time.perf_counter()
         needed = tokens if method is not None and method.calibrated else None
         report = None if method is None else prune_(model, method, needed)
-        seconds = time.perf_counter() - started
         result = perplexity(model, None, scored, context=options.context, progress=True)
         found.append(
             {
@@ -108,7 +103,6 @@ def main() -> None:
                 "sparsity": "" if report is None else f"{report.sparsity:.6f}",
                 "perplexity": f"{result.value:.3f}",
                 "scored_tokens": result.tokens,
-                "prune_seconds": "" if report is None else f"{seconds:.1f}",
             }
         )
         print(f"{name}: {result.value:.2f}", file=sys.stderr)
@@ -116,9 +110,7 @@ def main() -> None:
 
 
 def write(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
-    """Print the Markdown table and write the CSV."""
-    device = torch.device(options.device or "cpu")
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    """Print the table and write the CSV."""
     source = "self" if options.calibration is None else Path(options.calibration).name
     context = {
         "model": options.model,
@@ -127,32 +119,11 @@ def write(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
         if options.text is None
         else f"{Path(options.text).name} rows {options.text_rows}",
         "context": options.context,
-        "device": place if place != "cpu" else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
+        **provenance(options.device),
     }
-    print(f"| method | pattern | sparsity | perplexity ({context['text']}) |")
-    print("|---|---|---|---|")
     for row in found:
-        share = f"{float(row['sparsity']):.1%}" if row["sparsity"] else "–"
-        pattern = row["pattern"] or "–"
-        print(f"| {row['method']} | {pattern} | {share} | {float(row['perplexity']):.2f} |")
-    path = options.output / place.replace(" ", "_") / "quality.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*found[0], *context])
-        writer.writeheader()
-        writer.writerows({**row, **context} for row in found)
-    print(f"written: {path}", file=sys.stderr)
-
-
-def commit() -> str:
-    """The checked-out commit, or "" outside a repository."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stdout.strip()
+        print(f"{row['method']:14} {row['pattern']:13} {float(row['perplexity']):9.2f}")
+    write_csv(options.output, options.name, [{**row, **context} for row in found])
 
 
 if __name__ == "__main__":
