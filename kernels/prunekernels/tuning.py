@@ -157,13 +157,13 @@ def head_config(rows: int, itemsize: int, precise: bool, capability: tuple[int, 
     """Two accumulators of block_n × block_v share each tile of the head (predicted).
 
     The sums of a block of rows live in registers. 64 rows fit where products accumulate over a
-    warpgroup (capability 9) at the core level; elsewhere they would spill, and so would wider
+    warpgroup (capability 9.0) at the core level; elsewhere they would spill, and so would wider
     tiles.
     """
     block_d = 64 if itemsize == 2 else 32
     if precise:
         return HeadConfig(16, 32, block_d, 4, 3)
-    if rows > 16 and capability[0] == 9:
+    if rows > 16 and capability == (9, 0):
         return HeadConfig(64, 32, block_d, 8, 3)
     return HeadConfig(16, 64, block_d, 4, 3)
 
