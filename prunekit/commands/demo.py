@@ -7,15 +7,17 @@ import copy
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from prunekit.commands import options
 
 if TYPE_CHECKING:
     from prunekit.analysis.study import Study
+
+Item = TypeVar("Item")
 
 SUMMARY = "prune a small real model two ways and show what that did"
 DESCRIPTION = """\
@@ -45,8 +47,8 @@ class Plan:
 
 
 FULL = Plan(
-    prompts=16,
-    choices=60,
+    prompts=14,
+    choices=54,
     tokens=32,
     samples=16,
     length=128,
@@ -54,7 +56,7 @@ FULL = Plan(
     layerwise_steps=8,
     dropped=4,
     sweep=(0, 2, 4, 8),
-    sweep_prompts=12,
+    sweep_prompts=8,
 )
 QUICK = Plan(
     prompts=6,
@@ -116,8 +118,8 @@ def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
     from prunekit.evaluation.items import load_choices, load_prompts
     from prunekit.pruning import Drop, Wanda, drop_, prune_
 
-    prompts = [item.prompt for item in load_prompts()][: plan.prompts]
-    choices = load_choices()[: plan.choices]
+    prompts = [item.prompt for item in _spread(load_prompts(), plan.prompts)]
+    choices = _spread(load_choices(), plan.choices)
     progress = not args.quiet
     _say(args, "loading the dense model")
     dense, tokenizer = options.load(args.model, args)
@@ -170,6 +172,11 @@ def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
         )
         attention = replace(attention, meta={**attention.meta, "sweep": rows})
     return {"attention-drop": attention, "wanda-2-4": wanda}
+
+
+def _spread(items: Sequence[Item], count: int) -> list[Item]:
+    """`count` of the items, evenly spread: the built-in set is ordered by topic."""
+    return [items[index * len(items) // count] for index in range(min(count, len(items)))]
 
 
 def _say(args: argparse.Namespace, what: str) -> None:

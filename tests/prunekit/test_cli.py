@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -378,6 +379,41 @@ def test_zeroed_format_is_stock_and_says_that_it_saves_nothing(here, tmp_path, c
     assert cli.main(line.split()) == 0
     assert "Not smaller and not faster" in capsys.readouterr().out
     assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_demo_compares_two_models_with_one_dense(tmp_path, capsys, monkeypatch):
+    from prunekit.commands import demo
+    from prunekit.report import figures
+
+    # drawing is test_report.py's, and slow
+    monkeypatch.setattr(figures, "draw", lambda figure, path: path.touch())
+    checkpoint.save(tiny_model(layers=6), tiny_tokenizer(), tmp_path / "model")
+    monkeypatch.setattr(demo, "FULL", replace(demo.QUICK, tokens=4, sweep=(0, 2), sweep_prompts=2))
+    out = tmp_path / "demo"
+    line = ["demo", str(tmp_path / "model"), "--output", str(out), "--json", "--quiet"]
+    assert cli.main(line) == 0
+    shown, err = capsys.readouterr()
+    found = json.loads(shown)
+    assert err == "" and set(found["html"]) == {"attention-drop", "wanda-2-4"}
+    for page in found["html"].values():
+        assert Path(page).is_file()
+    saved = {name: json.loads((out / name / "study.json").read_text()) for name in found["summary"]}
+    dropped = saved["attention-drop"]["meta"]["models"]["pruned"]["dropped"]
+    assert len(dropped["attn"]) == demo.FULL.dropped and saved["attention-drop"]["removal"]
+    assert saved["wanda-2-4"]["meta"]["models"]["pruned"]["dropped"] == {"attn": [], "mlp": []}
+    rows = {row["count"]: row["scores"] for row in found["sweep"]}
+    assert set(rows) == {0, 2} and rows[0]["identical"]["mean"] == 1
+    assert (out / "attention-drop" / "sweep.csv").is_file()
+    old = snapshot(out)
+    assert cli.main(line) == 2 and "--overwrite" in capsys.readouterr().err
+    assert snapshot(out) == old
+
+    plain = [*line[:-2], "--overwrite", "--quick"]
+    assert cli.main(plain) == 0
+    shown, err = capsys.readouterr()
+    assert "4 attentions dropped" in shown and "Wanda 2:4" in shown and "estimates valid" in shown
+    assert "first difference after" in shown and str(out / "wanda-2-4" / "index.html") in shown
+    assert "prunekit: loading the dense model" in err
 
 
 def test_doctor(capsys):
