@@ -70,9 +70,12 @@ def _draw_chart(axis: Axes, chart: Chart) -> None:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     else:
         _draw_bars(axis, chart)
-    if chart.log and any(value > 0 for series in chart.series for value in series.mean):
+    positive = [value for series in chart.series for value in series.mean if value > 0]
+    if chart.log and positive:
         axis.set_yscale("log")
         low, high = axis.get_ylim()
+        low = max(low, min(positive) / 10)  # an interval that almost touches 0 has no lower end
+        axis.set_ylim(low, high)
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.yaxis.set_minor_formatter(NullFormatter())
