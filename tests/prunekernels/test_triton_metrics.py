@@ -211,13 +211,10 @@ def test_excluded_and_broken_elements(level):
     base[7, :4500] = other[7, :4500] = -INF
     lowest = torch.finfo(torch.float32).min
     base[8, 9] = other[8, 9] = lowest
-    options = {"labels": torch.full((9,), 4600), "topk": 3, "level": level}
-    got = compare(
-        base[:8],
-        other[:8],
-        subset=torch.tensor([3, 5, 4600]),
-        **{**options, "labels": options["labels"][:8]},
-    )
+    options = {"labels": torch.full((8,), 4600), "level": level}
+    if level == "full":
+        options |= {"topk": 3, "subset": torch.tensor([3, 5, 4600])}
+    got = compare(base[:8], other[:8], **options)
     # neighbours of a broken row are untouched
     alone = pair_stats(base[2], other[2], level=level, impl="triton")
     assert got["kl_other_base"][2] == alone.kl_other_base
@@ -281,11 +278,11 @@ def test_swapping_the_rows_swaps_the_fields(level):
 def test_splits_agree():
     from prunekernels.metrics import merge_triton, pair_triton
 
-    base, other = pair(2, 37 * 4096 // 4 + 99)
-    base[0, 9000], other[1, 20000] = 30.0, 29.0
-    labels = torch.tensor([40, 30000])
+    base, other = pair(1, 37 * 4096 // 4 + 99)
+    base[0, 9000], other[0, 20000] = 15.0, 16.0
+    labels = torch.tensor([30000])
     exact = reference.pair_stats(base.double(), other.double(), labels=labels)
-    for splits in (1, 2, 7, 37):
+    for splits in (1, 7, 37):
         state = pair_triton.partial_state(
             base, other, labels, 1.0, "precise", "base", splits=splits
         )
