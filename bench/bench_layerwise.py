@@ -67,6 +67,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--mode", choices=MODES, nargs="*", default=list(MODES))
     parser.add_argument("--length", type=int, default=60, help="prompt and continuation, tokens")
     parser.add_argument("--temperature", type=float, default=0.5)
+    parser.add_argument(
+        "--level",
+        choices=("core", "precise", "full"),
+        default="core",
+        help="core sums in float32, as the research script does",
+    )
     parser.add_argument("--repeats", type=int, default=3, help="runs of ours (research: one)")
     parser.add_argument("--device", default=None)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -87,7 +93,9 @@ def ours(options: argparse.Namespace, dense: Any, pruned: Any, tokenizer: Any) -
             ends=[],
         )
         generated = time.perf_counter()
-        grid = layerwise(dense, pruned, rollouts, temperature=options.temperature)
+        grid = layerwise(
+            dense, pruned, rollouts, temperature=options.temperature, level=options.level
+        )
         seconds.append(time.perf_counter() - start)
         parts.append(generated - start)
     print(f"generation {np.median(parts):.2f} s of {np.median(seconds):.2f} s", file=sys.stderr)
@@ -155,6 +163,7 @@ def row(
         "provider": provider,
         "mode": mode,
         "model": options.model,
+        "level": options.level if provider == "prunekit" else "",
         "dtype": str(dense.dtype).removeprefix("torch."),
         "shape": result["shape"],
         "metrics": result["metrics"],
