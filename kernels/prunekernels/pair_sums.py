@@ -22,6 +22,10 @@ _ALMOST_ONE = math.nextafter(1.0, 0.0)
 _INDEX = {name: row for row, name in enumerate(SUMS)}
 _TINY = torch.finfo(torch.float64).tiny
 _GROUP_ROWS = 64
+# Smaller weights (the top token's is 1) vanish in float32 sums over any vocabulary, but their
+# squares would be subnormal numbers, on which a CPU is many times slower.
+_NEGLIGIBLE = 2.0**-62
+_UNDERFLOW = -44.0  # its exponential is negligible, and exp itself is slow where it underflows
 
 
 class PairSums:
@@ -149,9 +153,8 @@ class PairSums:
         out = self._buffer(name, x.shape)
         if self.work == torch.float64:
             return torch.mul(x, _LOG2E / self.temperature, out=out).exp2_()
-        if self.temperature == 1.0:
-            return torch.exp(x, out=out)
-        return torch.mul(x, 1.0 / self.temperature, out=out).exp_()
+        torch.mul(x, 1.0 / self.temperature, out=out).clamp_min_(_UNDERFLOW).exp_()
+        return torch.nn.functional.threshold_(out, _NEGLIGIBLE, 0.0)
 
     def _first_pass(self, rows: slice, base: Tensor, other: Tensor) -> Tensor:
         total = torch.zeros(len(SUMS), base.shape[0], dtype=torch.float64, device=base.device)
