@@ -32,6 +32,7 @@ def parts(arch: Architecture, units: Collection[str]) -> list[Part]:
     ]
 
 
+@torch.inference_mode()
 def mean_cosines(
     arch: Architecture,
     batches: Sequence[Tensor],

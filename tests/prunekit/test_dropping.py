@@ -229,12 +229,25 @@ def test_consecutive_on_made_up_scores():
 @pytest.mark.parametrize("unit", ["attn", "mlp", "all", "block"])
 def test_iterative_drops_one_and_scores_again(tiny, token_ids, name, unit):
     units = SUBLAYERS if unit == "all" else [unit]
-    gone = []
+    gone, scores = [], []
     for _ in range(3):
         found = cosines_by_hand(tiny(name), token_ids, without=gone)
-        gone.append(next(part for part in ranked(found, units) if part not in gone))
+        best = next(part for part in ranked(found, units) if part not in gone)
+        gone.append(best)
+        scores.append(found[best])
     report = drop(tiny(name), unit, 3, token_ids, "iterative")
     assert parts_of(report) == gone
+    assert [part.score for part in report.dropped] == pytest.approx(scores, rel=1e-5)
+
+
+def test_iterative_blocks_are_left_out_of_the_next_round(tiny, token_ids):
+    model, shorter = tiny("llama"), tiny("llama")
+    arch = Architecture(model)
+    modeling.drop_blocks_(shorter, [1])
+    got = cosines.mean_cosines(arch, [token_ids], ["block"], without=[("block", 1)])
+    want = cosines.mean_cosines(Architecture(shorter), [token_ids], ["block"])
+    assert list(got) == [("block", layer) for layer in (0, 2, 3)]
+    assert list(got.values()) == pytest.approx(list(want.values()), rel=1e-6)
 
 
 def test_iterative_equals_dropping_one_at_a_time_for_real(tiny, token_ids):

@@ -24,6 +24,7 @@ from prunekit.pruning import (
     scores,
     sparsegpt,
     statistics,
+    stream,
 )
 
 METHODS = {
@@ -543,6 +544,30 @@ def test_sequences_of_different_lengths_count_by_their_tokens(tiny, token_ids):
         mask = scores.select(found, patterns.parse("unstructured"), per_row=True)
         pruned = next(other for other in refs_of(model) if other.name == ref.name)
         assert torch.equal(pruned.matrix != 0, mask)
+
+
+def test_keyword_arguments_are_shared_only_where_they_are_equal(tiny, token_ids, monkeypatch):
+    capture = blocks.capture
+
+    def by_tokens(arch, ids):  # as an architecture would whose layers also read the token ids
+        inputs = capture(arch, ids)
+        for kwargs in inputs.kwargs:
+            kwargs["ids"] = ids
+        return inputs
+
+    arch, rows = Architecture(tiny("llama")), list(token_ids[:, None])
+
+    def held():
+        seen = []
+        stream.Stream(arch, [*rows, rows[0]]).visit(1, lambda h, batch, kwargs: seen.append(kwargs))
+        return seen
+
+    first, second, third = held()
+    assert first is second is third
+    monkeypatch.setattr(blocks, "capture", by_tokens)
+    first, second, third = held()
+    assert first is third and first is not second
+    assert torch.equal(second["ids"], rows[1])
 
 
 def test_any_number_of_sequences(tiny):
