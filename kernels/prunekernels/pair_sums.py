@@ -154,7 +154,7 @@ class PairSums:
         if self.work == torch.float64:
             return torch.mul(x, _LOG2E / self.temperature, out=out).exp2_()
         torch.mul(x, 1.0 / self.temperature, out=out).clamp_min_(_UNDERFLOW).exp_()
-        return torch.nn.functional.threshold_(out, _NEGLIGIBLE, 0.0)
+        return torch.nn.functional.threshold(out, _NEGLIGIBLE, 0.0, inplace=True)
 
     def _first_pass(self, rows: slice, base: Tensor, other: Tensor) -> Tensor:
         total = torch.zeros(len(SUMS), base.shape[0], dtype=torch.float64, device=base.device)

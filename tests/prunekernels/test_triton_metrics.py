@@ -139,12 +139,18 @@ def test_a_real_vocabulary():
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize("vocab", [50257, 151936, 262144])
-@pytest.mark.parametrize("level", ["core", "precise", "full"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("vocab", "level", "dtype"),
+    [
+        (50257, "full", torch.float32),
+        (151936, "core", torch.bfloat16),
+        (262144, "precise", torch.float32),
+    ],
+)
 def test_large_vocabularies(vocab, level, dtype):
-    compare(*pair(2, vocab, dtype), level=level)
-    compare(*(x * 0.01 for x in pair(1, vocab, dtype)), level=level)
+    base, other = pair(1, vocab, dtype)
+    compare(base, other, level=level)
+    compare(base * 0.01, other * 0.01, level=level)  # nearly flat rows
 
 
 @interpreted

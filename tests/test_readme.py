@@ -1,0 +1,31 @@
+"""The README's measured tables are what the files under bench/results say."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+CHECK = [sys.executable, str(ROOT / "bench" / "readme.py"), "--check"]
+
+
+def test_tables_come_from_the_result_files():
+    found = subprocess.run(CHECK, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+def test_a_changed_number_is_noticed(tmp_path):
+    (tmp_path / "bench").mkdir()
+    for path in (ROOT / "bench").rglob("*"):
+        if path.suffix in (".py", ".csv", ".json"):
+            copy = tmp_path / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, marker, block = text.partition("<!-- measured: quality -->")
+    changed = before + marker + block.replace(".", ".9", 1)
+    (tmp_path / "README.md").write_text(changed, encoding="utf-8")
+    command = [CHECK[0], str(tmp_path / "bench" / "readme.py"), "--check"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 1 and "differs" in found.stderr
