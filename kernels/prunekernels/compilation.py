@@ -23,7 +23,8 @@ A kernel module lists what it compiles to in a function `compile_cases()`:
 Architectures are compute capabilities as integers (80, 89, 90, ...) or an AMD name ("gfx942",
 plain Triton only; opcodes are then read from the AMD assembly, and loops are not analysed).
 Triton's own wheel carries the `cuobjdump` and `nvdisasm` used here. Importing this module does
-not import Triton. `python -m prunekernels.compilation [arch ...]` prints every registered case.
+not import Triton. `prunekit doctor --kernels` and `python -m prunekernels.compilation [arch ...]`
+print every case that `discover` finds.
 
 Instructions per element = instructions of one iteration of the hot loop, times 32 lanes, over the
 elements that one warp handles in the iteration. The hot loop is the innermost loop holding most of
@@ -46,6 +47,21 @@ from pathlib import Path
 from typing import Any
 
 Arch = int | str
+
+#: Instructions of tensor cores: NVIDIA's machine code by family, AMD's assembly in lower case.
+TENSOR_CORE: tuple[str, ...] = (
+    "HMMA",
+    "HGMMA",
+    "IMMA",
+    "IGMMA",
+    "QMMA",
+    "QGMMA",
+    "BMMA",
+    "DMMA",
+    "UTC",
+    "OMMA",
+)
+TENSOR_CORE += ("v_mfma", "v_smfmac", "v_wmma", "v_swmmac")
 
 #: Bytes of shared memory one program may use, by compute capability (CUDA programming guide).
 SHARED_LIMIT: dict[Arch, int] = {
@@ -94,6 +110,15 @@ class KernelCase:
     rare: str = ""
     archs: Sequence[Arch] = (80, 89, 90)
 
+    @property
+    def dtype(self) -> str:
+        """Type of the first floating-point array that the kernel takes ("" if there is none)."""
+        given = (self.signature.get(name, "") for name in self.kernel.arg_names)
+        return next((kind[1:] for kind in given if kind in _FLOATS), "")
+
+
+_FLOATS = ("*bf16", "*fp16", "*fp32", "*fp64")
+
 
 @dataclass(frozen=True)
 class CompiledReport:
@@ -111,6 +136,8 @@ class CompiledReport:
         instructions: Instructions in the whole kernel.
         loop_opcodes: Opcode (first component) counts in the hot loop.
         loop_loads: Global loads in the hot loop, by width ("LDG.E.64"), rare part left out.
+        tensor_core: How often each instruction of the tensor cores occurs in the whole kernel.
+        dtype: The case's dtype.
     """
 
     name: str
@@ -124,6 +151,8 @@ class CompiledReport:
     instructions: int
     loop_opcodes: Mapping[str, int]
     loop_loads: Mapping[str, int] = field(default_factory=dict)
+    tensor_core: Mapping[str, int] = field(default_factory=dict)
+    dtype: str = ""
 
     @property
     def missing(self) -> list[str]:
@@ -134,6 +163,14 @@ class CompiledReport:
     def fits(self) -> bool:
         """Whether the shared memory is within the architecture's limit."""
         return self.shared_bytes <= SHARED_LIMIT[self.arch]
+
+    @property
+    def fault(self) -> str:
+        """What is wrong with the machine code, in a few words ("" if nothing is)."""
+        found = [f"no {name}" for name in self.missing]
+        found += [f"{self.spills} spills"] if self.spills else []
+        found += [] if self.fits else [f"{self.shared_bytes} B shared is too much"]
+        return ", ".join(found)
 
 
 def compile_case(case: KernelCase, arch: Arch) -> CompiledReport:
@@ -258,6 +295,10 @@ def _count(code: Iterable[Instruction], prefix: str) -> int:
     return sum(i.opcode.startswith(prefix) for i in code)
 
 
+def _tally(names: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(names))
+
+
 def _without_rare(loop: Sequence[Instruction], marker: str) -> list[Instruction]:
     skipped: list[Instruction] = []
     for branch in loop:
@@ -298,8 +339,10 @@ def _read_sass(
         loop_instructions=len(loop),
         instructions_per_element=per_element,
         instructions=len(code),
-        loop_opcodes=Counter(i.opcode.split(".")[0] for i in loop),
-        loop_loads=Counter(i.opcode for i in usual if i.opcode.startswith("LDG")),
+        loop_opcodes=_tally(i.opcode.split(".")[0] for i in loop),
+        loop_loads=_tally(i.opcode for i in usual if i.opcode.startswith("LDG")),
+        tensor_core=_tally(i.opcode for i in code if i.opcode.startswith(TENSOR_CORE)),
+        dtype=case.dtype,
     )
 
 
@@ -322,6 +365,8 @@ def _read_amd(case: KernelCase, arch: Arch, text: str, shared: int) -> CompiledR
         instructions_per_element=None,
         instructions=len(lines),
         loop_opcodes={},
+        tensor_core=_tally(line for line in lines if line.startswith(TENSOR_CORE)),
+        dtype=case.dtype,
     )
 
 
@@ -352,18 +397,33 @@ def format_report(report: CompiledReport) -> str:
     )
 
 
+def planned(cases: Sequence[KernelCase], archs: Sequence[Arch] = ()) -> list[tuple[Any, Arch]]:
+    """Pairs of a case and an architecture it is meant for; `archs` leaves out all others.
+
+    Raises:
+        ValueError: No case is meant for one of `archs`.
+    """
+    known = {arch for case in cases for arch in case.archs}
+    for arch in archs:
+        if arch not in known:
+            listed = ", ".join(sorted(map(str, known)))
+            raise ValueError(f"no kernel is meant for architecture {arch}; choose from {listed}")
+    return [(case, arch) for case in cases for arch in case.archs if not archs or arch in archs]
+
+
+def parse_arch(text: str) -> Arch:
+    """An architecture as people write it: "90", "sm_90" or "gfx942"."""
+    number = text.strip().removeprefix("sm_")
+    return int(number) if number.isdigit() else number
+
+
 def main(arguments: Sequence[str]) -> int:
     """Compile every registered case for its architectures, or for those named, and print."""
-    wanted = [int(a) if a.isdigit() else a for a in arguments]
     failed = 0
-    for case in discover():
-        for arch in case.archs:
-            if wanted and arch not in wanted:
-                continue
-            report = compile_case(case, arch)
-            ok = not report.missing and report.spills == 0 and report.fits
-            failed += not ok
-            print(("ok   " if ok else "FAIL ") + format_report(report))
+    for case, arch in planned(discover(), [parse_arch(text) for text in arguments]):
+        report = compile_case(case, arch)
+        failed += bool(report.fault)
+        print(("FAIL " if report.fault else "ok   ") + format_report(report))
     return int(failed > 0)
 
 

@@ -14,8 +14,12 @@ SUMMARY = "say what runs on this machine, and why"
 DESCRIPTION = """\
 Print the versions at work, the devices, which implementation runs for each op and why, whether the
 embedded demo model is there, and which optional packages are installed.
+
+With --kernels: compile every Triton kernel of prunekernels, for GPUs that need not be here, and
+print what each became: registers, spills, shared memory, tensor-core instructions, and instructions
+per element of its main loop.
 """
-EXAMPLE = "prunekit doctor"
+EXAMPLE = "prunekit doctor --kernels --arch 80,90"
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
 # package -> what it is for, and the extra that brings it
@@ -28,11 +32,27 @@ _EXTRAS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
+    parser.add_argument(
+        "--kernels", action="store_true", help="compile every Triton kernel (some minutes)"
+    )
+    parser.add_argument(
+        "--arch",
+        metavar="LIST",
+        default="80,89,90",
+        help="for --kernels: compute capabilities or gfx942 (80,89,90)",
+    )
     options.add_common(parser)
 
 
 def run(args: argparse.Namespace, answer: TextIO) -> None:
     """Carry the command out."""
+    if args.kernels:
+        from prunekit.commands import kernel_reports
+
+        rows = kernel_reports.compiled(args.arch.split(","), progress=not args.quiet)
+        data = kernel_reports.data(rows)
+        options.emit(args, answer, lambda: data, lambda: kernel_reports.shown(rows))
+        return
     found = _facts()
     options.emit(args, answer, lambda: found, lambda: _shown(found))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 pytest.importorskip("triton")
@@ -10,9 +12,12 @@ import triton.language as tl
 from prunekernels.compilation import (
     KernelCase,
     compile_case,
+    discover,
     format_report,
     innermost_loops,
+    parse_arch,
     parse_sass,
+    planned,
 )
 from triton.runtime.jit import JITFunction
 
@@ -58,10 +63,38 @@ def test_reads_registers_opcodes_and_the_loop(arch):
     assert report.loop_instructions < report.instructions
     assert report.instructions_per_element == report.loop_instructions * 32 / 1024
     assert "HMMA.16816" in format_report(report)
+    assert report.dtype == "bf16"
+    (opcode,) = report.tensor_core
+    assert opcode.startswith("HMMA.16816.F32.BF16")
 
 
 def test_a_missing_opcode_is_reported():
     assert compile_case(_case(opcodes=("HMMA.SP",)), 80).missing == ["HMMA.SP"]
+
+
+def test_every_kernel_of_the_package_registers_what_it_compiles_to():
+    """A kernel is a jitted function called …_kernel; helpers are compiled into them."""
+    registered = {case.kernel for case in discover()}
+    forgotten = [
+        f"{name}.{attribute}"
+        for name, module in sys.modules.items()
+        if name.startswith("prunekernels.")
+        for attribute, value in vars(module).items()
+        if isinstance(value, JITFunction) and attribute.endswith("_kernel")
+        if value not in registered
+    ]
+    assert forgotten == []
+    names = [case.name for case in discover()]
+    assert {"pair_stats/core/bf16/base", "vector_stats/fp32"} < set(names)
+
+
+def test_architectures_are_chosen_by_name():
+    cases = [_case(), _case(name="other", archs=(80, "gfx942"))]
+    assert [arch for _, arch in planned(cases)] == [80, 89, 90, 80, "gfx942"]
+    chosen = planned(cases, [parse_arch("sm_90"), parse_arch("gfx942")])
+    assert [(case.name, arch) for case, arch in chosen] == [("dot", 90), ("other", "gfx942")]
+    with pytest.raises(ValueError, match="architecture 70; choose from 80, 89, 90, gfx942"):
+        planned(cases, [70])
 
 
 def test_amd_target_compiles():

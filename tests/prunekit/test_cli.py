@@ -428,6 +428,33 @@ def test_doctor(capsys):
     assert "head_pair_stats" in shown and "datasets" in shown
 
 
+def test_doctor_compiles_kernels(monkeypatch, capsys):
+    pytest.importorskip("triton")
+    from prunekernels import compilation
+    from prunekernels.metrics import vector_triton
+
+    cases = vector_triton.compile_cases()
+    monkeypatch.setattr(compilation, "discover", lambda: cases)
+    assert cli.main(["doctor", "--kernels", "--arch", "80,sm_90", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["versions"]) == {"torch", "triton"}
+    rows = {(row["name"], row["arch"]): row for row in found["kernels"]}
+    assert set(rows) == {(case.name, arch) for case in cases for arch in (80, 90)}
+    row = rows["vector_stats/bf16", 90]
+    assert row["dtype"] == "bf16" and row["spills"] == 0 and row["fault"] is None
+    assert 16 < row["registers"] <= 255 and 1 < row["instructions_per_element"] < 30
+    assert row["tensor_core"] == {}
+    broken = [replace(cases[0], opcodes=("HMMA",))]
+    monkeypatch.setattr(compilation, "discover", lambda: broken)
+    assert cli.main(["doctor", "--kernels", "--arch", "90"]) == 0
+    assert "no HMMA" in capsys.readouterr().out
+    assert cli.main(["doctor", "--kernels", "--arch", "70"]) == 2
+    assert "choose from 80, 89, 90, gfx942" in capsys.readouterr().err
+    monkeypatch.setattr("prunekernels.runtime.triton_installed", lambda: False)
+    assert cli.main(["doctor", "--kernels"]) == 2
+    assert "Triton is not installed" in capsys.readouterr().err
+
+
 def test_config_gives_options_and_flags_win(here, tmp_path, capsys):
     config = tmp_path / "run.yaml"
     config.write_text(
