@@ -35,7 +35,7 @@ class MmaConfig(NamedTuple):
 
 
 def sparse24_order(
-    tokens: int, rows: int, columns: int, capability: tuple[int, int]
+    tokens: int, rows: int, columns: int, capability: tuple[int, int], itemsize: int = 2
 ) -> list[tuple[str, str]]:
     """Implementations of a 2:4 linear layer on an NVIDIA GPU, preferred first, with reasons.
 
@@ -47,18 +47,24 @@ def sparse24_order(
         rows: N.
         columns: K.
         capability: CUDA compute capability.
+        itemsize: Bytes of a value.
 
     Returns:
         `(name, reason)` pairs, never empty.
     """
+    if itemsize > 2:
+        # the portable kernel compiles to 32 instructions per float32 weight
+        return [("eager", "float32: no tensor cores, so expand, then dense (predicted)")]
     if tokens <= 256:
         few = f"{tokens} tokens: bound by reading the weight (predicted, not measured)"
         return [("mma_sp", few), ("triton", few)] if tokens <= 64 else [("mma_sp", few)]
     return [("eager", f"{tokens} tokens: expand, then dense (predicted, not measured)")]
 
 
-def sparse24_portable(tokens: int) -> PortableConfig:
-    """Tile of the portable kernel for M tokens (predicted)."""
+def sparse24_portable(tokens: int, itemsize: int = 2) -> PortableConfig:
+    """Tile of the portable kernel for M tokens and values of `itemsize` bytes (predicted)."""
+    if itemsize > 2:
+        return PortableConfig(16, 32, 8, 2)
     if tokens <= 16:
         return PortableConfig(16, 32, 4, 3)
     if tokens <= 32:

@@ -16,8 +16,8 @@ from prunekernels.tuning import sparse24_mma, sparse24_order, sparse24_portable
 class FakeActivations:
     """Shape and device of activations on a GPU that this machine does not have."""
 
-    def __init__(self, tokens: int, columns: int) -> None:
-        self.shape = (tokens, columns)
+    def __init__(self, tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape, self.dtype = (tokens, columns), dtype
         self.device = torch.device("cuda", 0)
 
 
@@ -65,6 +65,14 @@ def test_a_failing_self_test_warns_once_and_falls_back(fake_gpu, problem):
     assert fake_gpu.runs == 1
     with pytest.raises(ValueError, match="impl='mma_sp' cannot run"):
         dispatch24.select(FakeActivations(4, 4096), 4096, "mma_sp")
+
+
+def test_float32_values_never_reach_the_tensor_cores(fake_gpu):
+    choice = dispatch24.select(FakeActivations(4, 4096, torch.float32), 4096)
+    assert choice.name == "eager" and "float32" in choice.reason
+    with pytest.raises(ValueError, match=r"mma_sp.*float16 values, not torch\.float32"):
+        dispatch24.select(FakeActivations(4, 4096, torch.float32), 4096, "mma_sp")
+    assert fake_gpu.runs == 0
 
 
 def test_between_few_and_many_tokens_a_failure_means_expanding(fake_gpu):

@@ -8,23 +8,32 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prunekernels.sparse.format24 import Sparse24, packed_shape, sparse24_cat, sparse24_pack
 
-DTYPES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
-def sparse_bits(rows: int, columns: int, seed: int) -> torch.Tensor:
-    """Random 16-bit patterns (NaN, infinities, subnormals, −0.0 included), 2:4 along columns."""
+def sparse_bits(
+    rows: int, columns: int, seed: int, dtype: torch.dtype = torch.float16
+) -> torch.Tensor:
+    """A weight of random bits (NaN, infinities, subnormals, −0.0 included), 2:4 along columns."""
     random = torch.Generator().manual_seed(seed)
-    groups = -(-columns // 4)
-    bits = torch.randint(-(2**15), 2**15, (rows, groups, 4), generator=random).to(torch.int16)
+    groups, integer = -(-columns // 4), INTEGERS[dtype.itemsize]
+    lowest = torch.iinfo(integer).min
+    bits = torch.randint(lowest, -lowest, (rows, groups, 4), generator=random).to(integer)
     count = torch.randint(0, 3, (rows, groups, 1), generator=random)
     rank = torch.rand(rows, groups, 4, generator=random).argsort(2).argsort(2)
     negative_zero = torch.rand(rows, groups, 4, generator=random) < 0.5
-    empty = torch.where(negative_zero, -(2**15), 0).to(torch.int16)
-    return torch.where(rank < count, bits, empty).view(rows, -1)[:, :columns].contiguous()
+    empty = torch.where(negative_zero, lowest, 0).to(integer)
+    chosen = torch.where(rank < count, bits, empty).view(rows, -1)[:, :columns]
+    return chosen.contiguous().view(dtype)
+
+
+def as_bits(weight: torch.Tensor) -> torch.Tensor:
+    return weight.view(INTEGERS[weight.dtype.itemsize])
 
 
 def without_negative_zero(weight: torch.Tensor) -> torch.Tensor:
-    return torch.where(weight == 0, 0, weight.view(torch.int16))
+    return torch.where(weight == 0, 0, as_bits(weight))
 
 
 @settings(max_examples=60, deadline=None)
@@ -35,10 +44,10 @@ def without_negative_zero(weight: torch.Tensor) -> torch.Tensor:
     seed=st.integers(0, 2**31),
 )
 def test_round_trip_is_exact(rows, columns, dtype, seed):
-    weight = sparse_bits(rows, columns, seed).view(dtype)
+    weight = sparse_bits(rows, columns, seed, dtype)
     packed = sparse24_pack(weight)
     assert packed.to_dense().dtype == dtype
-    assert torch.equal(packed.to_dense().view(torch.int16), without_negative_zero(weight))
+    assert torch.equal(as_bits(packed.to_dense()), without_negative_zero(weight))
     again = Sparse24.from_state_dict(packed.state_dict())
     assert again.shape == (rows, columns) and again.dtype == dtype
     assert torch.equal(again.packed, packed.packed)
@@ -53,7 +62,7 @@ def test_round_trip_is_exact(rows, columns, dtype, seed):
     value=st.sampled_from([1.0, float("nan"), -1e-7, float("inf")]),
 )
 def test_a_full_group_is_refused_by_row_and_column(rows, columns, place, drop, value):
-    weight = sparse_bits(rows, columns, 0).view(torch.float16).nan_to_num(1.0, 1.0, 1.0)
+    weight = sparse_bits(rows, columns, 0).nan_to_num(1.0, 1.0, 1.0)
     row, group = place[0] % rows, place[1] % (columns // 4 if columns >= 4 else 1)
     first, last = 4 * group, min(4 * group + 3, columns - 1)
     weight[row, first : last + 1] = value
@@ -71,24 +80,26 @@ def test_the_first_bad_group_is_named():
         sparse24_pack(weight)
 
 
-def test_large_weights_go_through_in_chunks(monkeypatch):
-    weight = sparse_bits(100, 320, 1).view(torch.float16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_weights_go_through_in_chunks(monkeypatch, dtype):
+    weight = sparse_bits(100, 320, 1, dtype)
     whole = sparse24_pack(weight)
     monkeypatch.setattr("prunekernels.sparse.format24._CHUNK_ELEMENTS", 1)
     assert torch.equal(sparse24_pack(weight).packed, whole.packed)
-    assert torch.equal(whole.to_dense().view(torch.int16), without_negative_zero(weight))
+    assert torch.equal(as_bits(whole.to_dense()), without_negative_zero(weight))
     weight[99, 0:3] = 1.0
     with pytest.raises(ValueError, match="row 99"):
         sparse24_pack(weight)
 
 
-def test_size_is_nine_sixteenths():
+def test_size_is_half_the_values_and_two_bits_for_each_kept_one():
     weight = torch.zeros(256, 1344, dtype=torch.bfloat16)
     assert sparse24_pack(weight).nbytes * 16 == weight.nbytes * 9
+    assert sparse24_pack(weight.float()).nbytes * 32 == 2 * weight.nbytes * 17
 
 
 def test_non_contiguous_and_gradient_carrying_weights():
-    weight = sparse_bits(24, 40, 2).view(torch.float16).nan_to_num(1.0, 1.0, 1.0)
+    weight = sparse_bits(24, 40, 2).nan_to_num(1.0, 1.0, 1.0)
     strided = torch.zeros(24, 80, dtype=torch.float16)
     strided[:, ::2] = weight
     assert torch.equal(sparse24_pack(strided[:, ::2]).packed, sparse24_pack(weight).packed)
@@ -102,14 +113,14 @@ def test_only_matrices_pack(bad):
         sparse24_pack(bad.to(torch.bfloat16))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8])
 def test_other_value_types_name_the_fix(dtype):
     with pytest.raises(ValueError, match=r"weight\.to\(torch\.bfloat16\)"):
         sparse24_pack(torch.zeros(4, 4, dtype=dtype))
 
 
 def test_stacked_weights_equal_packing_the_stacked_dense():
-    parts = [sparse_bits(rows, 100, rows).view(torch.float16) for rows in (32, 16, 21)]
+    parts = [sparse_bits(rows, 100, rows) for rows in (32, 16, 21)]
     stacked = sparse24_cat([sparse24_pack(part) for part in parts])
     assert stacked.shape == (69, 100)
     assert torch.equal(stacked.packed, sparse24_pack(torch.cat(parts)).packed)
@@ -123,13 +134,14 @@ def test_stacked_weights_equal_packing_the_stacked_dense():
 
 
 def test_moves_between_types_round_like_torch():
-    weight = sparse_bits(20, 100, 3).view(torch.float16).nan_to_num(1.0, 1.0, 1.0)
+    weight = sparse_bits(20, 100, 3).nan_to_num(1.0, 1.0, 1.0)
     moved = sparse24_pack(weight).to(dtype=torch.bfloat16)
     assert moved.dtype == torch.bfloat16
     assert torch.equal(moved.to_dense(), weight.to(torch.bfloat16))
     assert sparse24_pack(weight).to("meta").device.type == "meta"
-    with pytest.raises(ValueError, match="float32"):
-        moved.to(dtype=torch.float32)
+    assert torch.equal(moved.to(dtype=torch.float32).to_dense(), moved.to_dense().float())
+    with pytest.raises(ValueError, match="float64"):
+        moved.to(dtype=torch.float64)
 
 
 def test_states_that_do_not_fit_are_refused():
@@ -142,6 +154,8 @@ def test_states_that_do_not_fit_are_refused():
         Sparse24.from_state_dict({**state, "header": torch.tensor([1, 16, 64, 9])})
     with pytest.raises(ValueError, match="int32 buffer of shape"):
         Sparse24.from_state_dict({**state, "header": torch.tensor([1, 32, 64, 0])})
+    with pytest.raises(ValueError, match=r"of torch\.float32 is an int32 buffer of shape"):
+        Sparse24.from_state_dict({**state, "header": torch.tensor([1, 16, 64, 2])})
     with pytest.raises(ValueError, match="int32 buffer of shape"):
         Sparse24.from_state_dict({**state, "packed": state["packed"][:, :-1]})
     with pytest.raises(ValueError, match="4 numbers"):
@@ -151,7 +165,8 @@ def test_states_that_do_not_fit_are_refused():
 def test_repr_says_what_it_holds():
     text = repr(sparse24_pack(torch.zeros(16, 64, dtype=torch.bfloat16)))
     assert "shape=(16, 64)" in text and "nbytes=1152" in text and "bfloat16" in text
-    assert packed_shape(17, 320) == (2, 1152 + 288)
+    assert packed_shape(17, 320, torch.bfloat16) == (2, 1152 + 288)
+    assert packed_shape(17, 320, torch.float32) == (2, 2176 + 544)
 
 
 def _two_of_four(columns: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ pytestmark = [
 ]
 
 IMPLS = ["eager", "triton", "mma_sp", "auto"]
-DTYPES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -44,6 +44,8 @@ def test_the_self_test_passes():
     ("rows", "columns"), [(1024, 4096), (33, 576), (4096, 1216), (16, 4), (130, 61)]
 )
 def test_values_for_all_token_counts(impl, dtype, rows, columns):
+    if impl == "mma_sp" and dtype == torch.float32:
+        pytest.skip("the tensor cores multiply 16-bit values")
     weight = two_of_four(rows, columns, dtype)
     packed, bias = sparse24_pack(weight), torch.randn(rows, device="cuda").to(dtype)
     for tokens in (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 300):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from prunekernels.sparse.format24 import Sparse24, sparse24_pack
 from prunekernels.sparse.linear24 import ACTIVATIONS, sparse24_gate_up, sparse24_linear
 
-DTYPES = [torch.bfloat16, torch.float16]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:

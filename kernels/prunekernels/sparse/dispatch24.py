@@ -83,7 +83,7 @@ def select(x: Tensor, rows: int, impl: str = "auto") -> Choice:
         return Choice("eager", f"tensors are on {x.device.type}: expanded for each call")
     capability = torch.cuda.get_device_capability(x.device)
     reasons: list[str] = []
-    for name, why in sparse24_order(x.shape[0], rows, x.shape[1], capability):
+    for name, why in sparse24_order(x.shape[0], rows, x.shape[1], capability, x.dtype.itemsize):
         blocker = _blocker(name, x)
         if blocker is None:
             return Choice(name, "; ".join([why, *reasons]))
@@ -114,6 +114,8 @@ def _blocker(name: str, x: Tensor) -> str | None:
         if x.device.type != "cuda" and not interpreting():
             return f"tensors are on {x.device.type} and TRITON_INTERPRET=1 is not set"
         return None
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"sparse tensor cores multiply bfloat16 and float16 values, not {x.dtype}"
     if x.device.type != "cuda" or torch.version.cuda is None:
         return "sparse tensor cores need an NVIDIA GPU"
     if interpreting():

@@ -163,7 +163,7 @@ def _(
     activation: str,
     impl: str,
 ) -> Tensor:
-    _check_buffer(packed, rows, columns)
+    _check_buffer(packed, rows, columns, x.dtype)
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -201,7 +201,7 @@ def _gate_up_op(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, im
 
 @_gate_up_op.register_fake
 def _(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, impl: str) -> Tensor:
-    _check_buffer(gate, rows, columns)
+    _check_buffer(gate, rows, columns, x.dtype)
     return x.new_empty((*x.shape[:-1], rows))
 
 
@@ -235,9 +235,9 @@ def _slope(activation: str, z: Tensor) -> Tensor:
     return torch.ops.aten.gelu_backward(one, z, approximate=kind)
 
 
-def _check_buffer(packed: Tensor, rows: int, columns: int) -> None:
-    if tuple(packed.shape) != packed_shape(rows, columns):
+def _check_buffer(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:
+    if tuple(packed.shape) != packed_shape(rows, columns, dtype):
         raise ValueError(
-            f"packed buffer {tuple(packed.shape)} does not hold a ({rows}, {columns}) weight: "
-            "pass the packed tensor and shape of one Sparse24"
+            f"packed buffer {tuple(packed.shape)} does not hold a ({rows}, {columns}) weight of "
+            f"{dtype}: pass the packed tensor and shape of one Sparse24"
         )
