@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunekernels.closed_form import angle_fields
 from prunekernels.layout import VECTOR_FLOATS
-from prunekernels.pair_sums import PairSums, flattens, take_rows
+from prunekernels.pair_sums import GROUP_ROWS, PairSums, flattens, take_rows
 
 
 def pair_stats(
@@ -56,11 +56,7 @@ def head_pair_stats(
     level: str,
     weights: str,
 ) -> list[Tensor]:
-    """Packed statistics of the logits of `(…, D)` hidden states, computed a few rows at a time.
-
-    Both rows of a pair come from products of the same shape, at the same place in buffers of the
-    same alignment, so that equal hidden states give equal logits to the last bit.
-    """
+    """Packed statistics of the logits of `(…, D)` hidden states, computed a few rows at a time."""
     vocab, width = head_weight.shape
     rows = base_hidden.numel() // width
     options = (labels, subset, temperature, topk, level, weights)
@@ -83,29 +79,65 @@ def logit_blocks(
     softcap: float | None,
     logit_scale: float | None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """First row and float32 logits `(R, V)` of base and other, in buffers that are reused."""
+    """First row and float32 logits `(R, V)` of base and other, in buffers that are reused.
+
+    Equal hidden states give equal logits to the last bit. On a CPU, where the products take most
+    of the time, a state of `other` that also occurs among `base` is multiplied just once: dropping
+    a sublayer leaves the state that the sublayer before it made. (Elsewhere the search would cost
+    a host sync.) Otherwise both rows of a pair come from products of the same shape, at the same
+    place in buffers of the same alignment.
+    """
     vocab, width = heads[0].shape
     device = heads[0].device
     rows = hidden[0].numel() // width
-    budget = (64 << 20) if device.type == "cpu" else (512 << 20)
+    shared = device.type == "cpu" and heads[0] is heads[1]
+    budget = (128 << 20) if device.type == "cpu" else (512 << 20)
     step = max(1, min(rows, budget // (8 * vocab)))
     # Two allocations, not two halves of one: a matmul may round by its output's alignment.
     logits = [torch.empty(step, vocab, dtype=torch.float32, device=device) for _ in range(2)]
+
+    def head(states: Tensor, side: int) -> Tensor:
+        out = logits[side][: states.shape[0]]
+        _project(states, heads[side], out)
+        if bias is not None:
+            out += bias
+        if logit_scale is not None:
+            out *= logit_scale
+        if softcap is not None:
+            out.div_(softcap).tanh_().mul_(softcap)
+        return out
+
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        pair = []
-        for states, weight, buffer in zip(hidden, heads, logits, strict=True):
-            out = buffer[: stop - start]
-            normalised = rms_normalised(take_rows(states, start, stop), norm_weight, norm_eps)
-            _project(normalised, weight, out)
-            if bias is not None:
-                out += bias
-            if logit_scale is not None:
-                out *= logit_scale
-            if softcap is not None:
-                out.div_(softcap).tanh_().mul_(softcap)
-            pair.append(out)
-        yield start, pair[0], pair[1]
+        base, other = (
+            rms_normalised(take_rows(states, start, stop), norm_weight, norm_eps)
+            for states in hidden
+        )
+        found = _positions(other, base) if shared else None
+        if found is None or bool((found < 0).all()):
+            yield start, head(base, 0), head(other, 1)
+            continue
+        a, missing = head(base, 0), found < 0
+        fresh = head(other[missing], 1)
+        found[missing] = torch.arange(fresh.shape[0])
+        for row in range(0, stop - start, GROUP_ROWS):
+            group = slice(row, row + GROUP_ROWS)
+            b = a.index_select(0, found[group].masked_fill(missing[group], 0))
+            b[missing[group]] = fresh[found[group][missing[group]]]
+            yield start + row, a[group], b
+
+
+def _positions(states: Tensor, among: Tensor) -> Tensor:
+    """Per row of `states` the index of a row with the same bits `among` the others, or −1."""
+    integer = {2: torch.int16, 4: torch.int32}[states.itemsize]
+    odd = 2 * torch.arange(states.shape[1]) + 1
+    factors = odd * 0x1E3779B97F4A7C15  # wraps around, which is what mixes the bits
+    keys, own = ((rows.view(integer).long() * factors).sum(-1) for rows in (among, states))
+    order = keys.argsort()
+    nearest = torch.searchsorted(keys[order], own).clamp_(max=len(keys) - 1)
+    found = order[nearest]
+    equal = (among[found].view(integer) == states.view(integer)).all(-1)
+    return found.masked_fill(~equal, -1)
 
 
 def rms_normalised(hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:

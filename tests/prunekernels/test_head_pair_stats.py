@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from prunekernels import head_pair_stats, pair_stats, reference
+from prunekernels import eager, head_pair_stats, pair_stats, reference
 from tolerances import mismatches
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def states(rows: int, width: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,6 +117,38 @@ def test_identical_states_are_exactly_zero_and_one(rows: int, dtype: torch.dtype
             assert bool((found.as_dict()[name] == 0).all()), name
         assert bool((found.cos_prob == 1).all()) and bool((found.cos_logit == 1).all())
         assert not bool(found.flipped.any())
+
+
+class Products(TorchDispatchMode):
+    """Counts the rows that are multiplied with the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.mm:
+            self.rows += args[0].shape[0]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_state_of_both_models_is_multiplied_once(dtype: torch.dtype) -> None:
+    """As when a sublayer is dropped: its state is then the one that the sublayer before it made."""
+    rows, vocab = 150, 401
+    chain, _, head = (tensor.to(dtype) for tensor in states(rows, 24, vocab))
+    own = chain[:5].float().neg().to(dtype)
+    order = torch.randperm(rows)
+    other = torch.cat([chain[order][5:], own])[torch.randperm(rows)]
+    arguments = (chain, other, head, None, None, None, None, None)
+    settings = (1e-6, None, None, 0.7, 2, "core", "base")
+    with Products() as products:
+        packed = eager.head_pair_stats(*arguments, *settings)
+    parts = 1 if dtype == torch.float32 else len(head.split((8 << 20) // (4 * 24)))
+    assert products.rows == (rows + 5) * parts
+    found = eager.head_pair_stats(*arguments[:3], head.clone(), *arguments[4:], *settings)
+    for shared, apart in zip(packed, found, strict=True):
+        torch.testing.assert_close(shared, apart, rtol=1e-4, atol=2e-6, equal_nan=True)
 
 
 def test_chunks_do_not_show() -> None:

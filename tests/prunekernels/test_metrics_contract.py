@@ -169,7 +169,7 @@ def test_pair_stats_takes_a_tenth_of_the_logits_in_memory(level: str, dtype: tor
 def test_head_pair_stats_memory_does_not_grow_with_rows() -> None:
     head = torch.randn(60_000, 8)
     peaks = []
-    for rows in (250, 500):
+    for rows in (500, 1000):
         hidden = torch.randn(rows, 8)
         with Allocations() as memory:
             eager.head_pair_stats(
@@ -177,8 +177,8 @@ def test_head_pair_stats_memory_does_not_grow_with_rows() -> None:
                 *(1e-6, None, None, 1.0, 0, "core", "base"),
             )
         peaks.append(memory.peak)
-    logits = 2 * 500 * 60_000 * 4
-    assert peaks[1] < peaks[0] + 250 * 1000  # the sums and results of a row, in bytes
+    logits = 2 * 1000 * 60_000 * 4
+    assert peaks[1] < peaks[0] + 500 * 1200  # the sums and results of a row, in bytes
     assert peaks[1] < 0.33 * logits
 
 
