@@ -1,4 +1,4 @@
-"""Kernels for pruned language models: full-vocabulary statistics, selection of weights, 2:4."""
+"""Kernels for pruned language models: vocabulary statistics, mask selection, sparse products."""
 
 from prunekernels.metrics import (
     PairStats,
@@ -11,7 +11,9 @@ from prunekernels.metrics import (
 )
 from prunekernels.pruning import nm_mask, rowwise_mask
 from prunekernels.sparse import (
+    BitmapSparse,
     Sparse24,
+    bitmap_pack,
     sparse24_cat,
     sparse24_gate_up,
     sparse24_linear,
@@ -19,10 +21,12 @@ from prunekernels.sparse import (
 )
 
 __all__ = [
+    "BitmapSparse",
     "PairStats",
     "Sparse24",
     "TopKStats",
     "VectorStats",
+    "bitmap_pack",
     "head_pair_stats",
     "nm_mask",
     "pair_stats",

@@ -1,6 +1,15 @@
 """Packed sparse weights and the matrix multiplications that read them."""
 
 from prunekernels.sparse.format24 import Sparse24, sparse24_cat, sparse24_pack
+from prunekernels.sparse.format_bitmap import BitmapSparse, bitmap_pack
 from prunekernels.sparse.linear24 import sparse24_gate_up, sparse24_linear
 
-__all__ = ["Sparse24", "sparse24_cat", "sparse24_gate_up", "sparse24_linear", "sparse24_pack"]
+__all__ = [
+    "BitmapSparse",
+    "Sparse24",
+    "bitmap_pack",
+    "sparse24_cat",
+    "sparse24_gate_up",
+    "sparse24_linear",
+    "sparse24_pack",
+]
