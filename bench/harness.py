@@ -1,48 +1,365 @@
-"""What the benchmarks share: where results go, and what they were made with."""
+"""What the benchmarks share: rows that say everything, right before fast, and results that last.
+
+A benchmark lists *cases* (an op at a shape) and *contenders* (ways to do it). `Session.measure`
+checks every contender's result before anything is timed, times those that are right in turns, and
+appends one row each to a CSV. A wrong result, a failure and a peer that is not installed are rows
+too, without a time. A case whose rows are in the file is not measured again.
+"""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import csv
+import importlib.util
+import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import model
+import timers
 import torch
 import transformers
 
+from prunekit import timing
+
 RESULTS = Path(__file__).parent / "results"
+UNFINISHED = 75  # exit status: time is up, call again to go on
+
+#: Every row of every result file of ops has these columns, in this order.
+COLUMNS = [
+    "op",
+    "provider",
+    "mode",
+    "dtype",
+    "shape",
+    "status",
+    "note",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "rounds",
+    "timer",
+    "bound_ms",
+    "limit",
+    "roof_pct",
+    "gb_s",
+    "tflop_s",
+    "held_mb",
+    "peak_mb",
+    "roof_gb_s",
+    "roof_tflop_s",
+    "device",
+    "cpu",
+    "threads",
+    "torch",
+    "triton",
+    "transformers",
+    "commit",
+]
+
+
+class Absent(Exception):
+    """A peer that cannot run here; the message says why and what would install it."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op at a shape: one comparison.
+
+    Attributes:
+        op: Name of the op.
+        mode: Variant of the op, such as a pattern or a level.
+        dtype: Of the operands, such as "bfloat16".
+        sizes: The shape, by the names that the documentation uses.
+    """
+
+    op: str
+    mode: str
+    dtype: str
+    sizes: Mapping[str, float]
+
+    @property
+    def shape(self) -> str:
+        """Sizes as text: "M=1 N=4096"."""
+        return " ".join(f"{name}={value:g}" for name, value in self.sizes.items())
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What a case is found by in a result file."""
+        return (self.op, self.mode, self.dtype, self.shape)
+
+
+class Verdict(NamedTuple):
+    """Whether a result is right, and how far it is from the truth."""
+
+    right: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A contender ready to run.
+
+    Attributes:
+        runs: The op on different operands.
+        check: Judges the result of the probe.
+        cost: What it cannot do without, step by step, for its bound.
+        held: Bytes of the operands that this contender keeps for one run (its weight).
+        probe: What is checked instead of the first run, for ops that only return a mean.
+        graph: Whether it may be captured into a CUDA graph.
+    """
+
+    runs: Sequence[Callable[[], Any]]
+    check: Callable[[Any], Verdict]
+    cost: Sequence[model.Cost] = ()
+    held: int = 0
+    probe: Callable[[], Any] | None = None
+    graph: bool = True
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do a case's op.
+
+    Attributes:
+        provider: Its name in the results.
+        prepare: Builds operands; raises Absent where it cannot run.
+    """
+
+    provider: str
+    prepare: Callable[[], Prepared]
+
+
+@dataclass
+class Session:
+    """One run of a benchmark: its result file, its machine, its time.
+
+    Attributes:
+        path: The CSV.
+        device: Where the ops run.
+        rounds: Samples of each contender.
+        quick: Small and rough: for trying things out.
+        seconds: Stop before another case begins once this long has passed; None for no limit.
+    """
+
+    path: Path
+    device: torch.device
+    rounds: int = 20
+    quick: bool = False
+    seconds: float | None = None
+    started: float = field(default_factory=time.monotonic)
+    _roofs: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)
+
+    @classmethod
+    def begin(cls, options: argparse.Namespace, name: str) -> Session:
+        """The session that a command line (`add_options`) asks for, in <output>/<device>/<name>."""
+        device = torch.device(options.device)
+        path = options.output / device_name(device).replace(" ", "_") / name
+        if options.fresh:
+            path.unlink(missing_ok=True)
+        seconds = None if options.minutes is None else 60 * options.minutes
+        rounds = options.rounds or (5 if options.quick else 20)
+        return cls(path, device, rounds, options.quick, seconds)
+
+    def roofs(self, dtype: str) -> tuple[float, float]:
+        """Copy bytes/s and matrix FLOP/s of this run, measured when first asked for.
+
+        Products are of bfloat16 on a GPU, where nothing here multiplies anything wider, and of
+        the case's own type on a CPU.
+        """
+        kind = torch.bfloat16 if self.device.type == "cuda" else getattr(torch, dtype)
+        if kind not in self._roofs:
+            self._roofs[kind] = timers.roofs(self.device, kind, quick=self.quick)
+        return self._roofs[kind]
+
+    def done(self) -> set[tuple[str, str, str, str]]:
+        """Keys of the cases that the file holds."""
+        if not self.path.is_file():
+            return set()
+        with self.path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if reader.fieldnames != COLUMNS:
+                sys.exit(f"{self.path} has other columns: move it away, or give --fresh")
+            return {(r["op"], r["mode"], r["dtype"], r["shape"]) for r in reader}
+
+    def out_of_time(self) -> bool:
+        """Whether no further case may begin."""
+        return self.seconds is not None and time.monotonic() - self.started > self.seconds
+
+    def run(self, cases: Sequence[tuple[Case, Callable[[], Sequence[Contender]]]]) -> int:
+        """Measure every case that the file lacks; returns the process's exit status."""
+        done = self.done()
+        missing = [(case, make) for case, make in cases if case.key not in done]
+        if len(missing) < len(cases):
+            print(f"{len(cases) - len(missing)} cases are in {self.path}", file=sys.stderr)
+        for index, (case, make) in enumerate(missing):
+            if self.out_of_time():
+                print(f"time is up: {len(missing) - index} cases left", file=sys.stderr)
+                return UNFINISHED
+            self.measure(case, make())
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return 0
+
+    @torch.no_grad()
+    def measure(self, case: Case, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
+        """Check, then time in turns, then append the rows; returns them."""
+        ready: dict[str, Prepared] = {}
+        rows: dict[str, dict[str, Any]] = {}
+        for contender in contenders:
+            rows[contender.provider] = row = self._row(case, contender)
+            try:
+                prepared = contender.prepare()
+                verdict = prepared.check((prepared.probe or prepared.runs[0])())
+                timing.synchronize(self.device)
+            except Absent as absent:
+                row |= {"status": "absent", "note": str(absent)}
+            except Exception as error:  # a peer's failure must not end the run
+                row |= {"status": "failed", "note": timers.first_line(error)}
+            else:
+                row |= {"status": "ok" if verdict.right else "wrong", "note": verdict.note}
+                if verdict.right:
+                    ready[contender.provider] = prepared
+        self._time(case, ready, rows)
+        append_rows(self.path, list(rows.values()))
+        for row in rows.values():
+            print(line(row), file=sys.stderr)
+        return list(rows.values())
+
+    def _time(
+        self, case: Case, ready: Mapping[str, Prepared], rows: Mapping[str, dict[str, Any]]
+    ) -> None:
+        """Take turns, and fill in the rows' figures."""
+        samplers = {}
+        least = 5e-4 if self.quick else 2e-3
+        for provider, prepared in ready.items():
+            row = rows[provider]
+            try:
+                peak = timers.peak_bytes(prepared.runs[0], self.device)
+                samplers[provider], row["timer"] = timers.sampler(
+                    prepared.runs, self.device, graph=prepared.graph, least=least
+                )
+            except Exception as error:
+                row |= {"status": "failed", "note": timers.first_line(error)}
+                continue
+            row["held_mb"] = f"{prepared.held / 1e6:.3f}"
+            row["peak_mb"] = "" if peak is None else f"{peak / 1e6:.3f}"
+        for provider, times in timing.interleaved(samplers, self.rounds).items():
+            row = rows[provider]
+            row |= {name: f"{value:.6g}" for name, value in times.milliseconds().items()}
+            row["rounds"] = self.rounds
+            row |= self._against_roofs(case, ready[provider].cost, times.median)
+
+    def _against_roofs(
+        self, case: Case, cost: Sequence[model.Cost], seconds: float
+    ) -> dict[str, str]:
+        """Rates, the bound that this run's roofs set, and how near the time comes to it."""
+        if not cost:
+            return {}
+        bound = model.bound(cost, model.machine(device_name(self.device), *self.roofs(case.dtype)))
+        moved = sum(step.bytes for step in cost)
+        products = sum(step.flop + step.mma_flop for step in cost)
+        return {
+            "bound_ms": f"{bound.ms:.6g}",
+            "limit": bound.limit,
+            "roof_pct": f"{100 * bound.ms / (1000 * seconds):.1f}",
+            "gb_s": f"{moved / seconds / 1e9:.2f}",
+            "tflop_s": f"{products / seconds / 1e12:.4f}" if products else "",
+        }
+
+    def _row(self, case: Case, contender: Contender) -> dict[str, Any]:
+        bandwidth, flops = self.roofs(case.dtype)
+        row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
+        row |= dict(zip(("op", "mode", "dtype", "shape"), case.key, strict=True))
+        row["provider"] = contender.provider
+        row |= {"roof_gb_s": f"{bandwidth / 1e9:.1f}", "roof_tflop_s": f"{flops / 1e12:.3f}"}
+        return row | {k: v for k, v in provenance(self.device).items() if k in row}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that every op benchmark has."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default)
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of result folders")
+    parser.add_argument("--quick", action="store_true", help="few small cases, few samples")
+    parser.add_argument("--fresh", action="store_true", help="forget earlier results")
+    parser.add_argument("--rounds", type=int, help="samples of each contender")
+    parser.add_argument("--minutes", type=float, help="begin no further case after this long")
+    parser.add_argument("--research", type=Path, help="the research code's checkout, to compare")
+
+
+def line(row: Mapping[str, Any]) -> str:
+    """A row for the terminal."""
+    head = f"{row['op']:16} {row['mode']:16} {row['shape']:34} {row['provider']:20}"
+    if row["status"] != "ok":
+        return f"{head} {row['status']}: {row['note']}"
+    spread = f"{float(row['p20_ms']):.4f}–{float(row['p80_ms']):.4f}"
+    share = f" {row['roof_pct']:>6} % of bound" if row["roof_pct"] else ""
+    return f"{head} {float(row['p50_ms']):10.4f} ms ({spread}){share}"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def provenance(device: torch.device | str | None = None) -> dict[str, Any]:
     """Columns that say where a row comes from."""
     device = torch.device(device or "cpu")
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "cpu": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "triton": installed("triton") or "",
         "transformers": transformers.__version__,
         "commit": _commit(),
     }
 
 
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version(package)
+    return "unknown" if importlib.util.find_spec(package) else None
+
+
 def _commit() -> str:
-    """The checked-out commit, or "" outside a repository."""
+    """The checked-out commit; outside a repository, what BENCH_COMMIT says it is."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip()
+    with contextlib.suppress(FileNotFoundError):
+        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        if found:
+            return found
+    return os.environ.get("BENCH_COMMIT", "")
+
+
+def append_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows to a CSV that has the columns of the first; all of them or, if killed, none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_bytes() if path.is_file() else b""
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        file.write(before.decode("utf-8"))
+        writer = csv.DictWriter(file, list(rows[0]))
+        if not before:
+            writer.writeheader()
+        writer.writerows(rows)
+    part.replace(path)
 
 
 def write_csv(folder: Path, name: str, rows: Sequence[Mapping[str, Any]]) -> Path:
     """Write `rows` to folder/<device>/name, with a column per key of the first row."""
     path = folder / str(rows[0]["device"]).replace(" ", "_") / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    path.unlink(missing_ok=True)
+    append_rows(path, rows)
     print(f"written: {path}", file=sys.stderr)
     return path

@@ -1,0 +1,153 @@
+"""Linear layers with pruned weights: ours and every peer, over tokens, shapes and sparsities.
+
+    python bench/bench_sparse.py             everything: on a GPU about an hour in all
+    python bench/bench_sparse.py --quick     minutes, also on a CPU
+    python bench/bench_sparse.py --minutes 9 --pattern 2:4      stop in time; call again to go on
+
+Weights and activations are random, the same for all. Results go to results/<device>/sparse.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Sequence
+
+import model
+import peers
+import torch
+import torch.nn.functional as F
+from harness import Case, Contender, Prepared, Session, Verdict, add_options
+from peers import LINEAR, Layer, LinearPeer
+from prunekernels import nm_mask, rowwise_mask
+from timers import copies_needed
+from torch import Tensor
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
+#: Rows × columns of the matrices of one layer.
+SHAPES = {
+    "Llama-3-8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "Llama-3-70B": ((8192, 8192), (28672, 8192), (8192, 28672)),
+    "Qwen2.5-7B": ((3584, 3584), (18944, 3584), (3584, 18944)),
+}
+SPARSITIES = (0.5, 0.6, 0.7, 0.8)
+#: For what is compiled, with tuning, for every M and shape.
+FEW_TOKENS, FEW_SHAPES = (1, 16, 4096), ((4096, 4096), (14336, 4096))
+
+
+class Weights:
+    """Copies of one pruned weight, and the layers that peers made of them."""
+
+    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, count: int) -> None:
+        self.copies = [self._pruned(case, dtype, device) for _ in range(count)]
+        self._layers: dict[tuple[str, int], list[Layer]] = {}
+
+    @staticmethod
+    def _pruned(case: Case, dtype: torch.dtype, device: torch.device) -> Tensor:
+        rows, columns = int(case.sizes["N"]), int(case.sizes["K"])
+        weight = torch.randn(rows, columns, device=device) / columns**0.5
+        size = weight.abs()
+        two_four = case.mode == "2:4"
+        keep = nm_mask(size, 2, 4) if two_four else rowwise_mask(size, case.sizes["sparsity"])
+        return (weight * keep).to(dtype)
+
+    def layers(self, peer: LinearPeer, tokens: int) -> list[Layer]:
+        """What `peer` makes of every copy; kept, because packing takes long."""
+        key = (peer.name, tokens if peer.few or "best" in peer.name else 0)
+        if key not in self._layers:
+            self._layers[key] = [peer.build(copy, tokens) for copy in self.copies]
+        return self._layers[key]
+
+
+def check(layer: Layer, weight: Tensor, x: Tensor) -> Callable[[Tensor], Verdict]:
+    """Compares the first outputs with float64, allowing twice what the dense layer errs."""
+    some = x[:32]
+    exact = some.double() @ (weight if layer.exact is None else layer.exact).double().t()
+    plain = (F.linear(some, weight if layer.exact is None else layer.exact.to(x.dtype))).double()
+    allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
+
+    def judge(found: Tensor) -> Verdict:
+        if tuple(found.shape) != (x.shape[0], weight.shape[0]):
+            return Verdict(False, f"shape {tuple(found.shape)}")
+        error = (found[:32].double() - exact).abs().max()
+        note = f"error {float(error):.2g}, allowed {float(allowed):.2g}"
+        return Verdict(bool(error <= allowed) and bool(found.isfinite().all()), note)
+
+    return judge
+
+
+def contenders(weights: Weights, case: Case, dtype: torch.dtype) -> list[Contender]:
+    """Every peer that this case is for."""
+    M, N, K = (int(case.sizes[name]) for name in "MNK")
+    x = torch.randn(M, K, device=weights.copies[0].device).to(dtype)
+
+    def prepare(peer: LinearPeer) -> Prepared:
+        layers = weights.layers(peer, M)
+        kind = layers[0].kind(x) if layers[0].kind else peer.kind
+        return Prepared(
+            [lambda layer=layer: layer.apply(x) for layer in layers],
+            check(layers[0], weights.copies[0], x),
+            model.linear(kind, M, N, K, case.sizes["sparsity"], x.element_size()),
+            layers[0].held,
+            graph=peer.graph,
+        )
+
+    return [
+        Contender(peer.name, functools.partial(prepare, peer))
+        for peer in LINEAR
+        if case.mode in peer.patterns
+        and peer.most_tokens >= M
+        and (not peer.few or (M in FEW_TOKENS and (N, K) in FEW_SHAPES))
+    ]
+
+
+def plan(options: argparse.Namespace, session: Session) -> list[Case]:
+    """The cases, those of one weight one after the other."""
+    dtype = "bfloat16"
+    shapes: Sequence[tuple[int, int]] = [s for name in options.model for s in SHAPES[name]]
+    tokens: Sequence[int] = options.tokens or TOKENS
+    sparsities: Sequence[float] = options.sparsity or SPARSITIES
+    if session.quick:
+        small = session.device.type == "cpu"
+        shapes = [(1024, 1024)] if small else shapes[:1]
+        tokens, sparsities = options.tokens or (1, 16, 256), sparsities[:2]
+    cases = []
+    for pattern in options.pattern:
+        for N, K in dict.fromkeys(shapes):
+            for sparsity in (0.5,) if pattern == "2:4" else sparsities:
+                for M in tokens:
+                    sizes = {"M": M, "N": N, "K": K, "sparsity": sparsity}
+                    cases.append(Case("linear", pattern, dtype, sizes))
+    return cases
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
+    parser.add_argument("--model", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--pattern", nargs="*", choices=peers.PATTERNS, default=peers.PATTERNS)
+    parser.add_argument("--tokens", nargs="*", type=int, help="M")
+    parser.add_argument("--sparsity", nargs="*", type=float, help="of unstructured weights")
+    options = parser.parse_args()
+    session = Session.begin(options, "sparse.csv")
+    torch.manual_seed(0)
+    held: dict[tuple[object, ...], Weights] = {}
+
+    def make(case: Case) -> list[Contender]:
+        N, K, sparsity = int(case.sizes["N"]), int(case.sizes["K"]), case.sizes["sparsity"]
+        key = (case.mode, N, K, sparsity)
+        if key not in held:
+            held.clear()  # one shape at a time: copies are large
+            count = copies_needed(model.packed24_bytes(N, K), session.device)
+            count = min(count, 2) if session.quick else count
+            held[key] = Weights(case, torch.bfloat16, session.device, count)
+        return contenders(held[key], case, torch.bfloat16)
+
+    cases = plan(options, session)
+    return session.run([(case, lambda case=case: make(case)) for case in cases])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

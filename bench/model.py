@@ -1,0 +1,298 @@
+"""What an op can cost at best: bytes, products and instructions, and the time they take.
+
+    python bench/model.py                        the bounds on H100, H200, A100, L4 and RTX 4090
+    python bench/model.py --csv FILE             measured times of a result file beside its bounds
+    python bench/model.py --compile              count instructions anew (Triton, no GPU needed)
+
+Three limits act at once, so an op takes at least the longest of: its bytes over the memory's
+bandwidth, its products over the matrix units' rate, its instructions over the issue slots
+(4 schedulers × 32 lanes per multiprocessor and clock). Bounds are predictions, never results:
+every table of this file says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+SLOTS = Path(__file__).parent / "results" / "compiled" / "sm_90.csv"
+
+#: Of the data sheet's figures, what large copies and matrix products reach: an H200 copies 4.3 of
+#: 4.8 TB/s and multiplies at 790 of 989 TFLOP/s. A benchmark measures its own machine's instead.
+BANDWIDTH_REACHED, PRODUCTS_REACHED = 0.896, 0.8
+#: Rate of mma.sync against wgmma, on Hopper alone.
+MMA_SHARE = {"H100": 0.62, "H200": 0.62}
+
+
+class Machine(NamedTuple):
+    """A GPU's limits: bytes/s, dense bf16 FLOP/s (fp32 sums), multiprocessors, Hz."""
+
+    name: str
+    bandwidth: float
+    flops: float
+    processors: int = 0
+    clock: float = 0.0
+
+    @property
+    def slots(self) -> float:
+        """Lane instructions per second; 0 where they are not known (a CPU)."""
+        return self.processors * 4 * 32 * self.clock
+
+    @property
+    def mma_share(self) -> float:
+        """Rate of mma.sync against the fastest matrix instruction."""
+        return MMA_SHARE.get(self.name, 1.0)
+
+
+def _reached(name: str, gigabytes: float, teraflops: float, processors: int, ghz: float) -> Machine:
+    bandwidth, flops = gigabytes * 1e9 * BANDWIDTH_REACHED, teraflops * 1e12 * PRODUCTS_REACHED
+    return Machine(name, bandwidth, flops, processors, ghz * 1e9)
+
+
+#: Sources: NVIDIA's data sheets of H100 (SXM5), H200 (SXM), A100 (80 GB SXM4) and L4, and the Ada
+#: architecture white paper (RTX 4090); boost clocks; matrix rates without sparsity.
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        _reached("H100", 3350, 989.4, 132, 1.98),
+        _reached("H200", 4800, 989.4, 132, 1.98),
+        _reached("A100", 2039, 311.9, 108, 1.41),
+        _reached("L4", 300, 121.0, 58, 2.04),
+        _reached("RTX 4090", 1008, 165.2, 128, 2.52),
+    )
+}
+
+
+def machine(device: str, bandwidth: float, flops: float) -> Machine:
+    """The machine of a run: its measured roofs, and what is known of a device of that name."""
+    known = next((m for m in MACHINES.values() if m.name in device), Machine(device, 0, 0))
+    return known._replace(bandwidth=bandwidth, flops=flops)
+
+
+class Cost(NamedTuple):
+    """What an op cannot do without.
+
+    Attributes:
+        bytes: Moved through memory: every operand read once, every result written once.
+        flop: Of dense products on the fastest matrix unit.
+        mma_flop: Of products through mma.sync, counted as executed (2:4 executes half).
+        slots: Instructions times lanes.
+    """
+
+    bytes: float
+    flop: float = 0.0
+    mma_flop: float = 0.0
+    slots: float = 0.0
+
+
+class Bound(NamedTuple):
+    """The least time in milliseconds, and which limit sets it."""
+
+    ms: float
+    limit: str
+
+
+def bound(steps: Sequence[Cost], on: Machine) -> Bound:
+    """The time that steps take at least on a machine, one after the other; the longest's limit."""
+    found = [_bound(cost, on) for cost in steps]
+    return Bound(sum(step.ms for step in found), max(found).limit)
+
+
+def _bound(cost: Cost, on: Machine) -> Bound:
+    products = (cost.flop + cost.mma_flop / on.mma_share) / on.flops
+    seconds = {
+        "memory": cost.bytes / on.bandwidth,
+        "matrix": products,
+        "issue": cost.slots / on.slots if on.slots else 0.0,
+    }
+    limit = max(seconds, key=lambda name: seconds[name])
+    return Bound(1000 * seconds[limit], limit)
+
+
+@cache
+def compiled_slots() -> dict[str, float]:
+    """Instructions per element of each kernel's hot loop, from its machine code for sm_90."""
+    if not SLOTS.is_file():
+        return {}
+    with SLOTS.open(newline="", encoding="utf-8") as file:
+        return {row["kernel"]: float(row["per_element"]) for row in csv.DictReader(file)}
+
+
+def slots_of(*kernels: str) -> float:
+    """Instructions per element of the first of `kernels` that was compiled, or 0."""
+    return next((compiled_slots()[name] for name in kernels if name in compiled_slots()), 0.0)
+
+
+def packed24_bytes(rows: int, columns: int) -> int:
+    """Bytes of a packed 2:4 weight (16-bit values), padded as its format says."""
+    from prunekernels.sparse.format24 import packed_shape
+
+    lines, words = packed_shape(rows, columns)
+    return 4 * lines * words
+
+
+def bitmap_bytes(rows: int, columns: int, sparsity: float) -> float:
+    """Bytes of a bitmap weight with 16-bit values: a bit per weight and the non-zeros."""
+    return rows * columns * (1 / 8 + 2 * (1 - sparsity))
+
+
+def linear(
+    kind: str, M: int, N: int, K: int, sparsity: float = 0.5, itemsize: int = 2
+) -> list[Cost]:
+    """Steps of M tokens times a pruned (N, K) weight.
+
+    Args:
+        kind: How the weight is kept: "dense", "int8", "24 mma" (sparse tensor cores), "24
+            triton" (expanded in registers), "24 expand" (expanded in memory, then dense), "24
+            wgmma" (a library's kernel), "bitmap", "bitmap expand", "csr".
+        M: Tokens.
+        N: Rows of the weight, outputs.
+        K: Columns of the weight, inputs.
+        sparsity: Share of zeros.
+        itemsize: Bytes of a value.
+    """
+    ends = itemsize * (M * K + M * N)
+    dense = itemsize * N * K
+    products = 2.0 * M * N * K
+    padded = 2.0 * (-(-M // 8) * 8) * N * K
+    tokens = next((t for t in (8, 16, 32) if t >= M), 64)
+    if kind == "24 mma":
+        slots = slots_of(f"sparse24/mma_sp/bf16/t{tokens}/split") * N * K * -(-M // tokens)
+        return [Cost(packed24_bytes(N, K) + ends, mma_flop=padded / 2, slots=slots)]
+    if kind == "24 triton":
+        name = "m16" if M <= 16 else "m64"
+        slots = slots_of(f"sparse24/portable/bf16/{name}") * N * K * -(-M // 64)
+        return [Cost(packed24_bytes(N, K) + ends, flop=padded, slots=slots)]
+    if kind == "24 expand":
+        return [Cost(packed24_bytes(N, K) + dense), Cost(dense + ends, products)]
+    if kind == "24 wgmma":
+        return [Cost(packed24_bytes(N, K) + ends, products / 2)]
+    if kind == "bitmap":
+        tiles = ("t8", "t16", "t32", "t64")
+        names = [f"bitmap/{stem}/bf16/{t}" for stem in ("mma", "linear") for t in tiles]
+        slots = slots_of(*names) * N * K
+        return [Cost(bitmap_bytes(N, K, sparsity) + ends, mma_flop=padded, slots=slots)]
+    if kind == "bitmap expand":
+        return [Cost(bitmap_bytes(N, K, sparsity) + dense), Cost(dense + ends, products)]
+    weight = {"dense": dense, "int8": N * K, "csr": (itemsize + 4) * (1 - sparsity) * N * K}[kind]
+    return [Cost(weight + ends, products)]
+
+
+def pair_stats(N: int, V: int, itemsize: int = 2, level: str = "core") -> list[Cost]:
+    """Cost of comparing N pairs of rows of V logits; "full" reads them twice."""
+    kind = "bf16" if itemsize == 2 else "fp32"
+    sums = "core" if level == "core" else "precise"
+    slots = slots_of(f"pair_stats/{sums}/{kind}/base", f"pair_stats/{sums}/bf16/base")
+    pairs = Cost(2.0 * N * V * itemsize, slots=slots * N * V)
+    again = pairs._replace(slots=slots_of(f"pair_stats/second_pass/{kind}") * N * V)
+    return [pairs, again] if level == "full" else [pairs]
+
+
+def head_pair_stats(N: int, D: int, V: int, itemsize: int = 2) -> list[Cost]:
+    """Cost of the same from (N, D) hidden states, the head read once: its products, at least."""
+    return [Cost(itemsize * (V * D + 2.0 * N * D), flop=4.0 * N * D * V)]
+
+
+def vector_stats(N: int, D: int, itemsize: int = 2) -> list[Cost]:
+    """Cost of comparing N pairs of vectors of D."""
+    kind = "bf16" if itemsize == 2 else "fp32"
+    slots = slots_of(f"vector_stats/{kind}") * N * D
+    return [Cost(2.0 * N * D * itemsize, slots=slots)]
+
+
+def decode_step(
+    weight_bytes: float, cache_bytes: float, parameters: float, batch: int
+) -> list[Cost]:
+    """Cost of one token for each of `batch` sequences: every weight and the KV cache once."""
+    return [Cost(weight_bytes + cache_bytes, 2.0 * parameters * batch)]
+
+
+#: What the table shows: op, shape and the ways to do it.
+LAYERS = {
+    "8B q/o": (4096, 4096),
+    "8B gate/up": (14336, 4096),
+    "8B down": (4096, 14336),
+    "70B gate/up": (28672, 8192),
+}
+Row = tuple[str, str, str, list[Cost]]
+
+
+def predictions() -> list[Row]:
+    """(op, shape, how, steps) of everything that the table predicts."""
+    rows: list[Row] = []
+    for name, (N, K) in LAYERS.items():
+        for M in (1, 16, 64, 1024):
+            for kind in ("dense", "24 mma", "24 triton", "24 expand", "bitmap"):
+                rows.append((f"linear {name}", f"M={M} N={N} K={K}", kind, linear(kind, M, N, K)))
+    for itemsize, dtype in ((2, "bf16"), (4, "fp32")):
+        for level in ("core", "precise", "full"):
+            cost = pair_stats(2048, 152064, itemsize, level)
+            rows.append(("pair_stats", "N=2048 V=152064", f"{dtype} {level}", cost))
+    for N in (64, 2048):
+        shape = f"N={N} D=4096 V=152064"
+        rows.append(("head_pair_stats", shape, "bf16", head_pair_stats(N, 4096, 152064)))
+    return rows
+
+
+def print_predictions(write: Callable[[str], object] = print) -> None:
+    """The table of bounds, in microseconds, with what sets each."""
+    write("PREDICTED lower bounds in µs, from byte, product and instruction counts; nothing here")
+    write("was measured. m: memory, x: matrix units, i: instruction issue sets the bound.")
+    head = f"{'op':18} {'shape':24} {'how':12}"
+    write(head + "".join(f"{name:>13}" for name in MACHINES))
+    for op, shape, how, cost in predictions():
+        cells = ""
+        for on in MACHINES.values():
+            found = bound(cost, on)
+            cells += f"{1000 * found.ms:11.1f} {'x' if found.limit == 'matrix' else found.limit[0]}"
+        write(f"{op:18} {shape:24} {how:12}{cells}")
+
+
+def print_measured(path: Path, write: Callable[[str], object] = print) -> None:
+    """A result file's medians beside the bounds that its own roofs set."""
+    write(f"{'op':16} {'shape':30} {'provider':24} {'bound ms':>10} {'median ms':>10}  of bound")
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if row.get("status", "ok") != "ok":
+                write(f"{row['op']:16} {row['shape']:30} {row['provider']:24} {row['status']}")
+            elif row.get("bound_ms"):
+                cells = f"{float(row['bound_ms']):10.4f} {float(row['p50_ms']):10.4f}"
+                share = f"{float(row['roof_pct']):5.0f} %"
+                write(f"{row['op']:16} {row['shape']:30} {row['provider']:24} {cells}  {share}")
+
+
+def count_instructions() -> None:
+    """Compile every kernel for sm_90 and write its instructions per element."""
+    from prunekernels.compilation import compile_case, discover
+
+    rows = []
+    for case in discover():
+        if 90 in case.archs and case.elements_per_iteration:
+            report = compile_case(case, 90)
+            rows.append((case.name, f"{report.instructions_per_element:.3f}", report.registers))
+    SLOTS.parent.mkdir(parents=True, exist_ok=True)
+    with SLOTS.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("kernel", "per_element", "registers"), *rows])
+    print(f"written: {SLOTS}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--csv", type=Path, help="a result file: measured beside the bound")
+    parser.add_argument("--compile", action="store_true", help="count instructions anew")
+    options = parser.parse_args()
+    if options.compile:
+        count_instructions()
+    if options.csv is not None:
+        print_measured(options.csv)
+    else:
+        print_predictions()
+
+
+if __name__ == "__main__":
+    main()

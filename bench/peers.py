@@ -1,0 +1,237 @@
+"""The ways to multiply with a pruned weight: ours, torch's, and other people's packages.
+
+An adapter builds a layer from a dense (N, K) weight that holds the zeros. What is not installed,
+or cannot run on this machine, raises Absent with what would help; that becomes a row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import prunekernels
+import torch
+import torch.nn.functional as F
+from harness import Absent
+from prunekernels.sparse import dispatch24
+from torch import Tensor
+
+PATTERNS = ("2:4", "unstructured")
+
+
+class Layer(NamedTuple):
+    """A weight in some format.
+
+    Attributes:
+        apply: (M, K) activations to (M, N) outputs.
+        held: Bytes that the format keeps.
+        exact: The weight it really multiplies with, where it rounds values (int8).
+        kind: Its cost at given activations, where that depends on them (else its peer's).
+    """
+
+    apply: Callable[[Tensor], Tensor]
+    held: int
+    exact: Tensor | None = None
+    kind: Callable[[Tensor], str] | None = None
+
+
+@dataclass(frozen=True)
+class LinearPeer:
+    """One way to run a pruned linear layer.
+
+    Attributes:
+        name: Provider name in the results.
+        kind: Its cost, by the names of `model.linear`.
+        build: From the dense weight with zeros and the largest M; raises Absent.
+        patterns: Which sparsity patterns it is for.
+        most_tokens: Largest M it is measured at.
+        few: Measured at a few M and shapes only, because each takes long to compile.
+        graph: Whether a CUDA graph can hold it.
+    """
+
+    name: str
+    kind: str
+    build: Callable[[Tensor, int], Layer]
+    patterns: tuple[str, ...] = PATTERNS
+    most_tokens: int = 1 << 30
+    few: bool = False
+    graph: bool = True
+
+
+def package(name: str, install: str) -> Any:
+    """An importable module; raises Absent with what installs it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        top = name.partition(".")[0]
+        what = "not installed" if error.name == top else f"needs {error.name}"
+        raise Absent(f"{top}: {what}; {install}") from error
+    except Exception as error:  # half-installed packages fail in every way
+        raise Absent(f"{name}: {error!r:.120}; {install}") from error
+
+
+def need_gpu(weight: Tensor, why: str = "runs on an NVIDIA GPU") -> None:
+    """Raise Absent unless the weight is on one."""
+    if weight.device.type != "cuda":
+        raise Absent(why)
+
+
+def size(*tensors: Tensor) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _dense(weight: Tensor, tokens: int) -> Layer:
+    return Layer(lambda x: F.linear(x, weight), size(weight))
+
+
+def _compiled(weight: Tensor, tokens: int) -> Layer:
+    need_gpu(weight, "measured on an NVIDIA GPU only")
+    # the harness captures graphs itself; one inside another cannot be
+    torch._dynamo.reset()
+    run = torch.compile(F.linear, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return Layer(lambda x: run(x, weight), size(weight))
+
+
+def _sparse24(impl: str, weight: Tensor, tokens: int) -> Layer:
+    packed = prunekernels.sparse24_pack(weight)
+    x = weight.new_zeros((min(tokens, 8), weight.shape[1]))
+    try:
+        dispatch24.select(x, weight.shape[0], impl)
+    except ValueError as error:
+        raise Absent(str(error)) from error
+    kinds = {"eager": "24 expand", "triton": "24 triton", "mma_sp": "24 mma"}
+
+    def kind(x: Tensor) -> str:
+        return kinds[dispatch24.select(x, weight.shape[0], impl).name]
+
+    run = functools.partial(prunekernels.sparse24_linear, impl=impl)
+    return Layer(lambda x: run(x, packed), packed.nbytes, kind=kind)
+
+
+def _bitmap(impl: str, weight: Tensor, tokens: int) -> Layer:
+    pack = getattr(prunekernels, "bitmap_pack", None)
+    if pack is None:
+        raise Absent("bitmap_pack: not in this version of prunekernels")
+    packed = pack(weight)
+    linear = functools.partial(prunekernels.bitmap_linear, impl=impl)
+    try:
+        linear(weight.new_zeros((1, weight.shape[1])), packed)
+    except ValueError as error:
+        raise Absent(str(error)) from error
+    return Layer(lambda x: linear(x, packed), packed.nbytes)
+
+
+def _int8(weight: Tensor, tokens: int) -> Layer:
+    """Values rounded to 8 bits with a scale per row, as weight-only quantisation does."""
+    scale = weight.float().abs().amax(1).clamp_min(1e-8) / 127
+    values = (weight.float() / scale[:, None]).round().to(torch.int8)
+    scale = scale.to(weight.dtype)
+    exact = values.double() * scale.double()[:, None]
+    held = size(values, scale)
+    if weight.device.type == "cpu":
+        if weight.dtype != torch.bfloat16:
+            raise Absent("int8 weight-only: torch's CPU kernel takes bfloat16 activations")
+        return Layer(lambda x: torch._weight_int8pack_mm(x, values, scale), held, exact)
+
+    def dequantised(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+        return F.linear(x, values.to(x.dtype)) * scale
+
+    torch._dynamo.reset()
+    run = torch.compile(dequantised, mode="max-autotune-no-cudagraphs", dynamic=False)
+    return Layer(lambda x: run(x, values, scale), held, exact)
+
+
+def _semi_structured(backend: str, weight: Tensor, tokens: int) -> Layer:
+    """torch's 2:4 subclass with its cuSPARSELt or CUTLASS backend, as its tutorial uses it."""
+    need_gpu(weight)
+    from torch.sparse import semi_structured as semi
+
+    if backend == "cusparselt" and not torch.backends.cusparselt.is_available():
+        raise Absent("cuSPARSELt: this torch was built without it; install a CUDA wheel of torch")
+    kinds = {
+        "cusparselt": semi.SparseSemiStructuredTensorCUSPARSELT,
+        "cutlass": semi.SparseSemiStructuredTensorCUTLASS,
+    }
+    packed = kinds[backend].from_dense(weight)
+    inner = [t for t in (packed.packed, packed.meta) if t is not None]
+    return Layer(lambda x: F.linear(x, packed), size(*inner))
+
+
+def _cusparselt_best(weight: Tensor, tokens: int) -> Layer:
+    """cuSPARSELt with the fastest algorithm for this M, its transpose fused."""
+    need_gpu(weight)
+    if not torch.backends.cusparselt.is_available():
+        raise Absent("cuSPARSELt: this torch was built without it; install a CUDA wheel of torch")
+    packed = torch._cslt_compress(weight)
+    # the library wants multiples of 8 tokens (16-bit values)
+    padded = max(16, -(-tokens // 8) * 8)
+    sample = torch.randn(padded, weight.shape[1], device=weight.device).to(weight.dtype)
+    chosen = torch._cslt_sparse_mm_search(packed, sample.t(), transpose_result=True)
+
+    def apply(x: Tensor) -> Tensor:
+        wide = F.pad(x, (0, 0, 0, padded - x.shape[0])) if x.shape[0] < padded else x
+        out = torch._cslt_sparse_mm(packed, wide.t(), transpose_result=True, alg_id=chosen)
+        return out[: x.shape[0]]
+
+    return Layer(apply, size(packed))
+
+
+def _csr(weight: Tensor, tokens: int) -> Layer:
+    sparse = weight.to_sparse_csr()
+    held = size(sparse.values(), sparse.crow_indices(), sparse.col_indices())
+    return Layer(lambda x: (sparse @ x.t()).t(), held)
+
+
+def _bsr(weight: Tensor, tokens: int) -> Layer:
+    """Blocks of 16×16: zeros inside a block stay, so only block sparsity gains."""
+    if weight.shape[0] % 16 or weight.shape[1] % 16:
+        raise Absent("BSR: 16×16 blocks need a shape of multiples of 16")
+    sparse = weight.to_sparse_bsr((16, 16))
+    held = size(sparse.values(), sparse.crow_indices(), sparse.col_indices())
+    return Layer(lambda x: F.linear(x, sparse), held)
+
+
+def _macko(weight: Tensor, tokens: int) -> Layer:
+    """MACKO's sparse matrix × vector. Written without the package at hand: see its row's note."""
+    install = "build it from its authors' repository (vlejd/macko_spmv)"
+    macko = package("macko_spmv", install)
+    need_gpu(weight)
+    packed = macko.compress(weight)
+    held = size(*(part for part in packed if isinstance(part, Tensor)))
+    return Layer(lambda x: macko.multiply(packed, x[0])[None], held)
+
+
+def _spinfer(weight: Tensor, tokens: int) -> Layer:
+    raise Absent(
+        "SpInfer: a CUDA program without Python bindings; build it from its authors' repository "
+        "and run its own benchmark at these shapes"
+    )
+
+
+def _by(impl: str, build: Callable[[str, Tensor, int], Layer]) -> Callable[[Tensor, int], Layer]:
+    return functools.partial(build, impl)
+
+
+#: Every way that is measured, dense first.
+LINEAR = (
+    LinearPeer("dense", "dense", _dense),
+    LinearPeer("torch.compile", "dense", _compiled, ("2:4",), few=True),
+    LinearPeer("2:4 auto", "24 mma", _by("auto", _sparse24), ("2:4",)),
+    LinearPeer("2:4 mma_sp", "24 mma", _by("mma_sp", _sparse24), ("2:4",), 256),
+    LinearPeer("2:4 triton", "24 triton", _by("triton", _sparse24), ("2:4",), 256),
+    LinearPeer("2:4 expand", "24 expand", _by("eager", _sparse24), ("2:4",)),
+    LinearPeer("bitmap auto", "bitmap", _by("auto", _bitmap)),
+    LinearPeer("bitmap expand", "bitmap expand", _by("eager", _bitmap)),
+    LinearPeer("cuSPARSELt", "24 wgmma", _by("cusparselt", _semi_structured), ("2:4",)),
+    LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),
+    LinearPeer("CUTLASS 2:4", "24 wgmma", _by("cutlass", _semi_structured), ("2:4",)),
+    LinearPeer("torch CSR", "csr", _csr, most_tokens=256),
+    LinearPeer("torch BSR", "dense", _bsr, most_tokens=256),
+    LinearPeer("int8 weight-only", "int8", _int8, ("2:4",), few=True),
+    LinearPeer("MACKO", "bitmap", _macko, ("unstructured",), 1),
+    LinearPeer("SpInfer", "bitmap", _spinfer, ("unstructured",), 64),
+)

@@ -1,0 +1,247 @@
+"""The benchmark harness: nothing wrong is timed, everything is reported, results survive."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import time
+from pathlib import Path
+
+import bench_sparse
+import harness
+import metric_peers
+import peers
+import pytest
+import timers
+import torch
+from harness import Absent, Case, Contender, Prepared, Session, Verdict
+from model import Cost
+from prunekernels import nm_mask
+
+from prunekit import timing
+
+CPU = torch.device("cpu")
+CASE = Case("sum", "plain", "float32", {"M": 2, "N": 8})
+X = torch.ones(2, 8)
+
+
+def right(found: torch.Tensor) -> Verdict:
+    error = float((found - 16).abs())
+    return Verdict(error < 1e-3, f"error {error:.1g}")
+
+
+def contender(name: str, result: float = 16.0) -> Contender:
+    run = lambda: torch.tensor(result)  # noqa: E731
+    return Contender(name, lambda: Prepared([run], right, [Cost(64, 16)], held=32))
+
+
+def absent() -> Prepared:
+    raise Absent("pip install peer")
+
+
+def broken() -> Prepared:
+    raise RuntimeError("no such kernel\nand more")
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    roofs = {torch.float32: (1e10, 1e12)}
+    return Session(tmp_path / "cpu" / "sum.csv", CPU, 3, True, _roofs=roofs)
+
+
+def rows(session: Session) -> list[dict[str, str]]:
+    with session.path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_row_has_every_column_and_a_bound_from_the_runs_own_roofs(session):
+    session.measure(CASE, [contender("one")])
+    (row,) = rows(session)
+    assert list(row) == harness.COLUMNS
+    assert row["op"] == "sum" and row["shape"] == "M=2 N=8" and row["status"] == "ok"
+    assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+    assert float(row["bound_ms"]) == pytest.approx(64 / 1e10 * 1000)  # memory, not products
+    assert row["limit"] == "memory" and row["rounds"] == "3" and row["timer"] == "host"
+    share = 100 * float(row["bound_ms"]) / float(row["p50_ms"])
+    assert float(row["roof_pct"]) == pytest.approx(share, abs=0.06)
+    assert row["torch"] == torch.__version__ and row["device"] == "cpu" and row["commit"]
+
+
+def test_wrong_absent_and_failing_contenders_are_rows_without_a_time(session):
+    others = [contender("wrong", 15.0), Contender("peer", absent), Contender("odd", broken)]
+    session.measure(CASE, [contender("one"), *others])
+    found = {row["provider"]: row for row in rows(session)}
+    assert {name: row["status"] for name, row in found.items()} == {
+        "one": "ok",
+        "wrong": "wrong",
+        "peer": "absent",
+        "odd": "failed",
+    }
+    assert found["wrong"]["note"] == "error 1"
+    assert found["peer"]["note"] == "pip install peer"
+    assert found["odd"]["note"] == "RuntimeError: no such kernel"
+    assert all(not found[name]["p50_ms"] for name in ("wrong", "peer", "odd"))
+    assert found["one"]["p50_ms"]
+
+
+def test_a_result_of_nan_is_wrong(session):
+    session.measure(CASE, [contender("nan", float("nan"))])
+    assert rows(session)[0]["status"] == "wrong"
+
+
+def test_what_a_probe_returns_is_judged_instead_of_the_run(session):
+    good, bad = (lambda: torch.tensor(16.0)), (lambda: torch.tensor(3.0))
+    session.measure(
+        CASE,
+        [
+            Contender("a", lambda: Prepared([bad], right, probe=good)),
+            Contender("b", lambda: Prepared([good], right, probe=bad)),
+        ],
+    )
+    assert [row["status"] for row in rows(session)] == ["ok", "wrong"]
+
+
+def test_measured_cases_are_skipped_and_time_ends_a_run_between_cases(session):
+    made: list[str] = []
+
+    def make(name: str) -> list[Contender]:
+        made.append(name)
+        return [contender("one")]
+
+    cases = [Case("sum", name, "float32", {"M": 2}) for name in "abc"]
+    work = [(case, lambda case=case: make(case.mode)) for case in cases]
+    assert session.run(work[:1]) == 0 and made == ["a"]
+    session.seconds = -1.0
+    assert session.run(work) == harness.UNFINISHED and made == ["a"]
+    session.seconds = None
+    assert session.run(work) == 0 and made == ["a", "b", "c"]
+    assert [row["mode"] for row in rows(session)] == ["a", "b", "c"]
+
+
+def test_an_interrupted_case_leaves_the_earlier_rows_alone(session, monkeypatch):
+    session.measure(CASE, [contender("one")])
+    before = session.path.read_bytes()
+
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(timing, "interleaved", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.measure(Case("sum", "b", "float32", {"M": 2}), [contender("one")])
+    assert session.path.read_bytes() == before
+
+
+def test_a_file_with_other_columns_is_not_mixed(session):
+    session.path.parent.mkdir(parents=True)
+    session.path.write_text("op,ms\nsum,1\n")
+    with pytest.raises(SystemExit, match="other columns"):
+        session.done()
+
+
+def test_fresh_forgets_and_a_device_has_its_own_folder(tmp_path):
+    (tmp_path / "cpu").mkdir()
+    (tmp_path / "cpu" / "x.csv").write_text("old")
+    parser = argparse.ArgumentParser()
+    harness.add_options(parser)
+    given = ["--device", "cpu", "--output", str(tmp_path), "--fresh", "--minutes", "2"]
+    session = Session.begin(parser.parse_args(given), "x.csv")
+    assert session.path == tmp_path / "cpu" / "x.csv" and not session.path.exists()
+    assert session.seconds == 120
+
+
+def test_rounds_are_interleaved_and_everybody_begins_in_turn():
+    order: list[str] = []
+
+    def sampler(name: str, seconds: float):
+        return lambda: (order.append(name), seconds)[1]
+
+    found = timing.interleaved({n: sampler(n, i + 1.0) for i, n in enumerate("abc")}, 4)
+    assert "".join(order) == "abcbcacababc"
+    assert found["b"].seconds == [2.0] * 4 and found["b"].median == 2.0
+
+
+def test_times_are_percentiles():
+    times = timing.Times([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+    assert times.milliseconds() == pytest.approx({"p20_ms": 2000, "p50_ms": 3500, "p80_ms": 5000})
+
+
+def test_a_sample_runs_every_set_of_operands_and_is_a_time_per_run():
+    seen: list[int] = []
+    runs = [lambda i=i: (seen.append(i), time.sleep(1e-3)) for i in range(3)]
+    sample, how = timers.sampler(runs, CPU, least=0.0)
+    seen.clear()
+    assert 1e-3 <= sample() < 5e-3 and seen == [0, 1, 2] and how == "host"
+
+
+def test_short_runs_are_repeated_until_the_clock_can_see_them():
+    seen: list[int] = []
+    sample, _ = timers.sampler([lambda: seen.append(0)], CPU, least=1e-3)
+    seen.clear()
+    sample()
+    assert len(seen) > 100
+
+
+def test_operands_rotate_through_twice_the_cache():
+    cache = timers.cache_bytes(CPU)
+    assert timers.copies_needed(2 * cache, CPU) == 1
+    assert (timers.copies_needed(cache // 4, CPU) - 1) * (cache // 4) >= 2 * cache
+    assert timers.copies_needed(1, CPU, most=16) == 16
+
+
+def test_every_linear_peer_is_right_or_says_why_it_is_absent(session):
+    sizes = {"M": 3, "N": 64, "K": 128, "sparsity": 0.5}
+    session._roofs[torch.bfloat16] = (1e10, 1e12)
+    for pattern in peers.PATTERNS:
+        case = Case("linear", pattern, "bfloat16", sizes)
+        weights = bench_sparse.Weights(case, torch.bfloat16, CPU, 1)
+        session.measure(case, bench_sparse.contenders(weights, case, torch.bfloat16))
+    found = rows(session)
+    assert {"ok", "absent"} <= {row["status"] for row in found}
+    assert not [row for row in found if row["status"] == "wrong"]
+    # torch has no bf16 CSR on a CPU; nothing of ours may fail
+    assert {row["provider"] for row in found if row["status"] == "failed"} <= {
+        "torch CSR",
+        "torch BSR",
+    }
+    assert all(row["note"] for row in found if row["status"] == "absent")
+    fine = {(row["mode"], row["provider"]) for row in found if row["status"] == "ok"}
+    assert {("2:4", "dense"), ("2:4", "2:4 auto"), ("unstructured", "dense")} <= fine
+
+
+def test_a_linear_layer_with_one_wrong_weight_is_wrong():
+    weight = torch.randn(32, 64)
+    weight = (weight * nm_mask(weight.abs(), 2, 4)).bfloat16()
+    x = torch.randn(5, 64).bfloat16()
+    judge = bench_sparse.check(peers.Layer(lambda x: x, 0), weight, x)
+    assert judge(x @ weight.t()).right
+    broken = weight.clone()
+    broken[3, int(weight[3].abs().argmax())] = 0.0
+    assert not judge(x @ broken.t()).right
+    assert not judge((x @ weight.t()).fill_(float("nan"))).right
+    assert not judge((x @ weight.t())[:, :16]).right
+
+
+def test_metric_peers_are_judged_by_float64():
+    inputs = metric_peers.Inputs(torch.randn(4, 50), torch.randn(4, 50), torch.arange(4))
+    tried = [peer for peer in metric_peers.LOGITS if peer.on_cpu and "TRL" not in peer.name]
+    for peer in tried:
+        if peer.returns:
+            assert metric_peers.judge(peer, inputs, peer.run(inputs)).right, peer.name
+    ours = tried[0]
+    values = list(ours.run(inputs))
+    values[1] = values[0]  # the other direction
+    verdict = metric_peers.judge(ours, inputs, tuple(values))
+    assert not verdict.right and "reverse_kl" in verdict.note
+
+
+def test_a_missing_package_is_absent_with_what_installs_it():
+    with pytest.raises(Absent, match="no_such_package: not installed; pip install it"):
+        peers.package("no_such_package.inner", "pip install it")
+
+
+def test_rows_are_added_behind_a_header_that_is_written_once(tmp_path):
+    path = tmp_path / "a.csv"
+    harness.append_rows(path, [{"a": 1, "b": "x, y"}])
+    harness.append_rows(path, [{"a": 2, "b": "–"}])
+    with path.open(newline="", encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": "–"}]

@@ -1,0 +1,125 @@
+"""The analytic bounds reproduce the figures that the design was made with."""
+
+from __future__ import annotations
+
+import csv
+
+import model
+import pytest
+import timers
+from model import MACHINES, Cost, Machine, bound, linear
+from prunekernels.compilation import compile_case, discover
+
+H200 = MACHINES["H200"]
+MEASURED = H200._replace(bandwidth=4.3e12, flops=790e12)
+
+
+def test_floors_of_the_pair_statistics():
+    for itemsize, milliseconds in ((2, 0.290), (4, 0.579)):
+        steps = [step._replace(slots=0.0) for step in model.pair_stats(2048, 152064, itemsize)]
+        found = bound(steps, MEASURED)
+        assert found.ms == pytest.approx(milliseconds, abs=5e-4) and found.limit == "memory"
+
+
+def test_issue_budget_per_pair_of_logits():
+    for itemsize, budget in ((2, 31), (4, 62)):
+        pairs = MEASURED.bandwidth / (2 * itemsize)
+        assert MEASURED.slots / pairs == pytest.approx(budget, abs=0.5)
+
+
+def test_a_kernel_over_its_budget_is_bound_by_issue():
+    fast = bound([Cost(4e9, slots=30e9)], MEASURED)
+    slow = bound([Cost(4e9, slots=40e9)], MEASURED)
+    assert fast.limit == "memory" and slow.limit == "issue"
+    assert slow.ms == pytest.approx(40e9 / (132 * 128 * 1.98e9) * 1000)
+
+
+@pytest.mark.parametrize(
+    ("N", "K", "dense", "sparse"), [(4096, 4096, 7.8, 4.4), (14336, 4096, 27.3, 15.4)]
+)
+def test_decode_times_of_a_layer(N, K, dense, sparse):
+    assert 1000 * bound(linear("dense", 1, N, K), MEASURED).ms == pytest.approx(dense, abs=0.05)
+    packed = linear("24 mma", 1, N, K)
+    assert 1000 * bound(packed, MEASURED).ms == pytest.approx(sparse, abs=0.05)
+
+
+def test_bytes_per_weight_of_the_formats():
+    size = 4096 * 4096
+    assert model.packed24_bytes(4096, 4096) / size == 1.125
+    shares = [model.bitmap_bytes(4096, 4096, s) / size for s in (0.5, 0.6, 0.7)]
+    assert shares == pytest.approx([1.125, 0.925, 0.725])
+    assert [round(2 / share, 2) for share in shares] == [1.78, 2.16, 2.76]
+
+
+def test_dense_stays_bound_by_memory_to_about_184_tokens():
+    assert bound(linear("dense", 180, 8192, 8192), MEASURED).limit == "memory"
+    assert bound(linear("dense", 195, 8192, 8192), MEASURED).limit == "matrix"
+
+
+def test_weights_per_clock_that_2_of_4_decoding_asks_for():
+    for name, low, high in (("H200", 14.0, 15.0), ("A100", 10.0, 12.5), ("RTX 4090", 2.0, 3.0)):
+        on = MACHINES[name]
+        assert low < on.bandwidth / 1.125 / on.processors / on.clock < high
+
+
+def test_mma_sync_is_slower_on_hopper_alone():
+    costs = linear("24 mma", 4096, 4096, 4096)
+    steps = [step._replace(slots=0.0) for step in costs]
+    dense = bound(linear("dense", 4096, 4096, 4096), H200).ms
+    assert bound(steps, H200).ms == pytest.approx(dense / 2 / 0.62, rel=1e-6)
+    a100 = MACHINES["A100"]
+    dense = bound(linear("dense", 4096, 4096, 4096), a100).ms
+    assert bound(steps, a100).ms == pytest.approx(dense / 2, rel=1e-6)
+
+
+def test_expanding_comes_before_multiplying():
+    first, second = linear("24 expand", 4096, 4096, 4096)
+    whole = bound([first, second], H200)
+    assert whole.ms == pytest.approx(bound([first], H200).ms + bound([second], H200).ms)
+
+
+def test_a_measured_machine_keeps_what_is_known_of_its_name():
+    found = model.machine("NVIDIA H200", 4.2e12, 7e14)
+    assert (found.bandwidth, found.flops, found.processors) == (4.2e12, 7e14, 132)
+    assert model.machine("cpu", 1e10, 1e11) == Machine("cpu", 1e10, 1e11)
+    assert model.machine("cpu", 1e10, 1e11).slots == 0
+
+
+def test_the_table_says_that_it_predicts():
+    lines: list[str] = []
+    model.print_predictions(lines.append)
+    assert lines[0].startswith("PREDICTED") and "nothing here" in lines[0]
+    assert len(lines) == 3 + len(model.predictions())
+    assert all(name in lines[2] for name in ("H100", "H200", "A100", "L4", "RTX 4090"))
+
+
+def test_measured_rows_stand_beside_their_bound(tmp_path):
+    path = tmp_path / "x.csv"
+    rows = [
+        {"op": "linear", "shape": "M=1", "provider": "dense", "status": "ok", "bound_ms": "0.5",
+         "p50_ms": "1.0", "roof_pct": "50.0"},
+        {"op": "linear", "shape": "M=1", "provider": "peer", "status": "absent", "bound_ms": "",
+         "p50_ms": "", "roof_pct": ""},
+    ]  # fmt: skip
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    lines: list[str] = []
+    model.print_measured(path, lines.append)
+    assert "0.5000     1.0000     50 %" in lines[1] and lines[2].endswith("absent")
+
+
+def test_counted_instructions_are_those_of_todays_kernels():
+    """One kernel of the committed file is compiled again; `model.py --compile` renews it."""
+    name = "vector_stats/bf16"
+    case = next(case for case in discover() if case.name == name)
+    counted = compile_case(case, 90).instructions_per_element
+    assert model.compiled_slots()[name] == pytest.approx(counted, rel=0.1)
+
+
+def test_roofs_are_rates_of_this_machine():
+    import torch
+
+    bandwidth, flops = timers.roofs(torch.device("cpu"), torch.float32, quick=True)
+    assert 1e8 < bandwidth < 1e13 and 1e8 < flops < 1e15
