@@ -152,17 +152,32 @@ def rms_normalised(hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 def _project(states: Tensor, weight: Tensor, out: Tensor) -> None:
     """`out = states @ weight.T` with float32 products' sums, whatever the operands' dtype."""
-    if states.dtype == weight.dtype == torch.float32:
-        torch.mm(states, weight.t(), out=out)
-    elif states.is_cuda and states.dtype == weight.dtype:
-        torch.mm(states, weight.t(), out_dtype=torch.float32, out=out)
+    if states.is_cuda and states.dtype == weight.dtype:
+        extra = {} if states.dtype == torch.float32 else {"out_dtype": torch.float32}
+        torch.mm(states, weight.t(), out=out, **extra)
+        return
+    # A slice of the head at a time: a float32 copy of all of it would be gigabytes.
+    states = states.float()
+    step = max(1, (16 << 20) // (4 * max(states.shape)))
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
+        _product(states, weight[part].float(), out[:, part])
+
+
+def _product(states: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`out = states @ weight.T` of float32 matrices.
+
+    On a CPU through oneDNN where torch has it: torch's own `mm` calls MKL, which leaves the wider
+    vectors of an AMD processor alone. Measured there on 340 × 576 by 576 × 49152, two cores: 127
+    GFLOP/s by `mm`, 183 by oneDNN.
+    """
+    if states.device.type == "cpu" and _ONEDNN is not None:
+        out.copy_(_ONEDNN(states, weight, None, "none", [], ""))
     else:
-        # Upcast a slice of the head at a time: a float32 copy of all of it would be gigabytes.
-        states = states.float()
-        step = max(1, (8 << 20) // (4 * weight.shape[1]))
-        for start in range(0, weight.shape[0], step):
-            part = weight[start : start + step].float()
-            torch.mm(states, part.t(), out=out[:, start : start + step])
+        torch.mm(states, weight.t(), out=out)
+
+
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent without oneDNN
 
 
 def vector_stats(base: Tensor, other: Tensor) -> Tensor:
