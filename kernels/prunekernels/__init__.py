@@ -13,6 +13,7 @@ from prunekernels.pruning import nm_mask, rowwise_mask
 from prunekernels.sparse import (
     BitmapSparse,
     Sparse24,
+    bitmap_linear,
     bitmap_pack,
     sparse24_cat,
     sparse24_gate_up,
@@ -26,6 +27,7 @@ __all__ = [
     "Sparse24",
     "TopKStats",
     "VectorStats",
+    "bitmap_linear",
     "bitmap_pack",
     "head_pair_stats",
     "nm_mask",

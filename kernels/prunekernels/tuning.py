@@ -189,3 +189,44 @@ def head_fused(rows: int, width: int) -> bool:
     the head once is all there is.
     """
     return rows <= 64 or width <= 1024
+
+
+def bitmap_order(
+    tokens: int, rows: int, columns: int, capability: tuple[int, int], itemsize: int = 2
+) -> list[tuple[str, str]]:
+    """Implementations of a bitmap linear layer on an NVIDIA GPU, preferred first, with reasons.
+
+    Predicted: a kernel that expands in registers wins while the dense layer is bound by reading its
+    weight.
+
+    Args:
+        tokens: M.
+        rows: N.
+        columns: K.
+        capability: CUDA compute capability.
+        itemsize: Bytes of a value.
+
+    Returns:
+        `(name, reason)` pairs, never empty.
+    """
+    if itemsize > 2:
+        return [("eager", "float32: no tensor cores, so expand, then dense (predicted)")]
+    if tokens <= 64:
+        few = f"{tokens} tokens: bound by reading the weight (predicted, not measured)"
+        return [("triton", few)]
+    return [("eager", f"{tokens} tokens: expand, then dense (predicted, not measured)")]
+
+
+def bitmap_portable(tokens: int, itemsize: int = 2) -> PortableConfig:
+    """Tile of the portable bitmap kernel for M tokens (predicted)."""
+    if itemsize > 2:
+        return PortableConfig(16, 32, 8, 2)
+    return PortableConfig(16 if tokens <= 16 else 32 if tokens <= 32 else 64, 64, 4, 2)
+
+
+def bitmap_splits(programs: int, blocks: int) -> int:
+    """Programs that share the columns of one tile of the portable bitmap kernel (predicted).
+
+    About 512 programs fill the machine; each has at least 8 blocks of 64 columns.
+    """
+    return max(1, min(512 // max(programs, 1), blocks // 8))

@@ -3,10 +3,12 @@
 from prunekernels.sparse.format24 import Sparse24, sparse24_cat, sparse24_pack
 from prunekernels.sparse.format_bitmap import BitmapSparse, bitmap_pack
 from prunekernels.sparse.linear24 import sparse24_gate_up, sparse24_linear
+from prunekernels.sparse.linear_bitmap import bitmap_linear
 
 __all__ = [
     "BitmapSparse",
     "Sparse24",
+    "bitmap_linear",
     "bitmap_pack",
     "sparse24_cat",
     "sparse24_gate_up",

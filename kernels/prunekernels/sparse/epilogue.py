@@ -1,4 +1,4 @@
-"""Activations in float32 that the sparse kernels apply before they round once."""
+"""What the sparse kernels do to values: from bits, and activations before they round once."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 
@@ -23,3 +23,15 @@ def activate(z, NAME: tl.constexpr):
         return tl.where(z <= 0, 0.0, z)
     else:
         return z
+
+
+@triton.jit
+def operand(bits, dtype: tl.constexpr, UPCAST: tl.constexpr):
+    """The weight's values, or their float32 equals if UPCAST."""
+    if UPCAST and dtype == tl.bfloat16:
+        # a bfloat16 is the upper half of a float32
+        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    elif UPCAST:
+        return bits.to(dtype, bitcast=True).to(tl.float32)
+    else:
+        return bits.to(dtype, bitcast=True)

@@ -7,7 +7,6 @@ are chosen in `dispatch24`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from torch import Tensor
 
 from prunekernels.sparse import dispatch24
 from prunekernels.sparse.format24 import Sparse24, packed_shape
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "silu": F.silu,
-    "gelu_tanh": lambda z: F.gelu(z, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
+from prunekernels.sparse.layer import (
+    ACTIVATIONS,
+    check_epilogue,
+    check_input,
+    gradients,
+    slope,
+)
 
 
 def sparse24_linear(
@@ -53,23 +51,8 @@ def sparse24_linear(
     Raises:
         ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
     """
-    _check(x, w, "w")
-    if bias is not None:
-        if tuple(bias.shape) != (w.shape[0],):
-            raise ValueError(
-                f"sparse24_linear: bias must have shape ({w.shape[0]},) for a weight of shape "
-                f"{tuple(w.shape)}, not {tuple(bias.shape)}"
-            )
-        if bias.dtype != x.dtype or bias.device != x.device:
-            raise ValueError(
-                f"sparse24_linear: bias is {bias.dtype} on {bias.device} and x {x.dtype} on "
-                f"{x.device}; move it with bias.to(x)"
-            )
-    name = activation or "none"
-    if name not in ACTIVATIONS:
-        raise ValueError(
-            f"sparse24_linear: activation must be one of {', '.join(ACTIVATIONS)}, not {name!r}"
-        )
+    check_input(x, w, Sparse24, "sparse24_pack")
+    name = check_epilogue("sparse24_linear", x, w.shape, bias, activation)
     dispatch24.check_impl(impl)
     return torch.ops.prunekernels.sparse24_linear(x, w.packed, *w.shape, bias, name, impl)
 
@@ -92,8 +75,8 @@ def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto"
     Raises:
         ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
     """
-    _check(x, gate, "gate")
-    _check(x, up, "up")
+    check_input(x, gate, Sparse24, "sparse24_pack", "gate")
+    check_input(x, up, Sparse24, "sparse24_pack", "up")
     if gate.shape != up.shape:
         raise ValueError(
             f"sparse24_gate_up: gate and up must have the same shape, not {tuple(gate.shape)} and "
@@ -101,26 +84,6 @@ def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto"
         )
     dispatch24.check_impl(impl)
     return torch.ops.prunekernels.sparse24_gate_up(x, gate.packed, up.packed, *gate.shape, impl)
-
-
-def _check(x: Tensor, w: Sparse24, name: str) -> None:
-    if not isinstance(w, Sparse24):
-        raise ValueError(
-            f"a packed weight is needed, not {type(w).__name__}: pack it with sparse24_pack(weight)"
-        )
-    if x.ndim == 0 or x.shape[-1] != w.shape[1]:
-        raise ValueError(
-            f"x of shape {tuple(x.shape)} does not end in the {w.shape[1]} columns of {name}, "
-            f"whose shape is {tuple(w.shape)}"
-        )
-    if x.dtype != w.dtype:
-        raise ValueError(
-            f"x is {x.dtype} and {name} {w.dtype}: convert one, for example x.to({w.dtype})"
-        )
-    if x.device != w.device:
-        raise ValueError(
-            f"x is on {x.device} and {name} on {w.device}: move it with .to({str(x.device)!r})"
-        )
 
 
 @torch.library.custom_op("prunekernels::sparse24_expand", mutates_args=())
@@ -176,10 +139,7 @@ def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, packed, bias = ctx.saved_tensors
     dense = torch.ops.prunekernels.sparse24_expand(packed, ctx.rows, ctx.columns, ctx.dtype)
-    if ctx.activation != "none":
-        grad = grad * _slope(ctx.activation, F.linear(x, dense, bias))
-    dx = grad @ dense if ctx.needs_input_grad[0] else None
-    dbias = grad.reshape(-1, ctx.rows).sum(0) if ctx.needs_input_grad[4] else None
+    dx, dbias = gradients(ctx, grad, x, dense, bias, 4)
     return dx, None, None, None, dbias, None, None
 
 
@@ -216,23 +176,12 @@ def _gate_up_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wide_gate = expand(gate, ctx.rows, ctx.columns, x.dtype)
     wide_up = expand(up, ctx.rows, ctx.columns, x.dtype)
     z = F.linear(x, wide_gate)
-    dx = (grad * F.linear(x, wide_up) * _slope("silu", z)) @ wide_gate
+    dx = (grad * F.linear(x, wide_up) * slope("silu", z)) @ wide_gate
     dx = dx + (grad * F.silu(z)) @ wide_up
     return dx, None, None, None, None, None
 
 
 _gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)
-
-
-def _slope(activation: str, z: Tensor) -> Tensor:
-    """Derivative of an activation at z, through ATen's own backward functions."""
-    one = torch.ones_like(z)
-    if activation == "silu":
-        return torch.ops.aten.silu_backward(one, z)
-    if activation == "relu":
-        return (z > 0).to(z.dtype)
-    kind = "tanh" if activation == "gelu_tanh" else "none"
-    return torch.ops.aten.gelu_backward(one, z, approximate=kind)
 
 
 def _check_buffer(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.runtime import interpreting
-from prunekernels.sparse.epilogue import activate
+from prunekernels.sparse.epilogue import activate, operand
 from prunekernels.sparse.format24 import line_blocks, value_words
 from prunekernels.tuning import PortableConfig, sparse24_portable
 
@@ -66,18 +66,6 @@ def _decompress(line_ptr, block, units, BLOCK_N: tl.constexpr, V: tl.constexpr):
     # joined, not broadcast: a thread then holds its four columns side by side
     bits = tl.join(tl.join(bits0, bits2), tl.join(bits1, bits3))
     return tl.reshape(bits, (BLOCK_N, 64))
-
-
-@triton.jit
-def _operand(bits, dtype: tl.constexpr, UPCAST: tl.constexpr):
-    """The weight's values, or their float32 equals if UPCAST."""
-    if UPCAST and dtype == tl.bfloat16:
-        # a bfloat16 is the upper half of a float32
-        return (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif UPCAST:
-        return bits.to(dtype, bitcast=True).to(tl.float32)
-    else:
-        return bits.to(dtype, bitcast=True)
 
 
 @triton.jit
@@ -137,12 +125,12 @@ def _sparse24_fwd_kernel(
         mask = mask_m[:, None] & (block * 64 + offs_k < K)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=0.0)
         x_ptrs += 64 * stride_xk
-        w = _operand(_decompress(packed_ptr + line, block, units, BLOCK_N, V), dtype, UPCAST)
+        w = operand(_decompress(packed_ptr + line, block, units, BLOCK_N, V), dtype, UPCAST)
         if UPCAST:
             x = x.to(tl.float32)
         acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if GATED:
-            w = _operand(_decompress(up_ptr + line, block, units, BLOCK_N, V), dtype, UPCAST)
+            w = operand(_decompress(up_ptr + line, block, units, BLOCK_N, V), dtype, UPCAST)
             acc_up = tl.dot(x, tl.trans(w), acc_up, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]

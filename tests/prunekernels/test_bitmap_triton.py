@@ -1,0 +1,137 @@
+"""The portable bitmap kernel in the interpreter, and what all bitmap kernels compile to."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+from prunekernels.compilation import compile_case
+from prunekernels.runtime import interpreting
+from prunekernels.sparse.format_bitmap import bitmap_pack
+from prunekernels.sparse.layer import ACTIVATIONS
+from prunekernels.sparse.linear_bitmap import bitmap_linear
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's process")
+compiled = pytest.mark.skipif(interpreting(), reason="kernels are being interpreted")
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+@compiled
+def test_in_the_interpreter():
+    """Triton decides at import whether kernels are interpreted, hence a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert " passed" in done.stdout
+
+
+def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of all sparsities, from empty to full."""
+    density = torch.linspace(0, 1, rows)[torch.randperm(rows), None]
+    return (torch.randn(rows, columns) * (torch.rand(rows, columns) < density)).to(dtype)
+
+
+def assert_as_good_as_eager(got, eager, exact):
+    # the interpreter cuts a float32 down to a bfloat16 where a GPU rounds: one ulp, not half
+    ulp = exact.abs() * 2.0**-7 if got.dtype == torch.bfloat16 else 0.0
+    floor = 1e-6 * exact.abs().max()
+    error = (got.double() - exact).abs()
+    assert (error <= 2 * (eager.double() - exact).abs().max() + ulp + floor).all()
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns"), [(0, 16, 64), (1, 1, 1), (18, 70, 61), (3, 20, 330)]
+)
+def test_portable_values(dtype, tokens, rows, columns):
+    weight, x = sparse(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
+    got = bitmap_linear(x, bitmap_pack(weight), impl="triton")
+    assert got.shape == (tokens, rows)
+    if tokens:
+        assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("activation", "splits"), list(zip(ACTIVATIONS, (2, 1, 7, 1, 4), strict=True))
+)
+def test_portable_bias_activation_strides_and_splits(activation, splits):
+    from prunekernels.sparse.portable_bitmap import launch
+
+    weight = sparse(20, 450, torch.float16)
+    bias = torch.randn(20).to(torch.float16)
+    x = torch.randn(450, 5).to(torch.float16).T
+    act, packed = ACTIVATIONS[activation], bitmap_pack(weight)
+    exact = act(F.linear(x.double(), weight.double(), bias.double()))
+    parts = packed.bitmap, packed.starts, packed.values, 20, bias, activation, splits
+    got = launch(x, *parts)
+    assert_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
+    assert torch.equal(got, launch(x, *parts))
+
+
+@interpreted
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.5, 1.0])
+def test_expanding_is_exact(density):
+    from prunekernels.sparse.portable_bitmap import expand
+
+    for rows, columns in ((17, 133), (70, 64), (1, 1)):
+        for dtype in (torch.bfloat16, torch.float32):
+            kept = torch.rand(rows, columns) < density
+            packed = bitmap_pack((torch.randn(rows, columns) * kept).to(dtype))
+            kind = torch.int16 if dtype.itemsize == 2 else torch.int32
+            dense = expand(packed.bitmap, packed.starts, packed.values, rows, columns)
+            assert torch.equal(dense.view(kind), packed.to_dense().view(kind))
+
+
+@interpreted
+def test_full_lanes_do_not_run_over():
+    # 31 full lanes before the last one: the largest counts that the packed sums must hold
+    from prunekernels.sparse.portable_bitmap import expand
+
+    weight = torch.arange(1, 16 * 128 + 1).view(16, 128).to(torch.int16).view(torch.float16)
+    for cut in (0, 1, 7):
+        weight[15, 14 : 14 + cut] = 0
+        packed = bitmap_pack(weight)
+        dense = expand(packed.bitmap, packed.starts, packed.values, 16, 128)
+        assert torch.equal(dense, weight)
+
+
+def _cases(module: str):
+    if interpreting():
+        return []
+    from prunekernels.sparse import portable_bitmap
+
+    listed = {"portable": portable_bitmap}[module].compile_cases()
+    return [pytest.param(c, arch, id=f"{c.name}-{arch}") for c in listed for arch in c.archs]
+
+
+def _check(case, arch):
+    report = compile_case(case, arch)
+    assert report.missing == []
+    assert report.spills == 0
+    assert report.fits
+    return report
+
+
+@compiled
+@pytest.mark.parametrize(("case", "arch"), _cases("portable")[:1])
+def test_portable_kernel_compiles(case, arch):
+    _check(case, arch)
+
+
+@compiled
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "arch"), _cases("portable")[1:])
+def test_portable_kernel_compiles_everywhere(case, arch):
+    _check(case, arch)
