@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from prunekit.calibration import Calibration
     from prunekit.checkpoint import load, save
     from prunekit.pruning import Drop, Magnitude, Recipe, SparseGPT, Wanda, drop_, prune_
+    from prunekit.swap import SwapReport, swap_, unswap_
 
 __version__ = "0.1.0"
 
@@ -35,13 +36,16 @@ __all__ = [
     "Recipe",
     "SparseGPT",
     "Study",
+    "SwapReport",
     "Wanda",
     "compare",
     "drop_",
     "load",
     "prune_",
     "save",
+    "swap_",
     "sweep",
+    "unswap_",
 ]
 
 _HOMES = {
@@ -53,6 +57,7 @@ _HOMES = {
         ("Drop", "Magnitude", "Recipe", "SparseGPT", "Wanda", "drop_", "prune_"),
         "prunekit.pruning",
     ),
+    **dict.fromkeys(("SwapReport", "swap_", "unswap_"), "prunekit.swap"),
 }
 
 

@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
+from prunekit.packed import MergedPart, PackedLinear, own_layer
 
 SUBLAYERS = ("attn", "mlp")
 MODEL_TYPE_PREFIX = "prunekit_"
@@ -94,6 +96,9 @@ SUPPORTED = tuple(sorted(_LAYOUTS))
 # Projections of one module that read the same input: one set of statistics serves them all.
 _SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
+# The class differs between transformers versions.
+_SILU = (nn.SiLU, type(ACT2FN["silu"]))
+
 
 class Absent(nn.Module):
     """Stands where a dropped sublayer was: contributes a 0-dimensional zero to the residual.
@@ -153,11 +158,22 @@ class WeightRef:
 
     @property
     def matrix(self) -> Tensor:
-        """A view (out_features, in_features) of the stored weight; writes go through to it."""
+        """A view (out_features, in_features) of the stored weight; writes go through to it.
+
+        Raises:
+            PrunekitError: The weight is packed.
+        """
+        if own_layer(self.module) is not None:
+            raise PrunekitError(f"{self.name} is packed: unswap_ the model before changing it")
         stored: Tensor = getattr(self.module, self.parameter).data
         if self.expert is not None:
             return stored[self.expert]
         return stored.t() if isinstance(self.module, Conv1D) else stored
+
+    def read(self) -> Tensor:
+        """The values (out_features, in_features), to read only: unpacked if they are packed."""
+        packed = own_layer(self.module)
+        return self.matrix if packed is None else packed.weight.to_dense()
 
 
 @dataclass(frozen=True)
@@ -312,6 +328,28 @@ class Architecture:
                 for path, module in root.named_modules(prefix=f"{prefix}.{name}"):
                     yield from _module_weights(path, module, index, sublayer)
 
+    def shared_projections(self, index: int) -> Iterator[list[str]]:
+        """Names of the attention projections of layer `index` that read one input, as called."""
+        yield from self._holders(index, self.layout.attn, _SHARED_INPUTS[0])
+
+    def silu_mlps(self, index: int) -> Iterator[str]:
+        """Names of the modules of layer `index` that compute down(SiLU(gate(x))·up(x))."""
+        parts = (*_SHARED_INPUTS[1], "down_proj", "act_fn")
+        for gate, *_ in self._holders(index, self.layout.mlp, parts):
+            path = gate.rpartition(".")[0]
+            if isinstance(self._part(f"{path}.act_fn"), _SILU):
+                yield path
+
+    def _holders(self, index: int, branch: Branch, names: Sequence[str]) -> Iterator[list[str]]:
+        """For each module of a sublayer that has all submodules `names`: their dotted names."""
+        layer = f"{self.layout.layers}.{index}"
+        for root in branch.modules:
+            for path, module in self._part(f"{layer}.{root}").named_modules(
+                prefix=f"{layer}.{root}"
+            ):
+                if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+                    yield [f"{path}.{name}" for name in names]
+
     def last_projection(self, index: int, sublayer: str) -> list[Tensor]:
         """The parameters that, set to zero, silence a sublayer: its last matrix and bias."""
         path = self.layout.last_projections[SUBLAYERS.index(sublayer)]
@@ -378,7 +416,7 @@ class Architecture:
 
 def _module_weights(path: str, module: nn.Module, layer: int, sublayer: str) -> Iterator[WeightRef]:
     """The prunable matrices that `module` itself holds."""
-    if isinstance(module, nn.Linear | Conv1D):
+    if isinstance(module, nn.Linear | Conv1D | PackedLinear | MergedPart):
         parent, _, leaf = path.rpartition(".")
         shared = next((names for names in _SHARED_INPUTS if leaf in names), None)
         group = f"{parent}.{'+'.join(shared)}" if shared else path

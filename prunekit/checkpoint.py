@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ from prunekit.atomic import replaced_folder
 from prunekit.errors import PrunekitError
 from prunekit.gguf_reader import demo_file, read_gguf
 from prunekit.manifest import MANIFEST, read_json, verify_manifest, write_manifest
+from prunekit.packed import packed_layers
 
 DEMO = "demo"
 FORMATS = ("auto", "zeroed")
@@ -285,7 +287,8 @@ def _load_tokenizer(folder: Path, config: PretrainedConfig) -> PreTrainedTokeniz
 
 def check_finite(model: nn.Module) -> None:
     """Raise a PrunekitError that names the first weight of `model` with a NaN or an infinity."""
-    for name, tensor in model.named_parameters():
+    unpacked = ((name, layer.weight.to_dense()) for name, layer in packed_layers(model))
+    for name, tensor in itertools.chain(model.named_parameters(), unpacked):
         if not tensor.isfinite().all():
             raise PrunekitError(
                 f"{name} holds NaN or infinite values: get the checkpoint again, or load it in "

@@ -16,9 +16,11 @@ from prunekernels.sparse import (
     bitmap_linear,
     bitmap_pack,
     sparse24_cat,
+    sparse24_expected,
     sparse24_gate_up,
     sparse24_linear,
     sparse24_pack,
+    sparse24_split,
 )
 
 __all__ = [
@@ -34,9 +36,11 @@ __all__ = [
     "pair_stats",
     "rowwise_mask",
     "sparse24_cat",
+    "sparse24_expected",
     "sparse24_gate_up",
     "sparse24_linear",
     "sparse24_pack",
+    "sparse24_split",
     "summarize",
     "vector_stats",
 ]

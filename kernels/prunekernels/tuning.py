@@ -61,6 +61,33 @@ def sparse24_order(
     return [("eager", f"{tokens} tokens: expand, then dense (predicted, not measured)")]
 
 
+# What a launch costs, in bytes that a GPU reads meanwhile (4 µs at 4.3 TB/s).
+_LAUNCH_BYTES = 17e6
+
+
+def sparse24_speedup(impl: str, tokens: int, rows: int, columns: int, itemsize: int = 2) -> float:
+    """Time of the dense layer over that of the 2:4 layer (predicted from bytes, not measured).
+
+    Args:
+        impl: The implementation that runs: "mma_sp", "triton" or "eager".
+        tokens: M.
+        rows: N.
+        columns: K.
+        itemsize: Bytes of a value.
+    """
+    dense = rows * columns * itemsize
+    packed = rows * columns * (itemsize / 2 + 0.125)
+    if impl == "mma_sp" and tokens <= 64:
+        return (dense + _LAUNCH_BYTES) / (packed + _LAUNCH_BYTES)
+    if impl in ("mma_sp", "triton"):
+        # as many instructions as the dense kernel has time for
+        return 1.0
+    if tokens > 256:
+        return 0.93
+    # few tokens: the packed weight is read, and the expanded one written and read
+    return dense / (packed + 2 * dense)
+
+
 def sparse24_portable(tokens: int, itemsize: int = 2) -> PortableConfig:
     """Tile of the portable kernel for M tokens and values of `itemsize` bytes (predicted)."""
     if itemsize > 2:

@@ -36,6 +36,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 
 def _facts(source: str, model: Any) -> dict[str, Any]:
+    from prunekit import packed
     from prunekit.analysis.provenance import absent_sublayers
     from prunekit.architectures import Architecture, base_model_type
     from prunekit.commands import measures
@@ -63,8 +64,8 @@ def _facts(source: str, model: Any) -> dict[str, Any]:
         "vocabulary": arch.head.weight.shape[0],
         "context_length": arch.context_length,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "parameter_bytes": measures.parameter_bytes(model),
+        "parameters": packed.weight_count(model),
+        "parameter_bytes": packed.weight_bytes(model),
         "file_bytes": measures.folder_bytes(path) if path.exists() else None,
         "cache_entries": cache.entries,
         "cache_bytes_per_token": cache.bytes_per_token,

@@ -38,11 +38,6 @@ def cache_size(model: PreTrainedModel) -> CacheSize:
     return CacheSize(entries, entries * 2 * kept * width * model.dtype.itemsize)
 
 
-def parameter_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all parameters in memory; tied ones count once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
 def folder_bytes(folder: str | Path) -> int:
     """Bytes of the files in `folder`, or of the file."""
     path = Path(folder)
@@ -73,7 +68,7 @@ def sparsity_by_kind(arch: Architecture) -> list[dict[str, Any]]:
         for ref in arch.weights(index):
             inside = ref.name.partition(f".{index}.")[2]
             kind = ".".join(part for part in inside.split(".") if not part.isdigit())
-            matrix = ref.matrix
+            matrix = ref.read()
             zeros = matrix.numel() - int(matrix.count_nonzero())
             pattern = detect_pattern(matrix) if zeros else ""
             groups.setdefault((kind, tuple(matrix.shape)), []).append(

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     calibrated = any(method.calibrated for method in recipe.rules.values())
     calibration = options.calibration(args) if calibrated else None
 
-    from prunekit import checkpoint, distributed
+    from prunekit import checkpoint, distributed, packed
     from prunekit.commands import measures
     from prunekit.pruning import prune_
 
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         model, tokenizer, folder, overwrite=args.overwrite, report={"prune": report.to_dict()}
     )
     sizes = {
-        "parameters_bytes": measures.parameter_bytes(model),
+        "parameters_bytes": packed.weight_bytes(model),
         "folder_bytes": measures.folder_bytes(folder),
     }
     options.emit(

@@ -97,6 +97,12 @@ def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so():
     assert choice.name == "eager" and "cpu" in choice.reason
 
 
+def test_on_a_cpu_no_gain_is_expected():
+    for tokens in (1, 4096):
+        speedup, impl, reason = dispatch24.sparse24_expected(tokens, 512, 512, torch.float32, "cpu")
+        assert speedup < 1 and impl == "eager" and "cpu" in reason
+
+
 def test_describe_says_on_a_cpu_that_it_is_not_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (row,) = dispatch24.describe()

@@ -6,7 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunekernels.sparse.format24 import Sparse24, packed_shape, sparse24_cat, sparse24_pack
+from prunekernels.sparse.format24 import (
+    Sparse24,
+    packed_shape,
+    sparse24_cat,
+    sparse24_pack,
+    sparse24_split,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -124,6 +130,13 @@ def test_stacked_weights_equal_packing_the_stacked_dense():
     stacked = sparse24_cat([sparse24_pack(part) for part in parts])
     assert stacked.shape == (69, 100)
     assert torch.equal(stacked.packed, sparse24_pack(torch.cat(parts)).packed)
+    split = sparse24_split(stacked, [32, 16, 21])
+    for part, dense in zip(split, parts, strict=True):
+        assert torch.equal(as_bits(part.to_dense()), without_negative_zero(dense))
+        assert part.packed.untyped_storage().data_ptr() == stacked.packed.data_ptr()
+    for wrong in ([32, 16, 20], [30, 39]):
+        with pytest.raises(ValueError, match="69 rows"):
+            sparse24_split(stacked, wrong)
     a, b = sparse24_pack(parts[0]), sparse24_pack(parts[2])
     with pytest.raises(ValueError, match="multiple of 16 rows, not 21"):
         sparse24_cat([b, a])

@@ -1,6 +1,7 @@
 """Packed sparse weights and the matrix multiplications that read them."""
 
-from prunekernels.sparse.format24 import Sparse24, sparse24_cat, sparse24_pack
+from prunekernels.sparse.dispatch24 import sparse24_expected
+from prunekernels.sparse.format24 import Sparse24, sparse24_cat, sparse24_pack, sparse24_split
 from prunekernels.sparse.format_bitmap import BitmapSparse, bitmap_pack
 from prunekernels.sparse.linear24 import sparse24_gate_up, sparse24_linear
 from prunekernels.sparse.linear_bitmap import bitmap_linear
@@ -11,7 +12,9 @@ __all__ = [
     "bitmap_linear",
     "bitmap_pack",
     "sparse24_cat",
+    "sparse24_expected",
     "sparse24_gate_up",
     "sparse24_linear",
     "sparse24_pack",
+    "sparse24_split",
 ]

@@ -11,14 +11,14 @@ from __future__ import annotations
 import importlib
 import warnings
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from prunekernels.runtime import Choice, interpreting, triton_installed
 from prunekernels.sparse.format24 import sparse24_unpack
-from prunekernels.tuning import sparse24_order
+from prunekernels.tuning import sparse24_order, sparse24_speedup
 
 IMPLS = ("auto", "eager", "triton", "mma_sp")
 _MODULES = {
@@ -89,6 +89,40 @@ def select(x: Tensor, rows: int, impl: str = "auto") -> Choice:
             return Choice(name, "; ".join([why, *reasons]))
         reasons.append(f"not {name}: {blocker}")
     return Choice("eager", "; ".join(reasons))
+
+
+class Expected(NamedTuple):
+    """What a 2:4 layer is expected to gain over the dense one.
+
+    Attributes:
+        speedup: Time of the dense layer over that of the packed one; predicted, not measured.
+        impl: The implementation that runs.
+        reason: Why, in one line.
+    """
+
+    speedup: float
+    impl: str
+    reason: str
+
+
+def sparse24_expected(
+    tokens: int, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str
+) -> Expected:
+    """Whether a packed layer pays on a device (on a GPU, runs the self-test the first time).
+
+    Args:
+        tokens: M, the tokens of a call.
+        rows: N.
+        columns: K.
+        dtype: Type of the values.
+        device: Where the layer runs.
+
+    Returns:
+        The expected speed-up, the implementation and the reason.
+    """
+    choice = select(torch.empty((tokens, columns), dtype=dtype, device=device), rows)
+    speedup = sparse24_speedup(choice.name, tokens, rows, columns, dtype.itemsize)
+    return Expected(speedup, choice.name, choice.reason)
 
 
 def describe() -> list[dict[str, str]]:

@@ -239,6 +239,24 @@ def sparse24_cat(weights: Sequence[Sparse24]) -> Sparse24:
     return Sparse24(torch.cat([w.packed for w in weights]), (rows, first.shape[1]), first.dtype)
 
 
+def sparse24_split(weight: Sparse24, rows: Sequence[int]) -> list[Sparse24]:
+    """Undo `sparse24_cat`: views of the lines that hold `rows[0]`, `rows[1]`, … rows.
+
+    Raises:
+        ValueError: If the rows don't add up, or a part but the last is no multiple of 16.
+    """
+    if sum(rows) != weight.shape[0] or any(count % ROWS for count in rows[:-1]):
+        raise ValueError(
+            f"sparse24_split: {list(rows)} are not parts of {weight.shape[0]} rows, all but the "
+            f"last multiples of {ROWS}"
+        )
+    lines = [-(-count // ROWS) for count in rows]
+    return [
+        Sparse24(part, (count, weight.shape[1]), weight.dtype, weight.version)
+        for part, count in zip(torch.split(weight.packed, lines), rows, strict=True)
+    ]
+
+
 def sparse24_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense (rows, columns) weight held by a packed buffer.
 

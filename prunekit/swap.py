@@ -1,0 +1,374 @@
+"""Put packed sparse weights and their kernels into a model, and take them out again.
+
+`swap_` replaces linear layers of one model instance whose weight already fits a sparse format;
+nothing is pruned, no class is patched. It keeps a layer dense where packing would not pay, and says
+why for each. `unswap_` restores ordinary dense layers, equal bit for bit (−0.0 becomes 0.0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from prunekit.architectures import Architecture, is_fused_experts
+from prunekit.errors import PrunekitError
+from prunekit.packed import (
+    FORMATS,
+    FusedGatedMLP,
+    MergedLinear,
+    MergedPart,
+    PackedLinear,
+    packed_layers,
+)
+from prunekit.progress import track
+from prunekit.pruning.report import align
+
+
+@dataclass(frozen=True)
+class ModuleSwap:
+    """What became of one linear layer.
+
+    Attributes:
+        name: Its name in the model.
+        shape: (out, in).
+        format: "2:4" where it was packed, "" where it stayed dense.
+        reason: Why it stayed dense, or what runs it.
+        dense_bytes: Bytes of the dense weight.
+        bytes: Bytes of the weight now.
+        speedup: Expected speed-up (predicted, not measured), or None where it stayed dense.
+        fused: What computes it together with others: "q_proj+k_proj+v_proj", "gate_proj+up_proj".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    reason: str
+    dense_bytes: int
+    bytes: int
+    speedup: float | None = None
+    fused: str = ""
+
+
+@dataclass(frozen=True)
+class SwapReport:
+    """What `swap_` did.
+
+    Attributes:
+        modules: Every linear layer of the model, in its order.
+        device: Type of the device that the model is on.
+        tokens: Tokens per call that the decisions are for.
+        min_speedup: The smallest expected speed-up that a layer was packed for.
+    """
+
+    modules: tuple[ModuleSwap, ...]
+    device: str
+    tokens: int
+    min_speedup: float
+
+    @property
+    def swapped(self) -> tuple[ModuleSwap, ...]:
+        """The layers that are packed now."""
+        return tuple(module for module in self.modules if module.format)
+
+    @property
+    def left_dense(self) -> tuple[ModuleSwap, ...]:
+        """The layers that stayed dense."""
+        return tuple(module for module in self.modules if not module.format)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the packed layers' weights before."""
+        return sum(module.dense_bytes for module in self.swapped)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the packed layers' weights now."""
+        return sum(module.bytes for module in self.swapped)
+
+    @property
+    def faster(self) -> bool:
+        """Whether any packed layer is expected to be faster than the dense one, here."""
+        return any((module.speedup or 0.0) > 1.0 for module in self.swapped)
+
+    @property
+    def verdict(self) -> str:
+        """What was gained, in a sentence or two."""
+        if not self.swapped:
+            return "Nothing was packed: see the reasons."
+        ratio = self.bytes / self.dense_bytes
+        gained = (
+            f"Packed {len(self.swapped)} of {len(self.modules)} linear layers: their weights take "
+            f"{ratio:.4f} of the dense bytes."
+        )
+        if self.faster:
+            return f"{gained} Expected to be faster at {self.tokens} token(s) a call (predicted)."
+        why = next(iter(self.swapped)).reason
+        return f"{gained} Smaller, not faster on this machine: {why}."
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            "device": self.device,
+            "tokens": self.tokens,
+            "min_speedup": self.min_speedup,
+            "packed": len(self.swapped),
+            "dense_bytes": self.dense_bytes,
+            "bytes": self.bytes,
+            "faster": self.faster,
+            "verdict": self.verdict,
+            "modules": [
+                {**dataclasses.asdict(module), "shape": list(module.shape)}
+                for module in self.modules
+            ],
+        }
+
+    def table(self, *, verbose: bool = False) -> str:
+        """A plain-text table: a line per kind of layer and decision, or per layer if `verbose`."""
+        rows = [("layer", "count", "shape", "format", "bytes", "of dense", "why")]
+        groups: dict[Any, list[ModuleSwap]] = {}
+        for module in self.modules:
+            kind = module.name
+            if not verbose:
+                kind = ".".join(part for part in kind.split(".") if not part.isdigit())
+            why = module.reason if verbose else module.reason.partition(": ")[0]
+            groups.setdefault((kind, module.shape, module.format, why), []).append(module)
+        for (kind, shape, format_, why), members in groups.items():
+            size, dense = sum(m.bytes for m in members), sum(m.dense_bytes for m in members)
+            rows.append(
+                (
+                    kind,
+                    str(len(members)),
+                    "×".join(map(str, shape)),
+                    format_ or "dense",
+                    f"{size:,}",
+                    f"{size / dense:.4f}",
+                    why,
+                )
+            )
+        return "\n".join(align(rows))
+
+
+def swap_(
+    model: PreTrainedModel,
+    *,
+    min_speedup: float | None = None,
+    tokens: int = 1,
+    formats: Sequence[str] | None = None,
+    merge: bool = True,
+    progress: bool = False,
+) -> SwapReport:
+    """Pack the linear layers of `model` whose weights fit a sparse format, in place.
+
+    The output head, tied weights, fused experts and subclasses of `nn.Linear` stay as they are. A
+    layer that does not fit stays dense; nothing is pruned. Packed weights cannot be trained.
+
+    Args:
+        model: A causal language model, anywhere but on the meta device.
+        min_speedup: Pack a layer only if it is expected to be at least so much faster at `tokens`
+            tokens a call. None: 1.0 on a GPU; elsewhere packing saves memory but never time, so
+            everything that fits is packed.
+        tokens: Tokens per call (batch × new tokens) to decide for: 1 is decoding one sequence.
+        formats: Names of the formats to try, in order; None: all there are.
+        merge: Whether to compute q/k/v together, and gate/up with their SiLU, where the
+            architecture allows it.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        What became of each linear layer, and why.
+
+    Raises:
+        PrunekitError: An argument or the model's device does not fit; the model is unchanged.
+    """
+    chosen = _checked_formats(formats)
+    if tokens < 1:
+        raise PrunekitError(f"tokens is {tokens}: give the tokens per call, from 1")
+    device = _device(model)
+    least = min_speedup
+    if least is None:
+        least = 1.0 if device.type == "cuda" else 0.0
+    uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    head = model.get_output_embeddings()
+    linears = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) or is_fused_experts(module)
+    ]
+    decisions: dict[str, ModuleSwap] = {}
+    try:
+        for name, module in track(linears, "Packing", enabled=progress):
+            blocker = _blocker(module, module is head, uses)
+            if blocker is not None:
+                decisions[name] = _left(name, module, blocker)
+            else:
+                decisions[name] = _pack_(model, name, module, chosen, least, tokens)
+        fused = merge_(model) if merge else {}
+    except BaseException:
+        unswap_(model)
+        raise
+    done = [dataclasses.replace(d, fused=fused.get(n, "")) for n, d in decisions.items()]
+    return SwapReport(tuple(done), device.type, tokens, least)
+
+
+def _checked_formats(formats: Sequence[str] | None) -> list[str]:
+    chosen = list(FORMATS) if formats is None else list(formats)
+    for name in chosen:
+        if name not in FORMATS:
+            raise PrunekitError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
+    return chosen
+
+
+def _device(model: nn.Module) -> torch.device:
+    devices = {parameter.device for parameter in model.parameters()}
+    if any(device.type == "meta" for device in devices):
+        raise PrunekitError("weights are on the meta device or offloaded: load the model whole")
+    return max(devices, key=lambda device: device.type == "cuda", default=torch.device("cpu"))
+
+
+def _blocker(module: nn.Module, is_head: bool, uses: Counter[int]) -> str | None:
+    """Why a module is not even looked at, or None."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return "experts stored as one tensor"
+    if is_head:
+        return "output head"
+    if type(module) not in (nn.Linear, Conv1D):
+        return f"is a {type(module).__name__}"
+    if uses[id(module.weight)] > 1:
+        return "shares its weight with another module"
+    return None
+
+
+def _left(name: str, module: Any, reason: str) -> ModuleSwap:
+    held = [module.gate_up_proj, module.down_proj] if is_fused_experts(module) else [module.weight]
+    size = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    shape = tuple(held[0].shape)
+    return ModuleSwap(
+        name, shape[::-1] if type(module) is Conv1D else shape, "", reason, size, size
+    )
+
+
+def _pack_(
+    model: nn.Module, name: str, module: Any, formats: Iterable[str], least: float, tokens: int
+) -> ModuleSwap:
+    """Pack one layer if a format fits and pays."""
+    conv1d = isinstance(module, Conv1D)
+    dense = module.weight.detach()
+    if conv1d:
+        dense = dense.t()
+    rows, columns = dense.shape
+    reasons = []
+    for format_ in formats:
+        try:
+            packed = FORMATS[format_].pack(dense)
+        except ValueError as error:
+            reasons.append(str(error).partition(";")[0])
+            continue
+        size = dense.numel() * dense.element_size()
+        if packed.nbytes >= size:
+            reasons.append(f"no smaller as {format_}: too few zeros")
+            continue
+        speedup, _, why = FORMATS[format_].expected(
+            tokens, rows, columns, dense.dtype, dense.device
+        )
+        if speedup < least:
+            reasons.append(f"slower as {format_}: expected {speedup:.2f}× ({why})")
+            continue
+        made = PackedLinear(
+            packed,
+            module.bias,
+            format_,
+            conv1d=conv1d,
+            trainable=module.weight.requires_grad,
+        )
+        _replace_(model, name, made.train(module.training))
+        return ModuleSwap(name, (rows, columns), format_, why, size, packed.nbytes, speedup)
+    return _left(name, module, "; ".join(reasons))
+
+
+def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
+
+
+def merge_(model: PreTrainedModel) -> dict[str, str]:
+    """Compute packed q/k/v projections together, and gate/up with their SiLU.
+
+    Args:
+        model: A model with packed layers of a supported architecture.
+
+    Returns:
+        For each layer that is computed with others, by name, which ones.
+    """
+    arch = Architecture(model)
+    fused: dict[str, str] = {}
+    for index in range(len(arch.layers)):
+        for names in list(arch.shared_projections(index)):
+            parts: list[Any] = [model.get_submodule(name) for name in names]
+            if _mergeable(parts):
+                owner = MergedLinear(parts).train(parts[0].training)
+                _replace_(model, names[0], owner)
+                for place, name in enumerate(names[1:], start=1):
+                    _replace_(model, name, MergedPart(owner, place))
+                fused |= dict.fromkeys(names, "+".join(n.rpartition(".")[2] for n in names))
+        for path in list(arch.silu_mlps(index)):
+            mlp: Any = model.get_submodule(path)
+            if _fusable(mlp):
+                _replace_(model, path, FusedGatedMLP(mlp).train(mlp.training))
+                both = (f"{path}.gate_proj", f"{path}.up_proj")
+                fused |= dict.fromkeys(both, "gate_proj+up_proj")
+    return fused
+
+
+def _mergeable(parts: Sequence[Any]) -> bool:
+    first = parts[0]
+    if not all(type(part) is PackedLinear for part in parts) or FORMATS[first.format].cat is None:
+        return False
+    multiple = FORMATS[first.format].row_multiple
+    return (
+        len({(part.format, part.dtype, part.in_features, part.bias is None) for part in parts}) == 1
+        and len({part.weight.device for part in parts}) == 1
+        and not any(part.out_features % multiple for part in parts[:-1])
+    )
+
+
+def _fusable(mlp: Any) -> bool:
+    gate, up = mlp.gate_proj, mlp.up_proj
+    return (
+        not isinstance(mlp, FusedGatedMLP)
+        and type(gate) is PackedLinear
+        and type(up) is PackedLinear
+        and gate.format == up.format
+        and FORMATS[gate.format].gate_up is not None
+        and gate.bias is None
+        and up.bias is None
+        and (gate.out_features, gate.dtype) == (up.out_features, up.dtype)
+    )
+
+
+def unswap_(model: nn.Module) -> list[str]:
+    """Make every packed layer of `model` a dense one again, in place.
+
+    Args:
+        model: A swapped model; one without packed layers is left alone.
+
+    Returns:
+        Names of the layers that are dense now.
+    """
+    for name, module in list(model.named_modules()):
+        if isinstance(module, FusedGatedMLP):
+            _replace_(model, name, module.original)
+    for name, module in list(packed_layers(model)):
+        _replace_(model, name, module)
+    restored = [n for n, module in model.named_modules() if isinstance(module, PackedLinear)]
+    # one at a time, so that at most one is held twice
+    for name in restored:
+        packed: Any = model.get_submodule(name)
+        _replace_(model, name, packed.to_dense())
+    return restored
