@@ -303,8 +303,7 @@ def angles(z2, zd, d2, zz, b2):
     alpha = tl.where(same, 0.0, zd / z2)
     across2 = d2 - alpha * zd
     across2 = tl.where(across2 < 0.0, 0.0, across2)
-    close = (d2 < b2) & (cosine > 0.5)
-    one_minus = tl.where(close, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
+    one_minus = tl.where(d2 < b2, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
     orthogonal = tl.where(same, 0.0, tl.sqrt(across2 / z2))
     return cosine, one_minus, alpha, orthogonal
 

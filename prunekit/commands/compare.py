@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from prunekit.commands import options
+from prunekit.errors import PrunekitError
 
 SUMMARY = "compare a pruned model with its dense one: h → z → p"
 DESCRIPTION = """\
@@ -15,6 +16,10 @@ JSON, CSV, figures and one HTML page.
 
 Prompts and questions come from the built-in set unless files are given: prompts as .txt (one a
 line), .jsonl or .json; questions as .jsonl or .json with question, options and answer.
+
+With --kl-report: print the statistics of llama.cpp's --kl-divergence instead, over a text: mean,
+median, percentiles and maximum of KL(dense || pruned), agreement of the top token, change of the
+actual token's probability, ratio of perplexities. No study is written.
 """
 EXAMPLE = "prunekit compare demo out/wanda24 --output out/study"
 STUDY = ("study.json",)  # by which a saved study is known
@@ -40,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--layerwise-prompts", type=options.positive, default=8, help="(8)")
     parser.add_argument("--layerwise-steps", type=options.positive, default=16, help="(16)")
+    report = parser.add_argument_group("instead of a study")
+    report.add_argument("--kl-report", action="store_true", help="statistics of KL over a text")
+    report.add_argument(
+        "--text", metavar="FILE", help="its text: .txt, .jsonl, .json, .parquet (a built-in one)"
+    )
+    report.add_argument(
+        "--context", type=options.positive, default=512, help="tokens per window of it (512)"
+    )
     options.add_output(parser, "folder for the study", "out/study")
     options.add_running(parser)
     options.add_common(parser)
@@ -48,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, answer: TextIO) -> None:
     """Carry the command out."""
     sources = [options.needed(getattr(args, name), f"{name} model") for name in ("dense", "pruned")]
+    if args.kl_report:
+        _kl_report(sources, args, answer)
+        return
+    if args.text is not None:
+        raise PrunekitError("--text is the text of --kl-report: add that, or leave --text out")
     folder = options.output(args, STUDY)
 
     from prunekit.evaluation.items import load_choices, load_prompts
@@ -84,6 +102,31 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         lambda: {"output": folder, "html": page, "summary": summary_data(study)},
         lambda: _shown(study, page),
     )
+
+
+def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> None:
+    from prunekit import texts
+    from prunekit.evaluation.items import load_heldout
+
+    text = load_heldout() if args.text is None else "\n\n".join(texts.read_file(args.text))
+
+    from prunekit.analysis.kl_report import kl_report
+    from prunekit.report.divergence import kl_table
+
+    dense, tokenizer = options.load(sources[0], args)
+    pruned, _ = options.load(sources[1], args)
+    found = kl_report(
+        dense,
+        pruned,
+        tokenizer,
+        text,
+        context=args.context,
+        batch_size=args.batch_size,
+        progress=not args.quiet,
+    )
+    names = (_name(sources[0]), _name(sources[1]))
+    data = {"dense": names[0], "pruned": names[1], "context": args.context, **found}
+    options.emit(args, answer, lambda: data, lambda: kl_table(found, names))
 
 
 def summary_data(study: Any) -> dict[str, Any]:

@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from prunekernels import pair_stats, reference
+from rows import adversarial, broad_against_certain, one_hot
 from tolerances import mismatches
 from torch import Tensor
 
 LEVELS = ("core", "precise", "full")
 NEG_INF = float("-inf")
+SIZE = 1531
 
 
 def rows(kind: str, vocab: int, count: int, noise: float) -> tuple[Tensor, Tensor]:
@@ -111,60 +113,24 @@ ZERO_FIELDS = {
 }
 
 
-ADVERSARIAL_VOCAB = 1531
-
-
-def one_hot(hot: int, height: float) -> Tensor:
-    row = torch.zeros(ADVERSARIAL_VOCAB)
-    row[hot] = height
-    return row
-
-
-def adversarial() -> dict[str, tuple[Tensor, Tensor]]:
-    size = ADVERSARIAL_VOCAB
-    noise, more = torch.randn(size), torch.randn(size)
-    ascending = torch.linspace(-40.0, 40.0, size)
-    return {
-        "offset on base": (noise + 1e4, noise + 0.1 * more),
-        "offset on other": (noise, noise + 0.1 * more - 1e4),
-        "offset on both": (noise + 1e4, (noise + 0.1 * more) + 1e4),
-        "one-hot, same token": (one_hot(7, 60.0), one_hot(7, 50.0)),
-        "one-hot against flat": (one_hot(7, 60.0), torch.zeros(size)),
-        "flat against one-hot": (torch.zeros(size), one_hot(7, 60.0)),
-        "both flat": (torch.zeros(size), torch.full((size,), 3.0)),
-        "disjoint, 80 apart": (one_hot(3, 80.0), one_hot(size - 1, 80.0)),
-        "maximum in the last element": (one_hot(size - 1, 9.0) + noise, noise),
-        "maximum at a block's end": (one_hot(127, 9.0) + noise, one_hot(128, 9.0) + noise),
-        "ascending": (ascending, ascending + 0.3 * more),
-        "descending": (ascending.flip(0), ascending.flip(0) + 0.3 * more),
-        "ties": (one_hot(5, 4.0) + one_hot(900, 4.0), one_hot(900, 4.0)),
-        "opposite": (noise, -noise),
-        "far and small": (100 * noise, 1e-3 * noise),
-        "short and nearly parallel": (100 * noise, 1e-3 * (noise + 0.05 * more)),
-        "broad against its own top token": (0.3 * noise + one_hot(7, 3.0), one_hot(7, 60.0)),
-    }
-
-
 @pytest.mark.parametrize("level", ["precise", "full"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_adversarial_rows_to_float64(level: str, temperature: float) -> None:
-    cases = adversarial()
+    cases = adversarial(SIZE)
     base = torch.stack([pair[0] for pair in cases.values()])
     other = torch.stack([pair[1] for pair in cases.values()])
     check(base, other, level=level, temperature=temperature)
 
 
-@pytest.mark.parametrize("name", list(adversarial()))
+@pytest.mark.parametrize("name", list(adversarial(SIZE)))
 def test_adversarial_rows_in_float32(name: str) -> None:
-    base, other = adversarial()[name]
+    base, other = adversarial(SIZE)[name]
     check(base[None], other[None])
 
 
 def test_broad_against_certain() -> None:
-    """Σv² is as little as 1e-5 of Σw²: what core takes as a difference of the two would be lost."""
     vocab = 50257
-    base, other = 0.05 * torch.randn(3, vocab), 0.05 * torch.randn(3, vocab)
-    base[:, 7], other[:, 7] = 0.3, torch.tensor([4.0, 5.0, 9.0])
+    base, other = broad_against_certain(vocab)
     check(base, other, level="precise")
     found = pair_stats(base, other).as_dict()
     truth = reference.pair_stats(base.double(), other.double())
@@ -174,7 +140,7 @@ def test_broad_against_certain() -> None:
 
 
 def test_disjoint_argmax_does_not_overflow_at_low_temperature() -> None:
-    stats = pair_stats(one_hot(3, 80.0), one_hot(9, 80.0), temperature=0.05)
+    stats = pair_stats(one_hot(SIZE, 3, 80.0), one_hot(SIZE, 9, 80.0), temperature=0.05)
     assert float(stats.kl_base_other) == pytest.approx(1600.0, rel=1e-6)
     assert float(stats.kl_other_base) == pytest.approx(1600.0, rel=1e-6)
     assert float(stats.cos_prob) == pytest.approx(0.0, abs=1e-6)
@@ -339,10 +305,10 @@ def test_top_tokens(k: int, dtype: torch.dtype) -> None:
 
 def test_tail_bucket_keeps_a_tiny_tail() -> None:
     """1 − mass would round to nothing; the tail is summed."""
-    base, other = one_hot(3, 40.0), one_hot(3, 45.0)
+    base, other = one_hot(SIZE, 3, 40.0), one_hot(SIZE, 3, 45.0)
     top = pair_stats(base, other, topk=1).topk
     assert top is not None
-    tail = (ADVERSARIAL_VOCAB - 1) * math.exp(-40.0)
+    tail = (SIZE - 1) * math.exp(-40.0)
     assert float(top.tail_base) == pytest.approx(tail, rel=1e-5)
     assert float(top.kl_base_other) > 0
 

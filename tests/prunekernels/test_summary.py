@@ -37,6 +37,18 @@ def test_matches_plain_statistics() -> None:
     assert found["ln_ppl_base"] == pytest.approx(-float(picked[0].mean()), rel=1e-6)
 
 
+def test_results_of_parts_are_put_together_row_by_row() -> None:
+    base = torch.randn(7, 60)
+    other = base + 0.5 * torch.randn(7, 60)
+    options = {"labels": torch.arange(7), "topk": 2, "subset": [3, 4], "level": "full"}
+    whole = pair_stats(base, other, **options)  # type: ignore[arg-type]
+    joined = type(whole).cat([whole[:3], whole[3:6], whole[6:]])
+    assert joined.topk is not None and joined.topk.ids_base.shape == (7, 2)
+    for name, value in whole.as_dict().items():
+        assert torch.equal(joined.as_dict()[name], value), name
+    assert summarize(joined) == summarize(whole)
+
+
 def test_identical_rows() -> None:
     base = torch.randn(5, 60)
     found = summarize(pair_stats(base, base, labels=torch.arange(5)))

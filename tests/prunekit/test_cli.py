@@ -168,6 +168,8 @@ BAD_INPUT = {
         str(CONTEXT),
         "shorten",
     ),
+    "text without a report": ("compare dense dense --text long.txt --output new", "--text", "add"),
+    "short text": ("compare dense dense --kl-report --text empty.txt", "empty.txt", ""),
     "missing prompts": ("compare dense dense --prompts none.txt --output new", "none.txt", "path"),
     "empty prompts": ("compare dense dense --prompts empty.txt --output new", "empty.txt", "add"),
     "bad choices": ("compare dense dense --choices bad-choices.jsonl --output new", "line 1", "0"),
@@ -426,6 +428,18 @@ def test_doctor(capsys):
     assert cli.main(["doctor"]) == 0
     shown = capsys.readouterr().out
     assert "head_pair_stats" in shown and "datasets" in shown
+
+
+def test_kl_report(here, capsys):
+    line = "compare dense dense --kl-report --text long.txt --context 16 --batch-size 2"
+    before = snapshot(here)
+    assert cli.main([*line.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["dense"], found["pruned"], found["context"]) == ("dense", "dense", 16)
+    assert found["rows"] > 16 and found["kl_max"] == 0 and found["same_top"] == 1
+    assert cli.main(line.split()) == 0
+    assert "KL(dense ‖ dense)" in capsys.readouterr().out
+    assert snapshot(here) == before  # nothing is written
 
 
 def test_doctor_compiles_kernels(monkeypatch, capsys):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
@@ -45,6 +45,23 @@ class _Fields:
             return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
         return self.map(move)
+
+    @classmethod
+    def cat(cls: type[_Self], parts: Sequence[_Self], dim: int = 0) -> _Self:
+        """Rows of several results as one, such as those of several processes.
+
+        Args:
+            parts: results with the same fields, at least one.
+            dim: leading dimension along which the rows are put one after the other.
+        """
+        joined: dict[str, Any] = {}
+        for field in fields(cls):
+            values = [getattr(part, field.name) for part in parts]
+            if isinstance(values[0], Tensor):
+                joined[field.name] = torch.cat(values, dim)
+            elif isinstance(values[0], _Fields):
+                joined[field.name] = type(values[0]).cat(values, dim)
+        return cls(**joined)
 
     def as_dict(self) -> dict[str, Tensor]:
         """Every tensor by name; those of a nested group as "topk.…" and "subset.…"."""

@@ -181,10 +181,16 @@ def _pair_merge_kernel(
     var_q = tl.where(lost, inf, _at_least_0(s[11] / q0 - q1 * q1)) * square
     cos_p = tl.minimum(s[9] / tl.sqrt(s[7] * s[8]), 1.0)
     apart = _at_least_0(s[13] - s[12] * s[12] / s[7])
-    one_minus_cos_p = tl.where(cos_p > 0.5, apart / (s[8] * (1.0 + cos_p)), 1.0 - cos_p)
+    # The residual v−w is worth its rounding where it is shorter than v; else 1−cos itself is.
+    residual = apart / (s[8] * (1.0 + cos_p))
+    one_minus_cos_p = tl.where(s[13] < s[8], residual, 1.0 - cos_p)
     cos_z, one_minus_cos_z, alpha, orthogonal = lib.angles(s[17], s[18], s[19], s[20], s[21])
-    u1 = s[14] / s[22]
-    uniform = _at_least_0(s[15] / s[22] - u1 * u1) * (nats * t) * (nats * t)
+    # d = x + β − α: subtract the smaller mean's square.
+    mean_x = s[14] / s[22] * (nats * t)
+    mean_d = mean_x + (ref_b - ref_a) / scale
+    from_x = s[15] / s[22] * (nats * t) * (nats * t) - mean_x * mean_x
+    from_d = s[19] / s[22] - mean_d * mean_d
+    uniform = _at_least_0(tl.where(tl.abs(mean_d) < tl.abs(mean_x), from_d, from_x))
     lse_a = ref_a / scale / t + ln_w0
     lse_b = ref_b / scale / t + ln_v0
     margin_a = top_a - second_a

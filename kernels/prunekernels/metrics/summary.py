@@ -26,7 +26,7 @@ def summarize(stats: PairStats) -> dict[str, float]:
         token; `estimate_valid`, the share where the second-order estimates apply. With labels:
         `prob_delta_mean`, `prob_delta_rms`, `prob_delta_max`, `prob_delta_min`, `prob_delta_p…`
         (of q−p at the label), `ln_ppl_base`, `ln_ppl_other`, `ln_ppl_ratio` (their difference)
-        and `ppl_ratio`.
+        and `ppl_ratio`. A key with `_stderr` is the standard error of the one without.
 
     Raises:
         ValueError: if no row is left.
@@ -45,19 +45,30 @@ def summarize(stats: PairStats) -> dict[str, float]:
     kl = kl[fine]
     result = {"rows": float(kl.numel()), "rows_nan": float((~fine).sum())}
     result |= _spread("kl", kl)
-    result["kl_mean_stderr"] = float(kl.std(correction=1) / kl.numel() ** 0.5) if len(kl) > 1 else 0
+    result["kl_mean_stderr"] = _stderr(kl)
     result["kl_reverse_mean"] = float(rows(stats.kl_other_base).mean())
-    result["same_top"] = 1.0 - float(rows(stats.flipped).mean())
+    same = 1.0 - rows(stats.flipped)
+    result["same_top"], result["same_top_stderr"] = float(same.mean()), _stderr(same)
     result["estimate_valid"] = float(rows(stats.estimate_valid).mean())
     if stats.prob_delta is not None:
         delta = rows(stats.prob_delta)
         result |= _spread("prob_delta", delta)
-        result["prob_delta_rms"] = float(delta.square().mean().sqrt())
+        result["prob_delta_mean_stderr"] = _stderr(delta)
+        rms = float(delta.square().mean().sqrt())
+        result["prob_delta_rms"] = rms
+        # of √m, by the derivative: that of m over 2√m
+        result["prob_delta_rms_stderr"] = 0.5 * _stderr(delta.square()) / rms if rms else 0.0
         base, other = float(rows(stats.nll_base).mean()), float(rows(stats.nll_other).mean())
         result["ln_ppl_base"], result["ln_ppl_other"] = base, other
         result["ln_ppl_ratio"] = other - base
+        result["ln_ppl_ratio_stderr"] = _stderr(rows(stats.nll_other) - rows(stats.nll_base))
         result["ppl_ratio"] = float(torch.exp(torch.tensor(other - base, dtype=torch.float64)))
     return result
+
+
+def _stderr(values: Tensor) -> float:
+    """Standard error of the mean; 0 for a single value."""
+    return float(values.std(correction=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
 
 
 def _spread(name: str, values: Tensor) -> dict[str, float]:
