@@ -149,13 +149,30 @@ def token_ids(op: str, vocab: int, labels: Tensor | None, subset: Tensor | None)
             )
 
 
-def not_nan(op: str, scores: Tensor) -> None:
-    """No NaN anywhere: reads values, so it runs inside the op."""
-    # The maximum carries a NaN along, and is found twenty times faster than `isnan().any()`.
-    if scores.numel() == 0 or _capturing(scores) or not bool(scores.amax().isnan()):
-        return
-    where = tuple(scores.isnan().nonzero()[0].tolist())
-    raise ValueError(f"{op}: scores are NaN at index {where}; fix the weights or statistics first")
+def finite(op: str, scores: Tensor, norms: Tensor | None = None) -> None:
+    """No NaN and no infinity among scores, or weights and norms: reads values, so inside the op.
+
+    Skipped while a CUDA graph is captured, where a value cannot be read.
+    """
+    for name, tensor in (("scores", scores), ("norms", norms)):
+        if tensor is None or tensor.numel() == 0 or _capturing(tensor):
+            continue
+        # Extremes carry a NaN along, and are found many times faster than `isfinite().all()`.
+        if bool(torch.stack(torch.aminmax(tensor)).isfinite().all()):
+            continue
+        bad = tensor.isfinite().logical_not_()
+        where = tuple(bad.nonzero()[0].tolist())
+        value = "NaN" if bool(tensor[where].isnan()) else "infinite"
+        raise ValueError(
+            f"{op}: {name} are {value} at index {where}; fix the weights or statistics first"
+        )
+
+
+def no_flag(op: str, flag: Tensor, scores: Tensor, norms: Tensor | None) -> None:
+    """Raise as `finite` does if a kernel set its flag, which spares reading the scores again."""
+    if not _capturing(flag) and bool(flag):
+        finite(op, scores, norms)
+        raise ValueError(f"{op}: |weight|·norm overflows float32; scale the norms down")
 
 
 def _capturing(tensor: Tensor) -> bool:

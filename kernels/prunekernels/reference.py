@@ -174,6 +174,23 @@ def rowwise_mask(scores: Tensor, sparsity: float) -> Tensor:
     return mask.scatter_(-1, order[..., :kept], True)
 
 
+def sparsegpt_update(
+    weight: Tensor, upper: Tensor, mask: Tensor | None, keep: int = 0, of: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Columns one by one: pruned weights, errors and mask, each (R, C)."""
+    weight = weight.clone()
+    chosen = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    errors = torch.zeros_like(weight)
+    for i in range(weight.shape[1]):
+        if mask is None and i % of == 0:
+            group = slice(i, i + of)
+            scores = (weight[:, group] / upper.diagonal()[group]).square()
+            chosen[:, group] = nm_mask(scores, keep, of)
+        errors[:, i] = torch.where(chosen[:, i], 0.0, weight[:, i] / upper[i, i])
+        weight[:, i + 1 :] -= errors[:, i, None] * upper[i, i + 1 :]
+    return torch.where(chosen, weight, 0.0), errors, chosen
+
+
 def _divergence(p: Tensor, q: Tensor, ratio: Tensor) -> Tensor:
     """Terms p·φ(ln(q/p)) = q−p−p·ln(q/p) ≥ 0, whose sum is KL(p‖q); q where p is 0.
 

@@ -8,6 +8,7 @@ would do.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-OPS = ("head_pair_stats", "nm_mask", "pair_stats", "rowwise_mask", "vector_stats")
+OPS = (
+    "head_pair_stats",
+    "nm_mask",
+    "pair_stats",
+    "rowwise_mask",
+    "sparsegpt_update",
+    "vector_stats",
+)
 IMPLS = ("auto", "eager", "triton")
 
 
@@ -109,6 +117,11 @@ def select(op: str, tensors: Sequence[Tensor], impl: str = "auto") -> Choice:
     if device.type != "cuda":
         return Choice("eager", "the interpreter is slower; ask for impl='triton' to use it")
     return Choice("triton", "tensors are on cuda")
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one while kernels are launched."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def check_impl(impl: str) -> None:

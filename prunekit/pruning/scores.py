@@ -32,6 +32,24 @@ def wanda(matrix: Tensor, mean_square: Tensor) -> Tensor:
     return matrix.float().abs().mul_(mean_square.sqrt().to(matrix.device, torch.float32))
 
 
+def wanda_mask(matrix: Tensor, mean_square: Tensor, pattern: Pattern) -> Tensor:
+    """The mask that keeps each row's highest `wanda` scores, without forming them.
+
+    Args:
+        matrix: (out, in).
+        mean_square: See `wanda`.
+        pattern: N:M, or an exact count per row.
+
+    Returns:
+        (out, in), bool, True = keep.
+    """
+    matrix = matrix.float() if matrix.dtype == torch.float64 else matrix
+    norms = mean_square.sqrt().to(matrix.device, torch.float32)
+    if pattern.structured:
+        return nm_mask(matrix, pattern.keep, pattern.of, norms=norms)
+    return rowwise_mask(matrix, pattern.sparsity, norms=norms)
+
+
 def cumulative_shares(scores: Tensor) -> Tensor:
     """For each score, its row's scores up to and including it, as a share of the row's sum.
 

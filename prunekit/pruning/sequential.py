@@ -17,7 +17,6 @@ from prunekit.calibration import CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
 from prunekit.progress import track
 from prunekit.pruning import scores, sparsegpt
-from prunekit.pruning.patterns import Pattern
 from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
 from prunekit.pruning.report import MatrixReport, PruneReport
 from prunekit.pruning.statistics import InputStatistics, LayerCollector
@@ -199,7 +198,8 @@ def _prune_group(
     """Prune matrices that read the same input by the same method; the originals stay."""
     pattern = method.target
     if isinstance(method, Magnitude):
-        return [_by_scores(m, scores.magnitude(m), pattern, per_row=False) for m in matrices]
+        found = [scores.select(scores.magnitude(m), pattern, per_row=False) for m in matrices]
+        return [_masked(*pair) for pair in zip(matrices, found, strict=True)]
     assert inputs is not None
     note = ""
     if not inputs.tokens:
@@ -209,21 +209,20 @@ def _prune_group(
     if isinstance(method, SparseGPT) and not note:
         return _by_sparsegpt(matrices, method, inputs)
     mean_square = torch.ones_like(inputs.square_sum) if note else inputs.mean_square
+    if isinstance(method, Wanda) and (pattern.structured or not method.variant):
+        masks = [scores.wanda_mask(matrix, mean_square, pattern) for matrix in matrices]
+        return [_masked(*pair, note) for pair in zip(matrices, masks, strict=True)]
     results = []
     for matrix in matrices:
-        found = scores.wanda(matrix, mean_square)
-        per_row = isinstance(method, Wanda) and not method.variant
-        if isinstance(method, Wanda) and method.variant and not pattern.structured:
-            found = scores.cumulative_shares(found)
-        results.append(_by_scores(matrix, found, pattern, per_row=per_row, note=note))
+        ranked = scores.wanda(matrix, mean_square)
+        if isinstance(method, Wanda):
+            ranked = scores.cumulative_shares(ranked)
+        results.append(_masked(matrix, scores.select(ranked, pattern, per_row=False), note))
     return results
 
 
-def _by_scores(
-    matrix: Tensor, found: Tensor, pattern: Pattern, *, per_row: bool, note: str = ""
-) -> _Pruned:
-    mask = scores.select(found, pattern, per_row=per_row)
-    return _Pruned(matrix.masked_fill(~mask, 0), mask, note)
+def _masked(matrix: Tensor, mask: Tensor, note: str = "") -> _Pruned:
+    return _Pruned(matrix.masked_fill(mask.logical_not(), 0), mask, note)
 
 
 def _by_sparsegpt(

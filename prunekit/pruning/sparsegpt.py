@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from prunekernels import nm_mask, rowwise_mask
+from prunekernels import rowwise_mask, sparsegpt_update
 from torch import Tensor
 
 from prunekit.errors import PrunekitError
@@ -21,7 +21,6 @@ from prunekit.pruning.patterns import Pattern
 
 _TRIANGLE_BLOCK = 256  # columns of the Hessian that are accumulated by one matrix product
 _INVERSE_BLOCK = 128  # triangular inverses up to this size are left to LAPACK
-_VISIT_TOGETHER = 32  # unstructured: columns between two updates of the rest of a block
 _DAMPING_STEPS = (1, 10, 100, 1000)  # factors on the damping, tried in turn
 
 
@@ -33,12 +32,19 @@ def accumulate_(hessian: Tensor, rows: Tensor) -> None:
 
     Args:
         hessian: (in, in), float32; only the lower triangle becomes meaningful.
-        rows: (tokens, in), float32.
+        rows: (tokens, in). Products of bfloat16 or float16 numbers are exact in float32, so on a
+            GPU, whose tensor cores add them up in float32, nothing but the sum is rounded.
     """
     width = hessian.shape[0]
+    narrow = rows.is_cuda and rows.dtype in (torch.bfloat16, torch.float16)
+    rows = rows if narrow else rows.float()
     for start in range(0, width, _TRIANGLE_BLOCK):
         stop = min(start + _TRIANGLE_BLOCK, width)
-        hessian[start:, start:stop].addmm_(rows[:, start:].t(), rows[:, start:stop])
+        left, right, sums = rows[:, start:].t(), rows[:, start:stop], hessian[start:, start:stop]
+        if narrow:
+            sums += torch.mm(left, right, out_dtype=torch.float32)
+        else:
+            sums.addmm_(left, right)
 
 
 def mirror_(hessian: Tensor) -> None:
@@ -131,25 +137,21 @@ def sparsify(
     # Transposed: a visited column of all rows is contiguous.
     weight = torch.cat([matrix.float() for matrix in matrices]).t().contiguous()
     keep = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
-    together = pattern.of if pattern.structured else _VISIT_TOGETHER
-    block = max(together, block - block % together) if pattern.structured else block
+    if pattern.structured:
+        block = max(pattern.of, block - block % pattern.of)
     inverse_diagonal = upper.diagonal().reciprocal()
     for start in range(0, len(weight), block):
         stop = min(start + block, len(weight))
         columns, factor = weight[start:stop], upper[start:stop, start:stop]
-        scale = inverse_diagonal[start:stop, None]
-        if not pattern.structured:
-            _choose_block(columns * scale, keep, start, sizes, pattern.sparsity)
-        errors = torch.zeros_like(columns)
-        for first in range(0, stop - start, together):
-            last = min(first + together, stop - start)
-            group, kept = columns[first:last], keep[start + first : start + last]
-            group.addmm_(factor[:first, first:last].t(), errors[:first], alpha=-1)
-            if pattern.structured:
-                scores = (group * scale[first:last]).square_().t().contiguous()
-                kept.copy_(nm_mask(scores, pattern.keep, pattern.of).t())
-            _visit(group, factor[first:last, first:last], kept, errors[first:last])
-        weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
+        if pattern.structured:
+            found = sparsegpt_update(columns.t(), factor, keep=pattern.keep, of=pattern.of)
+        else:
+            scaled = columns * inverse_diagonal[start:stop, None]
+            _choose_block(scaled, keep, start, sizes, pattern.sparsity)
+            found = sparsegpt_update(columns.t(), factor, keep[start:stop].t())
+        keep[start:stop] = found.mask.t()
+        weight[start:stop] = found.pruned.t()
+        weight[stop:].addmm_(upper[start:stop, stop:].t(), found.errors.t(), alpha=-1)
     pruned, masks = torch.split(weight, sizes, dim=1), torch.split(keep, sizes, dim=1)
     return [(values.t(), mask.t()) for values, mask in zip(pruned, masks, strict=True)]
 
@@ -176,21 +178,3 @@ def _choose_block(
         share = (after - before + 0.5) / part.numel() if after > before else 0.0
         flat = part.t().reshape(1, -1)
         mask.copy_(rowwise_mask(flat, min(share, 1.0)).view(rows, -1).t())
-
-
-def _visit(columns: Tensor, factor: Tensor, keep: Tensor, errors: Tensor) -> None:
-    """Prune columns one after the other, each after the errors of those before it.
-
-    Args:
-        columns: (columns, rows): weights; updated, and zero where pruned, afterwards.
-        factor: (columns, columns): their part of U.
-        keep: (columns, rows), bool.
-        errors: (columns, rows): receives weight / U_ii of the pruned weights, zero elsewhere.
-    """
-    scale = factor.diagonal().reciprocal()[:, None] * ~keep
-    for index in range(len(columns)):
-        column = columns[index]
-        if index:
-            column.addmv_(errors[:index].t(), factor[:index, index], alpha=-1)
-        torch.mul(column, scale[index], out=errors[index])
-    columns.mul_(keep)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from prunekernels import nm_mask, reference, rowwise_mask
+from prunekernels import nm_mask, nm_prune_, reference, rowwise_mask, rowwise_prune_
 from torch import Tensor
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -55,17 +55,70 @@ def test_counts_never_exceed_the_sparsity_asked_for() -> None:
     assert int((~rowwise_mask(torch.randn(10), 0.7)).sum()) == 7  # 0.7·10 is 6.999…
 
 
-def test_infinite_scores_are_ordinary() -> None:
-    inf = float("inf")
-    scores = torch.tensor([[inf, -inf, 0.0, 1.0], [-inf, -inf, -inf, 5.0]])
-    assert nm_mask(scores, 2, 4).tolist() == [
-        [True, False, False, True],
-        [True, False, False, True],
-    ]
-    assert rowwise_mask(scores, 0.25).tolist() == [
-        [True, False, True, True],
-        [True, True, False, True],
-    ]
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_scores_without_an_order_are_refused(value: float) -> None:
+    """An infinite score is an overflow: it would tie with every other one."""
+    word = "NaN" if value != value else "infinite"
+    bad = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, value, 3.0, 4.0]])
+    for call in (
+        lambda: nm_mask(bad, 2, 4),
+        lambda: rowwise_mask(bad, 0.5),
+        lambda: rowwise_mask(bad, 0.0),
+        lambda: nm_prune_(bad, 2, 4),
+        lambda: rowwise_prune_(bad, 0.5, norms=torch.ones(4)),
+    ):
+        with pytest.raises(ValueError, match=rf"scores are {word} at index \(1, 1\)"):
+            call()
+    with pytest.raises(ValueError, match=rf"norms are {word} at index \(1,\)"):
+        rowwise_mask(torch.ones(2, 2), 0.5, norms=torch.tensor([1.0, value]))
+    with pytest.raises(ValueError, match="overflows float32"):
+        nm_mask(torch.full((1, 2), 3e38), 1, 2, norms=torch.tensor([2.0, 1.0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norms_score_as_the_matrix_of_scores_would(dtype: torch.dtype) -> None:
+    weight = torch.randn(70, 96).to(dtype)
+    weight[3] = tied(96).to(dtype)
+    norms = torch.rand(96) * torch.tensor([1.0, 0.0, 1e-30, 1e-44]).repeat(24)
+    scores = weight.float().abs() * norms
+    assert torch.equal(nm_mask(weight, 2, 4, norms=norms), nm_mask(scores, 2, 4))
+    for sparsity in (0.3, 0.5, 0.9):
+        mask = rowwise_mask(weight, sparsity, norms=norms)
+        assert torch.equal(mask, reference.rowwise_mask(scores.double(), sparsity))
+    assert not torch.equal(mask, rowwise_mask(weight.abs(), 0.9))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pruning_in_place_writes_zeros_where_the_mask_says(dtype: torch.dtype) -> None:
+    norms = torch.rand(24)
+    for norm in (None, norms):
+        for call in (
+            lambda w, norm=norm: nm_prune_(w, 3, 8, norms=norm),
+            lambda w, norm=norm: rowwise_prune_(w, 0.6, norms=norm),
+        ):
+            weight = torch.randn(24, 9).to(dtype).t()  # strided, as a Conv1D's weight
+            dense = weight.clone()
+            mask = call(weight)
+            assert torch.equal(weight, dense.masked_fill(~mask, 0))
+            scores = dense.float().abs() * (1 if norm is None else norm)
+            wanted = (
+                reference.nm_mask(scores.double(), 3, 8)
+                if int(mask.sum()) == 81
+                else reference.rowwise_mask(scores.double(), 0.6)
+            )
+            assert torch.equal(mask, wanted)
+
+
+@pytest.mark.parametrize("sparsity", [0.001, 0.3, 0.5, 0.999])
+def test_long_rows_whatever_their_order(sparsity: float) -> None:
+    """A sample brackets a long row's cut; where it misleads, the result is still exact."""
+    width = 200_000
+    rising = torch.arange(width, dtype=torch.float32)
+    periodic = torch.zeros(width)
+    periodic[:: width // (1 << 13)] = torch.rand(len(periodic[:: width // (1 << 13)]))
+    for scores in (rising, rising.flip(0), periodic, torch.randn(width).bfloat16(), rising % 3):
+        mask = rowwise_mask(scores[None], sparsity)
+        assert torch.equal(mask, reference.rowwise_mask(scores[None].double(), sparsity))
 
 
 def test_a_whole_matrix_as_one_row() -> None:
@@ -98,8 +151,12 @@ def test_strides_leading_dimensions_and_no_rows() -> None:
 
 def test_opcheck_and_fullgraph_compile() -> None:
     scores = torch.randn(5, 24)
-    torch.library.opcheck(torch.ops.prunekernels.nm_mask.default, (scores, 2, 4, "auto"))
-    torch.library.opcheck(torch.ops.prunekernels.rowwise_mask.default, (scores, 12, "auto"))
+    ops, norms = torch.ops.prunekernels, torch.rand(24)
+    for norm in (None, norms):
+        torch.library.opcheck(ops.nm_mask.default, (scores, norm, 2, 4, "auto"))
+        torch.library.opcheck(ops.rowwise_mask.default, (scores, norm, 12, "auto"))
+        torch.library.opcheck(ops.nm_prune_.default, (scores.clone(), norm, 2, 4, "auto"))
+        torch.library.opcheck(ops.rowwise_prune_.default, (scores.clone(), norm, 12, "auto"))
     compiled = torch.compile(
         lambda s: (nm_mask(s, 2, 4), rowwise_mask(s, 0.3)), fullgraph=True, backend="eager"
     )
@@ -122,6 +179,8 @@ NAN = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, float("nan"), 3.0, 4.0]])
         (lambda: nm_mask(torch.tensor(1.0), 2, 4), "multiple"),
         (lambda: nm_mask(NAN, 2, 4), r"NaN at index \(1, 1\)"),
         (lambda: nm_mask(torch.zeros(2, 8).long(), 2, 4), "got torch.int64"),
+        (lambda: nm_mask(torch.zeros(2, 8), 2, 4, norms=torch.ones(4)), r"float32 of shape \(4,\)"),
+        (lambda: rowwise_mask(torch.zeros(2, 8), 0.5, norms=torch.ones(8).half()), "torch.float16"),
         (lambda: rowwise_mask(NAN, 0.5), r"NaN at index \(1, 1\)"),
         (lambda: rowwise_mask(torch.zeros(2, 8), 50), "share between 0 and 1, got 50"),
         (lambda: rowwise_mask(torch.zeros(2, 8), -0.1), "got -0.1"),

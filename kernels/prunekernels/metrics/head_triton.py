@@ -27,7 +27,7 @@ from prunekernels.compilation import KernelCase
 from prunekernels.eager import logit_blocks, rms_normalised
 from prunekernels.metrics import merge_triton, pair_triton
 from prunekernels.metrics.merge_triton import State
-from prunekernels.runtime import interpreting
+from prunekernels.runtime import interpreting, on
 
 
 @triton.jit(do_not_specialize=["N", "V", "S"])
@@ -255,7 +255,7 @@ def partial_state(
         base.device, rows, splits, temperature, precise, by_other, labels is not None
     )
     if rows:
-        with merge_triton.on(base):
+        with on(base):
             _head_pair_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
                 base,
                 other,

@@ -11,12 +11,10 @@ are then evaluated as `closed_form` defines them, with exponents in base 2 (`lan
 
 from __future__ import annotations
 
-import contextlib
 import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import triton
@@ -26,6 +24,7 @@ from torch import Tensor
 from prunekernels import language as lib
 from prunekernels import layout, tuning
 from prunekernels.compilation import KernelCase
+from prunekernels.runtime import on
 
 #: What a partial state holds before the sums. ref: A, B; top, second: the largest logits; label:
 #: the label's logit, 0 where another split has it; then counts of excluded elements.
@@ -349,11 +348,6 @@ def merge_states(states: Sequence[State]) -> State:
 def exponent_scale(temperature: float) -> float:
     """log2(e)/T rounded to float32, as a kernel argument is."""
     return _to_float32(math.log2(math.e) / temperature)
-
-
-def on(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Make the tensor's GPU the current one while kernels are launched."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def _to_float32(value: float) -> float:

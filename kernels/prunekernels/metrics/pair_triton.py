@@ -26,6 +26,7 @@ from prunekernels.metrics import merge_triton
 from prunekernels.metrics.merge_triton import State
 from prunekernels.metrics.rows import PairRows
 from prunekernels.pair_sums import take_rows
+from prunekernels.runtime import on
 
 
 @triton.jit(do_not_specialize=["N", "V", "S", "first_id"])
@@ -401,7 +402,7 @@ def partial_state(
     )
     if rows.count:
         config = tuning.pair_config()
-        with merge_triton.on(base):
+        with on(base):
             _pair_sums_kernel[(rows.count * splits,)](
                 base,
                 other,
@@ -436,7 +437,7 @@ def second_pass(base: Tensor, other: Tensor, norms: Tensor, temperature: float) 
     splits = tuning.pair_splits(rows.count, rows.width)
     sums = torch.empty(rows.count, splits, 3, dtype=torch.float32, device=base.device)
     if rows.count:
-        with merge_triton.on(base):
+        with on(base):
             _pair_full_kernel[(rows.count * splits,)](
                 base,
                 other,

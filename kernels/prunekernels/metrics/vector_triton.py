@@ -17,8 +17,8 @@ from prunekernels import language as lib
 from prunekernels import tuning
 from prunekernels.compilation import KernelCase
 from prunekernels.layout import VECTOR_FLOATS
-from prunekernels.metrics.merge_triton import on
 from prunekernels.metrics.rows import PairRows
+from prunekernels.runtime import on
 
 
 @triton.jit(do_not_specialize=["N", "D"])

@@ -1,0 +1,159 @@
+"""Selection as chunked torch: what runs on a CPU and wherever Triton cannot.
+
+Scores are formed a few rows at a time, so that no matrix of them exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from prunekernels import checks
+from prunekernels.pair_sums import take_rows
+
+_LONG_ROW = 1 << 16  # scores from which a sample brackets the cut
+_SAMPLE = 1 << 13
+
+
+def nm_mask(
+    scores: Tensor, norms: Tensor | None, keep: int, of: int, absolute: bool, inplace: bool
+) -> Tensor:
+    """True for the `keep` largest of every `of` along the last dimension, lower index first.
+
+    Args:
+        scores: (…, K), or weights.
+        norms: (K,) factors on |weight|, or None.
+        keep: N.
+        of: M, a divisor of K.
+        absolute: Score by |scores|; norms imply it.
+        inplace: Also set what goes to zero.
+    """
+    checks.finite("nm_mask", scores, norms)
+    width = scores.shape[-1]
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    if mask.numel() == 0:
+        return mask
+    flat = mask.view(-1, width)
+    step = max(1, (1 << (18 if scores.device.type == "cpu" else 26)) // width)
+    for start, block in _blocks("nm_mask", scores, norms, absolute, step):
+        groups = block.reshape(-1, of)
+        chosen = _rank_small(groups, keep) if of <= 16 else _rank_sorted(groups, keep)
+        flat[start : start + len(block)] = chosen.reshape(len(block), width)
+    if inplace:
+        scores.masked_fill_(mask.logical_not(), 0)
+    return mask
+
+
+def _blocks(
+    op: str, scores: Tensor, norms: Tensor | None, absolute: bool, step: int
+) -> Iterator[tuple[int, Tensor]]:
+    """First row and scores (up to `step` rows, K), formed when they are needed."""
+    rows = scores.numel() // scores.shape[-1]
+    for start in range(0, rows, step):
+        block = take_rows(scores, start, min(start + step, rows))
+        if norms is not None:
+            block = block.float().abs().mul_(norms)
+            if bool(torch.isinf(block.amax())):
+                raise ValueError(f"{op}: |weight|·norm overflows float32; scale the norms down")
+        elif absolute:
+            block = block.abs()
+        yield start, block
+
+
+def _rank_small(groups: Tensor, keep: int) -> Tensor:
+    """Which `keep` members of each group (count, size) win."""
+    columns = torch.empty(groups.shape[1], len(groups), dtype=torch.float32, device=groups.device)
+    for member in range(len(columns)):
+        columns[member] = groups[:, member]
+    return torch.stack(rank_columns(columns, keep).unbind(0), -1)
+
+
+def rank_columns(columns: Tensor, keep: int) -> Tensor:
+    """Which `keep` members of each group win, from a column of float32 scores per member.
+
+    Counts how many beat each: size·(size−1)/2 comparisons, vectorised over groups. Comparisons are
+    written as floats: torch vectorises those, and not the ones written as bool.
+
+    Args:
+        columns: (size, count) float32.
+        keep: N.
+
+    Returns:
+        (size, count), bool.
+    """
+    size = len(columns)
+    beaten = torch.zeros_like(columns)
+    wins = torch.empty_like(columns)
+    for left in range(size - 1):
+        later = slice(left + 1, size)
+        # An equal, earlier member comes first.
+        torch.ge(columns[left], columns[later], out=wins[later])
+        beaten[later] += wins[later]
+        beaten[left] += (size - 1 - left) - wins[later].sum(0)
+    return beaten < keep
+
+
+def _rank_sorted(groups: Tensor, keep: int) -> Tensor:
+    order = groups.sort(stable=True, dim=-1, descending=True).indices[:, :keep]
+    chosen = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
+    return chosen.scatter_(1, order, True)
+
+
+def rowwise_mask(
+    scores: Tensor, norms: Tensor | None, prune: int, absolute: bool, inplace: bool
+) -> Tensor:
+    """False for the `prune` smallest of every row; among equals the higher index goes first.
+
+    Args:
+        scores: (…, K), or weights.
+        norms: (K,) factors on |weight|, or None.
+        prune: How many go.
+        absolute: Score by |scores|; norms imply it.
+        inplace: Also set what goes to zero.
+    """
+    checks.finite("rowwise_mask", scores, norms)
+    width = scores.shape[-1]
+    mask = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+    if prune == 0 or mask.numel() == 0:
+        return mask
+    flat = mask.view(-1, width)
+    step = max(1, (1 << (20 if scores.device.type == "cpu" else 26)) // width)
+    for start, block in _blocks("rowwise_mask", scores, norms, absolute, step):
+        cut = _cuts(block, prune)
+        keep = torch.gt(block, cut)
+        surplus = prune - (width - keep.sum(-1))  # ≤ 0: members equal to the cut that stay
+        tied = (surplus < 0).nonzero().squeeze(1)
+        if tied.numel():
+            equal = block[tied] == cut[tied]
+            spared = equal & (equal.cumsum(-1) <= -surplus[tied, None])
+            keep[tied] = keep[tied] | spared
+        flat[start : start + len(block)] = keep
+    if inplace:
+        scores.masked_fill_(mask.logical_not(), 0)
+    return mask
+
+
+def _cuts(block: Tensor, prune: int) -> Tensor:
+    """The `prune`-th smallest score of every row, (rows, 1)."""
+    if block.shape[1] < _LONG_ROW or block.is_cuda:
+        return block.kthvalue(prune, -1, keepdim=True).values
+    return torch.stack([_long_cut(row, prune) for row in block])[:, None]
+
+
+def _long_cut(row: Tensor, prune: int) -> Tensor:
+    """The `prune`-th smallest of a long row: a sorted sample brackets it, the bracket is searched.
+
+    Four standard deviations of a random sample's rank on either side; where an even sample is no
+    fair one and the bracket misses, the whole row is searched.
+    """
+    sample = row[:: max(1, len(row) // _SAMPLE)].sort().values
+    rank, margin = prune * len(sample) // len(row), 2 * int(len(sample) ** 0.5)
+    low = sample[max(0, rank - margin)]
+    high = sample[min(len(sample) - 1, rank + margin)]
+    below = int((row < low).sum())
+    bracket = row[(row >= low) & (row <= high)]
+    if below < prune <= below + len(bracket):
+        return bracket.kthvalue(prune - below).values
+    return row.kthvalue(prune).values

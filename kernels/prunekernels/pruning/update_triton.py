@@ -1,0 +1,162 @@
+"""SparseGPT's walk over a block of columns by Triton: a program owns rows, and visits the columns.
+
+For i = 0, 1, …: e_i = w_i / U_ii where column i is pruned, else 0; w_j −= e_i·U_ij for j > i. Under
+N:M the pruned ones of a group are chosen when its first column is reached: smallest (w_j / U_jj)²
+first, of equals the last. The tile of weights stays in registers, U's block in the first-level
+cache. Source: SparseGPT (arXiv 2301.00774), algorithm 1.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunekernels import tuning
+from prunekernels.compilation import KernelCase
+from prunekernels.runtime import on
+
+
+@triton.jit(do_not_specialize=["R", "C"])
+def _update_kernel(
+    weight_ptr,  # (R, C) fp32
+    upper_ptr,  # (C, C) fp32, rows of consecutive numbers
+    chosen_ptr,  # (R, C) int8: 1 = keep; with M = 0
+    pruned_ptr,  # (C, R) fp32
+    errors_ptr,  # (C, R) fp32
+    mask_ptr,  # (C, R) int8
+    R,
+    C,
+    stride_wr,
+    stride_wc,
+    stride_u,
+    stride_mr,
+    stride_mc,
+    KEEP: tl.constexpr,
+    M: tl.constexpr,  # 0: `chosen_ptr` says what stays
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,  # ≥ C
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, COLUMNS)
+    inside = (rows < R)[:, None] & (columns < C)[None, :]
+    at = rows[:, None] * stride_wr + columns.to(tl.int64)[None, :] * stride_wc
+    w = tl.load(weight_ptr + at, mask=inside, other=0.0)
+    diagonal = tl.load(upper_ptr + columns.to(tl.int64) * (stride_u + 1), columns < C, other=1.0)
+    scale = 1.0 / diagonal
+    keep = tl.full((ROWS, COLUMNS), 1, tl.int32)
+    if M == 0:
+        chosen = rows[:, None] * stride_mr + columns.to(tl.int64)[None, :] * stride_mc
+        keep = tl.load(chosen_ptr + chosen, mask=inside, other=1).to(tl.int32)
+    for i in range(0, C):
+        here = (columns == i)[None, :]
+        if M > 0 and i % M == 0:
+            # a score's bits are ordered as it is; the column breaks ties and makes keys unique
+            score = w * scale[None, :]
+            bits = (score * score).to(tl.int32, bitcast=True).to(tl.int64)
+            key = (bits << 8) | (255 - columns)[None, :].to(tl.int64)
+            group = ((columns >= i) & (columns < i + M))[None, :]
+            for _ in range(M - KEEP):
+                left = tl.where(group & (keep > 0), key, 0x7FFFFFFFFFFFFFFF)
+                least = tl.min(left, 1)
+                keep = tl.where(left == least[:, None], 0, keep)
+        stays = tl.sum(tl.where(here, keep, 0), 1)
+        inverse = tl.sum(tl.where(columns == i, scale, 0.0))
+        value = tl.sum(tl.where(here, w, 0.0), 1)
+        e = tl.where(stays > 0, 0.0, value * inverse)
+        row = upper_ptr + tl.cast(i, tl.int64) * stride_u + columns
+        factor = tl.load(row, mask=(columns > i) & (columns < C), other=0.0)
+        w = w - e[:, None] * factor[None, :]
+        tl.store(errors_ptr + tl.cast(i, tl.int64) * R + rows, e, mask=rows < R)
+    w = tl.where(keep > 0, w, 0.0)
+    out = columns.to(tl.int64)[None, :] * R + rows[:, None]
+    tl.store(pruned_ptr + out, w, mask=inside)
+    tl.store(mask_ptr + out, keep.to(tl.int8), mask=inside)
+
+
+def sparsegpt_update(
+    weight: Tensor, upper: Tensor, mask: Tensor | None, keep: int, of: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`update_eager.sparsegpt_update` by Triton, at most 128 columns per launch."""
+    rows, width = weight.shape
+    pruned = torch.empty(width, rows, dtype=torch.float32, device=weight.device)
+    errors = torch.empty_like(pruned)
+    kept = torch.empty(width, rows, dtype=torch.bool, device=weight.device)
+    upper = upper if upper.stride(1) == 1 else upper.contiguous()
+    most = tuning.UPDATE_COLUMNS
+    step = most if mask is not None else most - most % of
+    if width > step:
+        weight = weight.clone()
+    for start in range(0, width, step):
+        stop = min(start + step, width)
+        part = slice(start, stop)
+        chosen = None if mask is None else mask[:, part]
+        _launch(
+            (weight[:, part], upper[part, part], chosen, keep, of),
+            (pruned[part], errors[part], kept[part]),
+        )
+        if stop < width:
+            weight[:, stop:].addmm_(errors[part].t(), upper[part, stop:], alpha=-1)
+    return pruned.t(), errors.t(), kept.t()
+
+
+def _launch(
+    inputs: tuple[Tensor, Tensor, Tensor | None, int, int], outputs: tuple[Tensor, Tensor, Tensor]
+) -> None:
+    weight, upper, mask, keep, of = inputs
+    pruned, errors, kept = outputs
+    rows, width = weight.shape
+    if weight.numel() == 0:
+        return
+    tile = tuning.update_tile(rows, width)
+    with on(weight):
+        _update_kernel[(triton.cdiv(rows, tile.rows),)](
+            weight,
+            upper,
+            None if mask is None else mask.view(torch.int8),
+            pruned,
+            errors,
+            kept.view(torch.int8),
+            rows,
+            width,
+            weight.stride(0),
+            weight.stride(1),
+            upper.stride(0),
+            0 if mask is None else mask.stride(0),
+            0 if mask is None else mask.stride(1),
+            KEEP=keep,
+            M=of if mask is None else 0,
+            ROWS=tile.rows,
+            COLUMNS=tile.columns,
+            num_warps=tile.num_warps,
+        )
+
+
+def compile_cases() -> list[KernelCase]:
+    """A whole block of 128 columns: the mask given, and 2:4 and 16:32 chosen inside."""
+    tile = tuning.update_tile(4096, tuning.UPDATE_COLUMNS)
+    strides = dict.fromkeys(("stride_wc", "stride_u", "stride_mc"), "i32")
+    cases = []
+    for name, keep, of in (("unstructured", 0, 0), ("2:4", 2, 4), ("16:32", 16, 32)):
+        pointers = {"weight_ptr": "*fp32", "upper_ptr": "*fp32", "pruned_ptr": "*fp32"}
+        pointers |= {"errors_ptr": "*fp32", "mask_ptr": "*i8"}
+        pointers |= {} if of else {"chosen_ptr": "*i8"}
+        cases.append(
+            KernelCase(
+                name=f"sparsegpt_update/{name}",
+                kernel=_update_kernel,
+                signature={**pointers, "R": "i32", "C": "i32", **strides},
+                constants={
+                    **({"chosen_ptr": None} if of else {}),
+                    **{"stride_wr": 1, "stride_mr": 1, "KEEP": keep, "M": of},
+                    **{"ROWS": tile.rows, "COLUMNS": tile.columns},
+                },
+                num_warps=tile.num_warps,
+                divisible=(*pointers, *strides),
+                opcodes=("FFMA",),
+            )
+        )
+    return cases
