@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
 from metric_peers import Inputs, MetricPeer
-from timers import copies_needed
 from torch import Tensor
 
 VOCABULARIES = (32000, 50257, 128256, 152064, 262144)
@@ -68,12 +67,11 @@ def contender(peer: MetricPeer, sets: Sequence[Inputs], cost: list[model.Cost]) 
     return Contender(peer.name, prepare)
 
 
-def vectors(case: Case, dtype: torch.dtype, device: torch.device) -> list[Contender]:
+def vectors(case: Case, dtype: torch.dtype, session: Session) -> list[Contender]:
     """Cosines of hidden states: ours against torch's."""
-    N, D = int(case.sizes["N"]), int(case.sizes["D"])
-    count = copies_needed(2 * N * D * dtype.itemsize, device)
+    N, D, device = int(case.sizes["N"]), int(case.sizes["D"]), session.device
     sets = []
-    for _ in range(count):
+    for _ in range(session.copies(2 * N * D * dtype.itemsize)):
         base = torch.randn(N, D, device=device)
         sets.append((base.to(dtype), (base + 0.1 * torch.randn(N, D, device=device)).to(dtype)))
     exact = F.cosine_similarity(sets[0][0].double(), sets[0][1].double(), dim=-1)
@@ -95,20 +93,20 @@ def vectors(case: Case, dtype: torch.dtype, device: torch.device) -> list[Conten
     return [Contender(name, functools.partial(prepare, name)) for name in ways]
 
 
-def make(case: Case, options: argparse.Namespace, device: torch.device) -> list[Contender]:
+def make(case: Case, options: argparse.Namespace, session: Session) -> list[Contender]:
     """The contenders of one case."""
-    dtype = getattr(torch, case.dtype)
+    dtype, device = getattr(torch, case.dtype), session.device
     sizes = {name: int(value) for name, value in case.sizes.items()}
     if case.op == "vector_stats":
-        return vectors(case, dtype, device)
+        return vectors(case, dtype, session)
     if case.op == "head_pair_stats":
         N, D, V = sizes["N"], sizes["D"], sizes["V"]
-        count = copies_needed(V * D * dtype.itemsize, device, most=4)
+        count = min(4, session.copies(V * D * dtype.itemsize))
         sets = [hidden(N, D, V, dtype, device) for _ in range(count)]
         cost = model.head_pair_stats(N, D, V, dtype.itemsize)
         return [contender(peer, sets, cost) for peer in metric_peers.head_peers(options.research)]
     N, V = sizes["N"], sizes["V"]
-    count = copies_needed(2 * N * V * dtype.itemsize, device)
+    count = session.copies(2 * N * V * dtype.itemsize)
     sets = [logits(N, V, dtype, device) for _ in range(count)]
     found = []
     for peer in metric_peers.LOGITS:
@@ -133,7 +131,7 @@ def plan(session: Session) -> list[Case]:
     widths = ((2048, 4096), (60, 4096)) if on_gpu else ((2048, 576),)
     head_vocabulary = 152064 if on_gpu else 49152
     if session.quick:
-        rows, vocabularies, dtypes = rows // 8, (32000, 152064), dtypes[:1]
+        rows, vocabularies, dtypes = rows // 8, (32000,), dtypes[:1]
         heads, widths, fewer = heads[:1], widths[:1], fewer[:1]
     cases = []
     for dtype in dtypes:
@@ -158,7 +156,7 @@ def main() -> int:
     torch.manual_seed(0)
     cases = plan(session)
     return session.run(
-        [(case, functools.partial(make, case, options, session.device)) for case in cases]
+        [(case, functools.partial(make, case, options, session)) for case in cases]
     )
 
 

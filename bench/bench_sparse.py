@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from harness import Case, Contender, Prepared, Session, Verdict, add_options
 from peers import LINEAR, Layer, LinearPeer
 from prunekernels import nm_mask, rowwise_mask
-from timers import copies_needed
 from torch import Tensor
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
@@ -140,8 +139,7 @@ def main() -> int:
         key = (case.mode, N, K, sparsity)
         if key not in held:
             held.clear()  # one shape at a time: copies are large
-            count = copies_needed(model.packed24_bytes(N, K), session.device)
-            count = min(count, 2) if session.quick else count
+            count = session.copies(model.packed24_bytes(N, K))
             held[key] = Weights(case, torch.bfloat16, session.device, count)
         return contenders(held[key], case, torch.bfloat16)
 

@@ -52,6 +52,7 @@ COLUMNS = [
     "roof_pct",
     "gb_s",
     "tflop_s",
+    "items_s",
     "held_mb",
     "peak_mb",
     "roof_gb_s",
@@ -114,6 +115,8 @@ class Prepared:
         cost: What it cannot do without, step by step, for its bound.
         held: Bytes of the operands that this contender keeps for one run (its weight).
         probe: What is checked instead of the first run, for ops that only return a mean.
+        sampler: Takes one sample in seconds, instead of timing `runs`; with the timer's name.
+        items: What one run handles, for a rate: rows, tokens.
         graph: Whether it may be captured into a CUDA graph.
     """
 
@@ -122,6 +125,8 @@ class Prepared:
     cost: Sequence[model.Cost] = ()
     held: int = 0
     probe: Callable[[], Any] | None = None
+    sampler: tuple[Callable[[], float], str] | None = None
+    items: float = 0.0
     graph: bool = True
 
 
@@ -190,6 +195,10 @@ class Session:
                 sys.exit(f"{self.path} has other columns: move it away, or give --fresh")
             return {(r["op"], r["mode"], r["dtype"], r["shape"]) for r in reader}
 
+    def copies(self, operand_bytes: float) -> int:
+        """Sets of operands to rotate among; two are enough to try things out."""
+        return timers.copies_needed(int(operand_bytes), self.device, 2 if self.quick else 64)
+
     def out_of_time(self) -> bool:
         """Whether no further case may begin."""
         return self.seconds is not None and time.monotonic() - self.started > self.seconds
@@ -244,7 +253,7 @@ class Session:
             row = rows[provider]
             try:
                 peak = timers.peak_bytes(prepared.runs[0], self.device)
-                samplers[provider], row["timer"] = timers.sampler(
+                samplers[provider], row["timer"] = prepared.sampler or timers.sampler(
                     prepared.runs, self.device, graph=prepared.graph, least=least
                 )
             except Exception as error:
@@ -256,6 +265,8 @@ class Session:
             row = rows[provider]
             row |= {name: f"{value:.6g}" for name, value in times.milliseconds().items()}
             row["rounds"] = self.rounds
+            if ready[provider].items:
+                row["items_s"] = f"{ready[provider].items / times.median:.6g}"
             row |= self._against_roofs(case, ready[provider].cost, times.median)
 
     def _against_roofs(

@@ -127,12 +127,10 @@ def slots_of(*kernels: str) -> float:
     return next((compiled_slots()[name] for name in kernels if name in compiled_slots()), 0.0)
 
 
-def packed24_bytes(rows: int, columns: int) -> int:
-    """Bytes of a packed 2:4 weight (16-bit values), padded as its format says."""
-    from prunekernels.sparse.format24 import packed_shape
-
-    lines, words = packed_shape(rows, columns)
-    return 4 * lines * words
+def packed24_bytes(rows: int, columns: int, itemsize: int = 2) -> float:
+    """Bytes of a packed 2:4 weight: half of the values and a bit per weight, padded to 16 × 64."""
+    padded = -(-rows // 16) * 16 * (-(-columns // 64) * 64)
+    return padded * (itemsize / 2 + 1 / 8)
 
 
 def bitmap_bytes(rows: int, columns: int, sparsity: float) -> float:
@@ -162,15 +160,15 @@ def linear(
     tokens = next((t for t in (8, 16, 32) if t >= M), 64)
     if kind == "24 mma":
         slots = slots_of(f"sparse24/mma_sp/bf16/t{tokens}/split") * N * K * -(-M // tokens)
-        return [Cost(packed24_bytes(N, K) + ends, mma_flop=padded / 2, slots=slots)]
+        return [Cost(packed24_bytes(N, K, itemsize) + ends, mma_flop=padded / 2, slots=slots)]
     if kind == "24 triton":
         name = "m16" if M <= 16 else "m64"
         slots = slots_of(f"sparse24/portable/bf16/{name}") * N * K * -(-M // 64)
-        return [Cost(packed24_bytes(N, K) + ends, flop=padded, slots=slots)]
+        return [Cost(packed24_bytes(N, K, itemsize) + ends, flop=padded, slots=slots)]
     if kind == "24 expand":
-        return [Cost(packed24_bytes(N, K) + dense), Cost(dense + ends, products)]
+        return [Cost(packed24_bytes(N, K, itemsize) + dense), Cost(dense + ends, products)]
     if kind == "24 wgmma":
-        return [Cost(packed24_bytes(N, K) + ends, products / 2)]
+        return [Cost(packed24_bytes(N, K, itemsize) + ends, products / 2)]
     if kind == "bitmap":
         tiles = ("t8", "t16", "t32", "t64")
         names = [f"bitmap/{stem}/bf16/{t}" for stem in ("mma", "linear") for t in tiles]

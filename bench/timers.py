@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,7 +33,7 @@ def copies_needed(operand_bytes: int, device: torch.device, most: int = 64) -> i
 def sampler(
     runs: Sequence[Run], device: torch.device, *, graph: bool = True, least: float = 2e-3
 ) -> tuple[Callable[[], float], str]:
-    """A function that times all of `runs` in turn and returns seconds per run.
+    """A function that times `runs` in turn and returns seconds per run.
 
     Args:
         runs: The same op on different sets of operands.
@@ -46,27 +47,27 @@ def sampler(
     """
     for run in runs:  # compile, load, allocate
         run()
-    once = stopwatch(lambda: [run() for run in runs], device)
-    turns = max(1, int(least / max(once, 1e-7)))
-    count = turns * len(runs)
+    once = max(stopwatch(lambda: [run() for run in runs], device) / len(runs), 1e-7)
+    count = max(1, round(least / once))
+    turns = itertools.cycle(runs)  # goes on where the last sample stopped
 
-    def all_turns() -> None:
-        for _ in range(turns):
-            for run in runs:
-                run()
+    def some() -> None:
+        for run in itertools.islice(turns, count):
+            run()
 
     if device.type != "cuda":
-        return lambda: stopwatch(all_turns, device) / count, "host"
+        return lambda: stopwatch(some, device) / count, "host"
     how = "events"
     if graph:
+        rounds = max(1, count // len(runs))
         try:
-            replay = _captured(all_turns)
+            replay = _captured(lambda: [run() for run in list(runs) * rounds])
         except Exception as error:  # the op synchronises, or allocates what a graph cannot
             synchronize(device)
             how = f"events (no graph: {first_line(error)})"
         else:
-            return lambda: _events(replay) / count, "graph"
-    return lambda: _events(all_turns) / count, how
+            return lambda: _events(replay) / (rounds * len(runs)), "graph"
+    return lambda: _events(some) / count, how
 
 
 def _captured(run: Run) -> Run:

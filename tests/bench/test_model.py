@@ -7,7 +7,9 @@ import csv
 import model
 import pytest
 import timers
+import torch
 from model import MACHINES, Cost, Machine, bound, linear
+from prunekernels import sparse24_pack
 from prunekernels.compilation import compile_case, discover
 
 H200 = MACHINES["H200"]
@@ -46,6 +48,9 @@ def test_decode_times_of_a_layer(N, K, dense, sparse):
 def test_bytes_per_weight_of_the_formats():
     size = 4096 * 4096
     assert model.packed24_bytes(4096, 4096) / size == 1.125
+    for dtype in (torch.bfloat16, torch.float32):
+        packed = sparse24_pack(torch.zeros(33, 70, dtype=dtype))
+        assert model.packed24_bytes(33, 70, dtype.itemsize) == packed.nbytes
     shares = [model.bitmap_bytes(4096, 4096, s) / size for s in (0.5, 0.6, 0.7)]
     assert shares == pytest.approx([1.125, 0.925, 0.725])
     assert [round(2 / share, 2) for share in shares] == [1.78, 2.16, 2.76]
@@ -119,7 +124,5 @@ def test_counted_instructions_are_those_of_todays_kernels():
 
 
 def test_roofs_are_rates_of_this_machine():
-    import torch
-
     bandwidth, flops = timers.roofs(torch.device("cpu"), torch.float32, quick=True)
     assert 1e8 < bandwidth < 1e13 and 1e8 < flops < 1e15
