@@ -155,9 +155,7 @@ def main() -> int:
     session = Session.begin(options, "metrics.csv")
     torch.manual_seed(0)
     cases = plan(session)
-    return session.run(
-        [(case, functools.partial(make, case, options, session)) for case in cases]
-    )
+    return session.run([(case, functools.partial(make, case, options, session)) for case in cases])
 
 
 if __name__ == "__main__":
