@@ -55,7 +55,17 @@ def test_every_part_runs_leaves_results_and_is_not_run_again(tmp_path):
     assert again.returncode == 0 and "==" in again.stderr and "s left" not in again.stderr
 
 
-def test_one_part_alone_and_a_failing_one(tmp_path):
+def test_one_part_runs_and_is_not_run_again(tmp_path):
+    found = call(str(tmp_path), "sparse24", "--quick")
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert (tmp_path / "parts.txt").read_text().split() == ["sparse24"]
+    (table,) = tmp_path.rglob("*.csv")
+    before = table.read_bytes()
+    assert call(str(tmp_path), "sparse24", "--quick").stderr == ""
+    assert table.read_bytes() == before
+
+
+def test_a_failing_part_is_said_and_not_finished(tmp_path):
     found = call(str(tmp_path), "tests", "--quick", PYTHON="/nonexistent/python")
     assert found.returncode == 1 and "tests failed" in found.stderr
     assert not (tmp_path / "parts.txt").exists()
