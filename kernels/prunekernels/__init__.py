@@ -1,10 +1,13 @@
 """Kernels for pruned language models: vocabulary statistics, mask selection, sparse products."""
 
 from prunekernels.metrics import (
+    PairState,
     PairStats,
     TopKStats,
     VectorStats,
     head_pair_stats,
+    merge,
+    pair_state,
     pair_stats,
     summarize,
     vector_stats,
@@ -32,6 +35,7 @@ from prunekernels.sparse import (
 
 __all__ = [
     "BitmapSparse",
+    "PairState",
     "PairStats",
     "Sparse24",
     "TopKStats",
@@ -40,8 +44,10 @@ __all__ = [
     "bitmap_linear",
     "bitmap_pack",
     "head_pair_stats",
+    "merge",
     "nm_mask",
     "nm_prune_",
+    "pair_state",
     "pair_stats",
     "rowwise_mask",
     "rowwise_prune_",

@@ -6,7 +6,10 @@ a' = a−α, b' = b−β, x = b'−a', w = e^{a'/T}, v = e^{b'/T}, ρ = v−w, d
     R0 R1 R2 = Σw²{1, x, x²}          S0 S1 S2 = Σv²{1, x, x²}
     C0 = Σwv   Pw = Σwρ   P2 = Σρ²    U1 U2 = Σ{x, x²}   L1 = Σ|d|
     Z2 Zd D2 ZZ B2 = Σ{a², ad, d², ab, b²}
-and every field below is a closed form of them. Everything is centred, so that the differences
+and every field below is a closed form of them. Where sums are float32 and small divergences are to
+be kept, three more hold what would cancel: with t = x/T, φ(t) = eᵗ−1−t,
+    A = Σρ   Fp = Σwφ(t)   Fq = Σvφ(−t)
+Everything is centred, so that the differences
 of nearly equal numbers are taken inside the sums and not between them.
 """
 
@@ -15,12 +18,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunekernels import layout
+
 SUMS = (
     *("W0", "W1", "W2", "Wy", "V0", "V1", "V2", "Vy", "R0", "R1", "R2", "S0", "S1", "S2"),
     *("C0", "Pw", "P2", "U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2"),
     *("JS", "TV", "HE"),  # second pass: 2·JS, Σ|q−p|, Σ(√q−√p)²
     *("n", "only_base", "only_other"),  # counted, and excluded in one row only
 )
+PHI_SUMS = ("A", "Fp", "Fq")
 
 
 def pair_fields(
@@ -35,7 +41,7 @@ def pair_fields(
     """Evaluate the fields that need no single token, from `SUMS`.
 
     Args:
-        sums: one float64 `(N,)` tensor per name in `SUMS`.
+        sums: one float64 `(N,)` tensor per name in `SUMS`; the KLs come from `PHI_SUMS` if given.
         alpha: `(N,)` float64, the reference of base (its maximum).
         beta: `(N,)` float64, the reference of other.
         temperature: T.
@@ -50,6 +56,13 @@ def pair_fields(
     w0, v0 = sums["W0"], sums["V0"]
     w1, v1 = sums["W1"] / w0, sums["V1"] / v0
     c = torch.log(v0 / w0)
+    kl_pq, kl_qp = c - w1 / t, v1 / t - c
+    if "A" in sums:
+        mean = sums["A"] / w0
+        bend = torch.log1p(mean)
+        alike = mean.abs() < 0.5  # where the masses differ much, the φ form cancels instead
+        kl_pq = torch.where(alike, sums["Fp"] / w0 - (mean - bend), kl_pq)
+        kl_qp = torch.where(alike, sums["Fq"] / v0 + mean / (1.0 + mean) - bend, kl_qp)
     # −inf in base alone makes x = +inf where q > 0; in other alone x = −inf where p > 0.
     only_base, only_other = sums["only_base"] > 0, sums["only_other"] > 0
     one_sided = only_base | only_other
@@ -82,8 +95,8 @@ def pair_fields(
         mean_d.abs() < mean_x.abs(), sums["D2"] / n - mean_d**2, sums["U2"] / n - mean_x**2
     )
     fields = {
-        "kl_base_other": (c - w1 / t).clamp_min(0.0).masked_fill(only_other, inf),
-        "kl_other_base": (v1 / t - c).clamp_min(0.0).masked_fill(only_base, inf),
+        "kl_base_other": kl_pq.clamp_min(0.0).masked_fill(only_other, inf),
+        "kl_other_base": kl_qp.clamp_min(0.0).masked_fill(only_base, inf),
         "entropy_base": (torch.log(w0) - sums["Wy"] / w0 / t).clamp_min(0.0),
         "entropy_other": (torch.log(v0) - sums["Vy"] / v0 / t).clamp_min(0.0),
         "lse_base": alpha / t + torch.log(w0),
@@ -107,6 +120,46 @@ def pair_fields(
         fields["total_variation"] = 0.5 * sums["TV"]
         fields["hellinger"] = torch.sqrt(0.5 * sums["HE"])
     return fields
+
+
+def pack(
+    fields: dict[str, Tensor],
+    tops: Tensor,
+    margins: Tensor,
+    ids: Tensor,
+    label_logits: Tensor | None,
+    *,
+    temperature: float,
+    level: str,
+) -> list[Tensor]:
+    """Add the fields that need single tokens, and pack all as `layout` says.
+
+    Args:
+        fields: what `pair_fields` returned.
+        tops: `(2, N)` float64 largest logits of base and other; NaN, infinite: the row is broken.
+        margins: `(2, N)` float64 leads over the runners-up.
+        ids: `(2, N)` int64 first indices of the largest.
+        label_logits: `(2, N)` float64 logits of the labels, or None.
+        temperature: T.
+        level: "core", "precise" or "full".
+
+    Returns:
+        Floats, ids and flags; NaN, −1 and False where a row is broken.
+    """
+    fields["margin_base"], fields["margin_other"] = margins
+    if label_logits is not None:
+        nll_base = fields["lse_base"] - label_logits[0] / temperature
+        nll_other = fields["lse_other"] - label_logits[1] / temperature
+        fields["nll_base"], fields["nll_other"] = nll_base, nll_other
+        fields["prob_delta"] = torch.exp(-nll_other) - torch.exp(-nll_base)
+    names = layout.pair_floats(level, label_logits is not None)
+    broken = ~torch.isfinite(tops)  # NaN, +inf, or nothing but −inf
+    any_broken = broken.any(0)
+    floats = torch.stack([fields[name] for name in names]).float()
+    floats.masked_fill_(any_broken, float("nan"))
+    ids = ids.masked_fill(broken, -1)
+    flags = torch.stack([ids[0] != ids[1], (margins == 0).any(0), fields["estimate_valid"]])
+    return [floats, ids, flags & ~any_broken]
 
 
 def angle_fields(z2: Tensor, zd: Tensor, d2: Tensor, zz: Tensor, b2: Tensor) -> dict[str, Tensor]:

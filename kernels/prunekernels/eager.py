@@ -28,6 +28,39 @@ def pair_stats(
     weights: str,
 ) -> list[Tensor]:
     """Packed statistics of `(…, V)` logits."""
+    return _pair_sums(base, other, labels, subset, temperature, topk, level, weights).result()
+
+
+def pair_state(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    level: str,
+    weights: str,
+    offset: int,
+) -> Tensor:
+    """Mergeable state `(N, F)` of `(…, V)` logits whose first column has id `offset`."""
+    if labels is None:
+        return _pair_sums(base, other, None, None, temperature, 0, level, weights).state(offset)
+    here = labels.reshape(-1) - offset
+    held = (here >= 0) & (here < base.shape[-1])
+    options = (here.clamp(0, base.shape[-1] - 1), None, temperature, 0, level, weights)
+    sums = _pair_sums(base, other, *options)
+    sums.label_logits.masked_fill_(~held, 0.0)
+    return sums.state(offset)
+
+
+def _pair_sums(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+) -> PairSums:
     vocab = base.shape[-1]
     rows = base.numel() // vocab
     options = (labels, subset, temperature, topk, level, weights)
@@ -36,7 +69,7 @@ def pair_stats(
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         sums.add(start, take_rows(base, start, stop), take_rows(other, start, stop))
-    return sums.result()
+    return sums
 
 
 def head_pair_stats(

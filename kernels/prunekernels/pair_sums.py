@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from prunekernels import layout, top_tokens
-from prunekernels.closed_form import SUMS, pair_fields
+from prunekernels.closed_form import PHI_SUMS, SUMS, pack, pair_fields
+from prunekernels.partial import SUM_FIELDS
 
 _LOG2E = math.log2(math.e)
 _NEG_INF = float("-inf")
@@ -99,8 +100,10 @@ class PairSums:
             self.ids[side, rows] = index
         at_top = other.gather(1, self.ids[0, rows, None]).squeeze(1).double()
         far = self.maxima[1, rows] - at_top > 20.0 * self.temperature
-        self.references[0, rows] = self.maxima[0, rows]
-        self.references[1, rows] = torch.where(far, self.maxima[1, rows], at_top)
+        beta = torch.where(far, self.maxima[1, rows], at_top)
+        # Of a row that holds nothing but −inf any number will do; −inf itself would make NaN.
+        self.references[0, rows] = self.maxima[0, rows].nan_to_num(math.nan, neginf=0.0)
+        self.references[1, rows] = beta.nan_to_num(math.nan, neginf=0.0)
         if self.labels is not None:
             index = self.labels[rows, None]
             self.label_logits[0, rows] = base.gather(1, index).squeeze(1).double()
@@ -265,6 +268,25 @@ class PairSums:
         ):
             whole[:, rows] = part
 
+    def state(self, offset: int) -> Tensor:
+        """The sums as a mergeable state `(N, F)` of columns whose first has id `offset`."""
+        empty = self.maxima == _NEG_INF
+        seconds = (self.maxima - self.margins).masked_fill(empty, _NEG_INF)
+        labels = self.label_logits if self.labels is not None else torch.zeros_like(self.maxima)
+        references = self.references.masked_fill(empty, _NEG_INF)
+        ids = (self.ids + offset).double().masked_fill(empty, 0.0)
+        head = (references, self.maxima, seconds, ids, labels)
+        held = torch.zeros_like(self.sums[:1])  # known to the op
+        named = dict(zip(SUMS, self.sums, strict=True))
+        rows = [*torch.cat([*head, held]), *(named[name] for name in SUM_FIELDS if name in named)]
+        if self.level != "core":  # float64 sums: nothing cancels
+            t1, t2 = named["W1"] / self.temperature, named["V1"] / self.temperature
+            gap = named["V0"] - named["W0"]
+            rows += [gap, gap - t1, t2 - gap]
+        else:
+            rows += [torch.zeros_like(named["W0"])] * len(PHI_SUMS)
+        return torch.stack(rows, -1)
+
     def result(self) -> list[Tensor]:
         """Floats, ids, flags; then the subset's three; then the top tokens' three."""
         fields = pair_fields(
@@ -274,26 +296,19 @@ class PairSums:
             weights=self.weights,
             full=self.level == "full",
         )
-        fields["margin_base"], fields["margin_other"] = self.margins
-        if self.labels is not None:
-            nll_base = fields["lse_base"] - self.label_logits[0] / self.temperature
-            nll_other = fields["lse_other"] - self.label_logits[1] / self.temperature
-            fields["nll_base"], fields["nll_other"] = nll_base, nll_other
-            fields["prob_delta"] = torch.exp(-nll_other) - torch.exp(-nll_base)
-        names = layout.pair_floats(self.level, self.labels is not None)
-        broken = ~torch.isfinite(self.maxima)  # NaN, +inf, or nothing but −inf
-        any_broken = broken.any(0)
-        floats = torch.stack([fields[name] for name in names]).float()
-        floats.masked_fill_(any_broken, float("nan"))
-        ids = self.ids.masked_fill(broken, -1)
-        flags = torch.stack(
-            [ids[0] != ids[1], (self.margins == 0).any(0), fields["estimate_valid"]]
+        packed = pack(
+            fields,
+            self.maxima,
+            self.margins,
+            self.ids,
+            None if self.labels is None else self.label_logits,
+            temperature=self.temperature,
+            level=self.level,
         )
-        flags &= ~any_broken
-        packed = [floats, ids, flags]
         if self.inner is not None:
             packed += self.inner.result()
         if self.topk:
+            any_broken = ~torch.isfinite(self.maxima).all(0)
             self.topk_floats.masked_fill_(any_broken[:, None], float("nan"))
             self.topk_rows.masked_fill_(any_broken, float("nan"))
             packed += [self.topk_floats, self.topk_rows, self.topk_ids]

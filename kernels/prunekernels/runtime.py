@@ -21,6 +21,7 @@ from torch import Tensor
 OPS = (
     "head_pair_stats",
     "nm_mask",
+    "pair_state",
     "pair_stats",
     "rowwise_mask",
     "sparsegpt_update",

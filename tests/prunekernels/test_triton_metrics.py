@@ -344,6 +344,39 @@ def test_splits_agree():
 
 
 @interpreted
+@pytest.mark.parametrize(("level", "weights"), [("core", "other"), ("precise", "base")])
+def test_states_are_those_of_eager_and_merge_with_them(level, weights):
+    from prunekernels import merge, pair_state, partial
+
+    base, other = pair(4, 4096 + 1500)
+    base[0, 3000:], other[1, 10] = -INF, -INF
+    base[3, 5], other[3, 5000] = 40.0, 60.0
+    labels = torch.tensor([3, 4100, 5595, 0])
+    options = {"level": level, "weights": weights, "temperature": 0.8}
+    exact = reference.pair_stats(base.double(), other.double(), labels=labels, **options)
+    cut = 4096 + 300
+    parts = {
+        impl: [
+            pair_state(a, b, labels=labels, offset=offset, impl=impl, **options)
+            for offset, a, b in (
+                (0, base[:, :cut], other[:, :cut]),
+                (cut, base[:, cut:], other[:, cut:]),
+            )
+        ]
+        for impl in ("triton", "eager")
+    }
+    for left, right in zip(parts["triton"], parts["eager"], strict=True):
+        exactly = [partial.FIELDS.index(name) for name in partial.HEAD_FIELDS if name != "beta"]
+        torch.testing.assert_close(left.data[:, exactly], right.data[:, exactly], rtol=1e-6, atol=0)
+    for first, second in (("triton", "triton"), ("triton", "eager"), ("eager", "triton")):
+        got = merge([parts[first][0], parts[second][1]]).stats().as_dict()
+        eager = merge(parts["eager"]).stats().as_dict()
+        extra = dict.fromkeys(("kl_estimate", "one_minus_cos_prob_estimate"), 6 * 2.0**-24 * 60**2)
+        extra |= {"uniform_variance": 6 * 2.0**-24 * 60**2, "entropy_other": 6 * 2.0**-24 * 60}
+        assert_as_good_as_eager(got, eager, exact, extra)
+
+
+@interpreted
 @pytest.mark.parametrize(
     ("width", "dtype"), [(1, torch.float32), (77, torch.bfloat16), (2500, torch.float16)]
 )

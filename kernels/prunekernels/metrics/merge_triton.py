@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels import language as lib
-from prunekernels import layout, tuning
+from prunekernels import layout, partial, tuning
 from prunekernels.compilation import KernelCase
 from prunekernels.runtime import on
 
@@ -282,6 +282,31 @@ class State:
     def scale(self) -> float:
         """k = log2(e)/T as the kernels see it."""
         return exponent_scale(self.temperature)
+
+    def natural(self) -> Tensor:
+        """The splits in the units of `partial`: `(N, S, F)` float64."""
+        names = state_fields(self.precise, self.by_other)
+        s = dict(zip(names, self.floats.double().unbind(-1), strict=True))
+        logits = 1.0 / self.scale  # per unit of an exponent
+        unit = self.temperature if self.precise else logits  # of x
+        reference = 1.0 if self.precise else logits
+        zero = torch.zeros_like(s["n"])
+        found = {name: s.get(name, zero) for name in partial.SUM_FIELDS}
+        squared = "S" if self.by_other else "R"
+        found |= {"Wy": logits * s["Wy"], "Vy": logits * s["Vy"]}
+        for power, moments in enumerate((("W1", "V1", "U1"), ("W2", "V2", "U2")), 1):
+            found |= {name: unit**power * found[name] for name in moments}
+            found[f"{squared}{power}"] = unit**power * s[f"Q{power}"]
+        found["held"] = zero  # known to the op
+        found |= {"only_base": s["only_a"], "only_other": s["only_b"]}
+        found |= {"alpha": reference * s["ref_a"], "beta": reference * s["ref_b"]}
+        for index, (side, letter) in enumerate((("base", "a"), ("other", "b"))):
+            broken = s[f"broken_{letter}"] > 0
+            found[f"top_{side}"] = s[f"top_{letter}"].masked_fill(broken, math.nan)
+            found[f"second_{side}"] = s[f"second_{letter}"]
+            found[f"id_{side}"] = self.ids[..., index].double()
+            found[f"label_{side}"] = s[f"label_{letter}"] if self.labels else zero
+        return torch.stack([found[name] for name in partial.FIELDS], -1)
 
     def finish(self, level: str) -> tuple[list[Tensor], Tensor]:
         """Merge the splits; floats, ids and flags as `layout` packs them, and the norms."""

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels import language as lib
-from prunekernels import layout, top_tokens, tuning
+from prunekernels import layout, partial, top_tokens, tuning
 from prunekernels.compilation import KernelCase
 from prunekernels.metrics import merge_triton
 from prunekernels.metrics.merge_triton import State
@@ -484,6 +484,21 @@ def pair_stats(
     if topk:
         packed += _top_tokens(base, other, norms, broken, temperature, topk)
     return packed
+
+
+def pair_state(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    level: str,
+    weights: str,
+    offset: int,
+) -> Tensor:
+    """Mergeable state `(N, F)` of `(…, V)` logits (`eager.pair_state` by Triton)."""
+    labels = None if labels is None else labels.reshape(-1)
+    state = partial_state(base, other, labels, temperature, level, weights, first_id=offset)
+    return partial.merge(state.natural().transpose(0, 1), temperature)
 
 
 def _top_tokens(

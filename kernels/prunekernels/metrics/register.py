@@ -15,6 +15,12 @@ def _pair_stats(*arguments: Any) -> list[Tensor]:
     return pair_triton.pair_stats(*arguments)
 
 
+def _pair_state(*arguments: Any) -> Tensor:
+    from prunekernels.metrics import pair_triton
+
+    return pair_triton.pair_state(*arguments)
+
+
 def _vector_stats(*arguments: Any) -> Tensor:
     from prunekernels.metrics import vector_triton
 
@@ -30,5 +36,6 @@ def _head_pair_stats(*arguments: Any) -> list[Tensor]:
 def register_kernels() -> None:
     """Register every Triton kernel of this folder."""
     register_triton("head_pair_stats", _head_pair_stats)
+    register_triton("pair_state", _pair_state)
     register_triton("pair_stats", _pair_stats)
     register_triton("vector_stats", _vector_stats)
