@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from prunekit import checkpoint, speed
 from prunekit.commands.measures import cache_size
 from prunekit.errors import PrunekitError
+from prunekit.packed import weight_bytes
 from prunekit.variants import VARIANTS, Variant, build
 
 #: Shapes of well-known models: what decides their speed.
@@ -54,8 +55,6 @@ SHAPES = {
         "vocab_size": 512,
     },
 }
-#: Cached against uncached logits, in standard deviations: rounding stays below, mistakes do not.
-TOLERANCE = 0.5
 
 
 def load(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
@@ -105,7 +104,7 @@ def prepare(models: Models, case: Case, name: str) -> Prepared:
     model = variant.model
     ids = speed.random_prompts(model, batch, prompt)
     continuation = speed.Continuation(model, ids, new, cache)
-    held = speed.weight_bytes(model)
+    held = weight_bytes(model)
     parameters = sum(p.numel() for p in model.parameters())
     cached = cache_size(model).bytes_per_token * batch * prompt
 
@@ -114,7 +113,7 @@ def prepare(models: Models, case: Case, name: str) -> Prepared:
         text = f"{variant.what}; cached logits off by {cached:.1e} sd"
         if variant.difference:
             text += f", packed by {variant.difference:.1e} sd"
-        return Verdict(worst < TOLERANCE, text)
+        return Verdict(worst < speed.TOLERANCE, text)
 
     if case.op == "prefill":
         sampler, items = continuation.prefill, batch * prompt

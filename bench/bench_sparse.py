@@ -109,8 +109,8 @@ def plan(options: argparse.Namespace, session: Session) -> list[Case]:
     sparsities: Sequence[float] = options.sparsity or SPARSITIES
     if session.quick:
         small = session.device.type == "cpu"
-        shapes = [(1024, 1024)] if small else shapes[:1]
-        tokens, sparsities = options.tokens or (1, 16, 256), sparsities[:2]
+        shapes = [(512, 512)] if small else shapes[:1]
+        tokens, sparsities = options.tokens or (1, 64), sparsities[:2]
     cases = []
     for pattern in options.pattern:
         for N, K in dict.fromkeys(shapes):

@@ -25,6 +25,7 @@ examples:
   prunekit demo                                              see what pruning does, in minutes
   prunekit prune demo --method wanda --pattern 2:4 --output out/wanda24
   prunekit compare demo out/wanda24 --output out/study       h → z → p, with an HTML page
+  prunekit bench demo --new 16                               how fast, dense and pruned
   prunekit COMMAND --help                                    every option of a command
 
 MODEL is 'demo' (the small model that comes with prunekit), a local folder, a .gguf file or a

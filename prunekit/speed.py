@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel, StaticCache
 
 from prunekit.architectures import Architecture
@@ -19,6 +19,8 @@ from prunekit.errors import PrunekitError
 from prunekit.timing import stopwatch
 
 CACHES = ("dynamic", "static", "graph")
+#: Largest difference of logits, in their standard deviations, that rounding could explain.
+TOLERANCE = 0.5
 
 
 class Continuation:
@@ -141,8 +143,8 @@ def check_cached(model: PreTrainedModel, prompts: Tensor, cache: str, tokens: in
         tokens: How many.
 
     Returns:
-        max |cached − uncached| / std of the uncached: rounding alone leaves it well under 1 even in
-        bfloat16, a wrong position or mask does not.
+        max |cached − uncached| / std of the uncached: rounding alone leaves it under `TOLERANCE`
+        even in bfloat16, a wrong position or mask does not.
     """
     device = model.get_input_embeddings().weight.device
     with torch.inference_mode():
@@ -157,9 +159,3 @@ def random_prompts(model: PreTrainedModel, batch: int, length: int, seed: int = 
     vocabulary = model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(vocabulary, (batch, length), generator=generator)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and saved buffers, tied ones once, as a checkpoint holds them."""
-    seen = {tensor.data_ptr(): tensor for tensor in model.state_dict().values()}
-    return sum(tensor.numel() * tensor.element_size() for tensor in seen.values())

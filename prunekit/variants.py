@@ -7,9 +7,7 @@ smallest weights, the last attentions. For a model worth keeping, use `prune_` a
 from __future__ import annotations
 
 import copy
-import importlib
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -18,10 +16,11 @@ from prunekit import speed
 from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
 from prunekit.modeling import drop_sublayers_
+from prunekit.packed import FORMATS
 from prunekit.pruning import Magnitude, prune_
+from prunekit.swap import swap_
 
 VARIANTS = ("dense", "dropped", "2:4", "bitmap")
-_FORMATS = {"2:4": "2:4", "bitmap": "bitmap"}
 
 
 @dataclass(frozen=True)
@@ -73,19 +72,14 @@ def build(dense: PreTrainedModel, name: str, *, sparsity: float = 0.5) -> Varian
 
 def _packed(name: str, model: PreTrainedModel) -> Variant:
     """Sparse kernels swapped in, and what that did to the logits."""
-    try:
-        swap: Any = importlib.import_module("prunekit.swap")
-        packed: Any = importlib.import_module("prunekit.packed")
-    except ModuleNotFoundError as error:
-        raise PrunekitError(f"{name}: not in this version, which has no swap_") from error
-    if _FORMATS[name] not in packed.FORMATS:
-        raise PrunekitError(f"{name}: not in this version (it has {', '.join(packed.FORMATS)})")
+    if name not in FORMATS:
+        raise PrunekitError(f"{name}: not in this version (it packs {', '.join(FORMATS)})")
     prompts = speed.random_prompts(model, 1, 16)
     before = _logits(model, prompts)
-    report = swap.swap_(model, formats=[_FORMATS[name]], min_speedup=0.0)
+    report = swap_(model, formats=[name], min_speedup=0.0)
     difference = float((_logits(model, prompts) - before).abs().max() / before.std())
-    count = sum(1 for module in report.modules if module.swapped)
-    return Variant(name, model, f"{count} layers packed", difference)
+    what = f"{len(report.swapped)} of {len(report.modules)} linear layers packed"
+    return Variant(name, model, what, difference)
 
 
 @torch.inference_mode()

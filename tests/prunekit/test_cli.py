@@ -535,7 +535,7 @@ def test_help_of_the_program_shows_runnable_commands(capsys):
     out = capsys.readouterr().out
     examples = [line.strip() for line in out.splitlines() if line.startswith("  prunekit ")]
     commands = [line.partition("   ")[0] for line in examples if "COMMAND" not in line]
-    assert len(commands) == 3
+    assert len(commands) == 4
     for line in commands:
         assert cli.parse(shlex.split(line)[1:]).command in COMMANDS
     assert cli.main([]) == 0 and "COMMAND" in capsys.readouterr().out

@@ -81,15 +81,6 @@ def test_a_broken_position_is_noticed(monkeypatch):
     assert speed.check_cached(model, prompts, "dynamic") > 0.5
 
 
-def test_bytes_count_tied_weights_once():
-    model = tiny()
-    expected = 4 * sum(p.numel() for p in model.parameters())
-    assert speed.weight_bytes(model) == expected
-    model.config.tie_word_embeddings = True
-    model.lm_head.weight = model.model.embed_tokens.weight
-    assert speed.weight_bytes(model) == expected - 4 * 101 * 32
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

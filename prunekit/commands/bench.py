@@ -1,0 +1,273 @@
+"""`prunekit bench`: how fast a model is, dense and pruned in every way there is."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from prunekit.commands import options
+from prunekit.errors import PrunekitError
+
+if TYPE_CHECKING:
+    from prunekit.timing import Times
+    from prunekit.variants import Variant
+
+SUMMARY = "measure a model's speed and size: dense, dropped, 2:4, bitmap"
+DESCRIPTION = """\
+Time one model on this machine: reading a prompt and writing tokens with a KV cache, as it is,
+with a quarter of its attentions dropped, packed 2:4 and packed as a bitmap. The variants take
+turns, so that a change of clocks hits all alike, and each is checked before it is timed.
+
+Which weights go makes no difference to speed, so they are chosen by size alone: prune with
+`prunekit prune` or `drop` for a model worth keeping. All variants are in memory at once.
+"""
+EXAMPLE = "prunekit bench demo --batch 1 8 --new 16 --output out/bench"
+FILES = ("bench.json", "speed.png")
+_ROLES = {"dense": "dense", "dropped": "h", "2:4": "p", "bitmap": "z"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
+    parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["dense", "dropped", "2:4", "bitmap"],
+        metavar="NAME",
+        help="dense, dropped, 2:4, bitmap (all)",
+    )
+    parser.add_argument(
+        "--sparsity",
+        type=options.fraction,
+        default=0.5,
+        help="zeros of the bitmap variant; half as large a share of attentions is dropped (0.5)",
+    )
+    parser.add_argument(
+        "--batch", type=options.positive, nargs="+", default=[1], help="sequences together (1)"
+    )
+    parser.add_argument("--prompt", type=options.positive, default=128, help="tokens (128)")
+    parser.add_argument("--new", type=options.positive, default=32, help="tokens to write (32)")
+    parser.add_argument(
+        "--cache",
+        help="dynamic, static or graph (one CUDA graph per token): graph on a GPU, else dynamic",
+    )
+    parser.add_argument("--rounds", type=options.positive, default=5, help="samples of each (5)")
+    options.add_output(parser, "folder for bench.json and speed.png")
+    group = parser.add_argument_group("running the model")
+    group.add_argument("--seed", type=options.whole, default=0, help="seed of the prompts (0)")
+    options.add_placement(group)
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace, answer: TextIO) -> None:
+    """Carry the command out."""
+    source = options.needed(args.model, "model")
+    folder = options.output(args, FILES) if args.output else None
+    from prunekit import speed, variants
+
+    for name in args.variants:
+        if name not in variants.VARIANTS:
+            raise PrunekitError(f"variant '{name}' is unknown: use {', '.join(variants.VARIANTS)}")
+    if not 0 < args.sparsity < 1:
+        raise PrunekitError(f"--sparsity {args.sparsity} is not between 0 and 1: use 0.5")
+    model, _ = options.load(source, args)
+    model.eval()
+    cache = args.cache or ("graph" if model.device.type == "cuda" else "dynamic")
+    # a bad length or cache is said before anything takes time
+    longest = speed.random_prompts(model, 1, args.prompt, args.seed)
+    speed.Continuation(model, longest, args.new, cache)
+    built, absent = _build(args, model, cache)
+    found = {
+        "model": source,
+        "device": _device_name(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "cache": cache,
+        "prompt": args.prompt,
+        "new": args.new,
+        "rounds": args.rounds,
+        "variants": _measured(args, built, cache),
+        "absent": absent,
+    }
+    if folder is not None:
+        _write(found, folder, args.overwrite)
+    options.emit(args, answer, lambda: found, lambda: _shown(found, folder))
+
+
+def _build(
+    args: argparse.Namespace, model: Any, cache: str
+) -> tuple[list[tuple[Variant, float]], dict[str, str]]:
+    """The variants that can be had here, how far their logits are off, and why others are not."""
+    from prunekit import speed, variants
+
+    built, absent = [], {}
+    prompts = speed.random_prompts(model, 1, 32, args.seed)
+    for name in dict.fromkeys(["dense", *args.variants]):
+        try:
+            variant = variants.build(model, name, sparsity=args.sparsity)
+        except PrunekitError as error:
+            absent[name] = str(error)
+            continue
+        off = max(variant.difference, speed.check_cached(variant.model, prompts, cache))
+        if off < speed.TOLERANCE:
+            built.append((variant, off))
+        else:
+            absent[name] = f"{name}: wrong logits, off by {off:.2g} standard deviations: not timed"
+    if not built or built[0][0].name != "dense":
+        raise PrunekitError(f"the model as it is cannot be timed ({absent['dense']})")
+    return built, absent
+
+
+def _measured(
+    args: argparse.Namespace, built: Sequence[tuple[Variant, float]], cache: str
+) -> list[dict[str, Any]]:
+    """One record per batch and variant, the variants in turns."""
+    from prunekit import speed, timing
+    from prunekit.packed import weight_bytes
+    from prunekit.progress import track
+
+    rows = []
+    work = [(batch, op) for batch in args.batch for op in ("prefill", "decode")]
+    times: dict[tuple[int, str], dict[str, Times]] = {}
+    for batch, op in track(work, "timing", enabled=not args.quiet):
+        samplers = {}
+        for variant, _ in built:
+            prompts = speed.random_prompts(variant.model, batch, args.prompt, args.seed)
+            continuation = speed.Continuation(variant.model, prompts, args.new, cache)
+            sampler = getattr(continuation, op)
+            sampler()  # warm up
+            samplers[variant.name] = sampler
+        times[batch, op] = timing.interleaved(samplers, args.rounds)
+    dense_bytes = weight_bytes(built[0][0].model)
+    for batch in args.batch:
+        for variant, off in built:
+            reading, writing = (times[batch, op][variant.name] for op in ("prefill", "decode"))
+            dense = times[batch, "decode"]["dense"].median
+            held = weight_bytes(variant.model)
+            rows.append(
+                {
+                    "variant": variant.name,
+                    "what": variant.what,
+                    "batch": batch,
+                    "weight_bytes": held,
+                    "size": held / dense_bytes,
+                    "prefill_tokens_per_second": batch * args.prompt / reading.median,
+                    "decode_tokens_per_second": batch / writing.median,
+                    "decode_low": batch / writing.percentile(80),
+                    "decode_high": batch / writing.percentile(20),
+                    "decode_speedup": dense / writing.median,
+                    "prefill_ms": reading.milliseconds(),
+                    "decode_ms": writing.milliseconds(),
+                    "logit_difference": off,
+                }
+            )
+    return rows
+
+
+def _device_name(model: Any) -> str:
+    import torch
+
+    on_gpu = model.device.type == "cuda"
+    return (
+        torch.cuda.get_device_name(model.device)
+        if on_gpu
+        else f"cpu, {torch.get_num_threads()} threads"
+    )
+
+
+def _write(found: dict[str, Any], folder: str, overwrite: bool) -> None:
+    from prunekit.atomic import replaced_folder
+    from prunekit.report import figures
+
+    with replaced_folder(folder, overwrite=overwrite, replaceable=FILES) as part:
+        (part / FILES[0]).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        figures.draw(_figure(found), part / FILES[1])
+
+
+def _figure(found: dict[str, Any]) -> Any:
+    """Tokens per second and size of every variant."""
+    from prunekit.report.charts import Chart, Figure, Series
+
+    rows = found["variants"]
+    names = list(dict.fromkeys(row["variant"] for row in rows))
+    batches = list(dict.fromkeys(row["batch"] for row in rows))
+
+    def series(name: str, *columns: str) -> Series:
+        own = [row for row in rows if row["variant"] == name]
+        mean, *ends = ([float(row[column]) for row in own] for column in columns)
+        low, high = ends or ((), ())
+        return Series(name, _ROLES[name], list(range(len(own))), mean, low, high)
+
+    writing = Chart(
+        "decode",
+        f"Writing, {found['cache']} cache",
+        "batch",
+        "tokens / s",
+        [series(n, "decode_tokens_per_second", "decode_low", "decode_high") for n in names],
+        kind="bars",
+        categories=[str(batch) for batch in batches],
+        note=f"{found['device']}, {found['dtype']}; bars: 20th to 80th percentile",
+    )
+    reading = Chart(
+        "prefill",
+        f"Reading {found['prompt']} tokens",
+        "batch",
+        "tokens / s",
+        [series(n, "prefill_tokens_per_second") for n in names],
+        kind="bars",
+        categories=[str(batch) for batch in batches],
+    )
+    first = [next(row for row in rows if row["variant"] == name) for name in names]
+    size = Chart(
+        "size",
+        "Weights",
+        "",
+        "MB",
+        [
+            Series(
+                "weights",
+                "dense",
+                list(range(len(first))),
+                [r["weight_bytes"] / 1e6 for r in first],
+            )
+        ],
+        kind="bars",
+        categories=names,
+    )
+    return Figure("speed", f"Speed and size of {found['model']}", "", [writing, reading, size])
+
+
+def _shown(found: dict[str, Any], folder: str | None) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    from prunekit.report import tables
+
+    lines = [
+        {
+            "Batch": row["batch"],
+            "Variant": row["variant"],
+            "What": row["what"],
+            "Weights": f"{tables.size(row['weight_bytes'])} ({100 * row['size']:.0f} %)",
+            "Reading": f"{row['prefill_tokens_per_second']:.0f} tokens/s",
+            "Writing": f"{row['decode_tokens_per_second']:.1f} tokens/s",
+            "20–80 %": f"{row['decode_low']:.1f} to {row['decode_high']:.1f}",
+            "× dense": f"{row['decode_speedup']:.2f}",
+        }
+        for row in found["variants"]
+    ]
+    title = (
+        f"{found['model']} on {found['device']}, {found['dtype']}, {found['cache']} cache, "
+        f"{found['prompt']} + {found['new']} tokens"
+    )
+    notes = [f"Not measured: {why}" for why in found["absent"].values()]
+    slower = [
+        r for r in found["variants"] if r["decode_speedup"] < 0.98 and r["variant"] != "dense"
+    ]
+    if slower:
+        names = ", ".join(dict.fromkeys(row["variant"] for row in slower))
+        notes.append(f"Slower than dense here: {names}. Smaller is not always faster.")
+    if folder is not None:
+        notes.append(f"Written: {folder}/{FILES[0]} and {folder}/{FILES[1]}")
+    return Group(tables.records(title, lines), *(Text(note) for note in notes))
