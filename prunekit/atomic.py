@@ -42,6 +42,7 @@ def replaced_folder(
         written = temporary / "new"
         written.mkdir()
         yield written
+        _give_usual_permissions(written)
         _sync(written)
         _swap(written, target, temporary / "old")
     except OSError as error:
@@ -85,6 +86,15 @@ def check_target(
             f"another folder"
         )
     return target
+
+
+def _give_usual_permissions(folder: Path) -> None:
+    """Let the user's umask decide who may read: safetensors creates files for their owner only."""
+    umask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+    folder.chmod(0o777 & ~umask)
 
 
 def _sync(folder: Path) -> None:

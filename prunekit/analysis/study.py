@@ -25,6 +25,7 @@ from prunekit.analysis.spaces import Lens, Reader, Weights, check_pair
 from prunekit.analysis.subspace import Subspace, option_tokens, subspace
 from prunekit.analysis.theory import theory
 from prunekit.architectures import Architecture
+from prunekit.checkpoint import check_finite
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.statistics import Interval
@@ -219,6 +220,8 @@ def compare(
             before the heavy work starts.
     """
     ours, theirs = check_pair(dense, pruned)
+    for model in (dense, pruned):
+        check_finite(model)
     wanted = _sections(sections, theirs, len(ours.layers), choices)
     Reader(ours, theirs, temperature=temperature, lens=lens, weights=weights)
     if layerwise_prompts < 1 or layerwise_steps < 1:

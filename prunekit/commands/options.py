@@ -46,7 +46,7 @@ def add_placement(group: Any) -> None:
 def add_output(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
     """Where the result goes."""
     shown = f" ({default})" if default else ""
-    parser.add_argument("--output", metavar="DIR", default=default, help=f"{what}{shown}")
+    parser.add_argument("-o", "--output", metavar="DIR", default=default, help=f"{what}{shown}")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
 
 

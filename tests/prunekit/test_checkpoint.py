@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -376,6 +377,14 @@ def test_interrupted_saves_leave_the_old_one(saved, tiny, tokenizer, monkeypatch
         checkpoint.save(tiny("opt"), tokenizer, saved, overwrite=True)
     assert contents(saved) == before
     assert [path.name for path in saved.parent.iterdir()] == ["saved"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no permission bits")
+def test_others_may_read_a_checkpoint_as_they_may_read_any_file(saved):
+    probe = saved.parent / "probe"
+    probe.write_text("x")
+    modes = {path.name: path.stat().st_mode for path in saved.iterdir()}
+    assert set(modes.values()) == {probe.stat().st_mode} and "model.safetensors" in modes
 
 
 @pytest.mark.parametrize("rename", [0, 1])

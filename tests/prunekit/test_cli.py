@@ -157,6 +157,7 @@ BAD_INPUT = {
     "too few tokens": ("prune dense --calibration short.txt --length 64 --output new", "64", ""),
     "too long": (f"prune dense --calibration long.txt --length {CONTEXT + 1} --output new", "", ""),
     "NaN weights": (f"prune nan {QUICK} --output new", "up_proj", ""),
+    "NaN compared": ("compare dense nan --no-choices --output new", "up_proj", "again"),
     "NaN inspected": ("inspect nan", "up_proj", "again"),
     "truncated": ("inspect truncated", "truncated", "again"),
     "foreign": ("inspect foreign", "foreign", "folder"),
