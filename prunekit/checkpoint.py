@@ -5,8 +5,9 @@
 | nothing, or blocks | the stock architecture                   | transformers, vLLM, llama.cpp    |
 | sublayers          | `prunekit_<base>`, their tensors absent  | transformers with prunekit       |
 | sublayers, zeroed  | stock, their last projections zero       | everything, without the speed-up |
+| packed layers      | `prunekit_<base>`, packed tensors        | transformers with prunekit       |
 
-Pruned weights are written as dense zeros. Beside the model stands `prunekit.json` (see
+Other pruned weights are written as dense zeros. Beside the model stands `prunekit.json` (see
 `manifest.py`), whose checksums loading verifies. Only safetensors are read, never pickles, and code
 that a checkpoint carries is never run.
 """
@@ -26,7 +27,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -41,12 +42,22 @@ from prunekit import architectures, modeling
 from prunekit.architectures import MODEL_TYPE_PREFIX, Architecture
 from prunekit.atomic import replaced_folder
 from prunekit.errors import PrunekitError
+from prunekit.former_layouts import LAYOUTS, former_state, layout_of, read_former
 from prunekit.gguf_reader import demo_file, read_gguf
 from prunekit.manifest import MANIFEST, read_json, verify_manifest, write_manifest
 from prunekit.packed import packed_layers
+from prunekit.packed_checkpoint import (
+    PACKED_FIELD,
+    check_packed,
+    dense_state,
+    describe_packed,
+    is_packed,
+    packed_state,
+)
+from prunekit.swap import merge_
 
 DEMO = "demo"
-FORMATS = ("auto", "zeroed")
+FORMATS = ("auto", "dense", "zeroed", *LAYOUTS)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 _HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
@@ -161,15 +172,20 @@ def _download(source: str, gguf_file: str | None) -> Path:
 def _load_folder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str | None, verify: bool
 ) -> Loaded:
-    config = _read_config(folder)
+    config, former = _read_config(folder)
     files = _weight_files(folder)
     if verify:
         verify_manifest(folder)
     for file in files:
         _check_readable(file)
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    loader: Any = AutoModelForCausalLM
+    if former:
+        loader, state = _read_former(folder, files, config)
+        source = {"pretrained_model_name_or_path": None, "state_dict": state}
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            folder,
+        model, found = loader.from_pretrained(
+            **source,
             config=config,
             dtype=dtype or "auto",
             device_map="auto" if device == "auto" else None,
@@ -177,16 +193,75 @@ def _load_folder(
             ignore_mismatched_sizes=True,  # so that they are reported, below, rather than raised
             output_loading_info=True,
         )
+    except PrunekitError as error:  # a model class found its configuration wrong
+        raise PrunekitError(f"{folder}: {error}") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise PrunekitError(f"{folder} couldn't be loaded: {_one_line(error)}") from error
     _check_complete(folder, model, found)
+    if hasattr(model.config, PACKED_FIELD):
+        _finish_packed_(folder, model, dtype)
     return model, _load_tokenizer(folder, config)
 
 
-def _read_config(folder: Path) -> PretrainedConfig:
+def _read_former(
+    folder: Path, files: list[Path], config: PretrainedConfig
+) -> tuple[type[PreTrainedModel], dict[str, Tensor]]:
+    """The class and the tensors of a checkpoint in a former layout; lists what is packed."""
+    name = architectures.base_model_type(config)
+    skeleton = _skeleton(config)
+    try:
+        state, packed = read_former(files, skeleton)
+    except PrunekitError as error:
+        raise PrunekitError(f"{folder}: {error}") from error
+    if packed["modules"]:
+        _make_packed_config_(config, packed)
+        return modeling.model_class(name), state
+    return type(skeleton), state
+
+
+def _skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of `config`'s class on the meta device."""
+    name = architectures.base_model_type(config)
+    own = isinstance(config, modeling.CONFIG_CLASSES[name])
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return (modeling.model_class(name) if own else modeling.stock_class(name))(config)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _make_packed_config_(config: PretrainedConfig, packed: Mapping[str, Any]) -> None:
+    """Turn a configuration into that of a `prunekit_<base>` model with packed layers."""
+    setattr(config, PACKED_FIELD, packed)
+    vars(config).pop("model_type", None)
+    config.__class__ = modeling.CONFIG_CLASSES[architectures.base_model_type(config)]
+    for field in modeling.DROP_LISTS.values():
+        setattr(config, field, getattr(config, field, []))
+
+
+def _finish_packed_(folder: Path, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Check the packed layers, convert them, merge them, and leave a model like a swapped one."""
+    try:
+        check_packed(model)
+    except PrunekitError as error:
+        raise PrunekitError(f"{folder}: {error}") from error
+    delattr(model.config, PACKED_FIELD)
+    if not any(getattr(model.config, field) for field in modeling.DROP_LISTS.values()):
+        modeling.make_stock_(model)
+    if dtype is not None:
+        for _, layer in packed_layers(model):
+            layer.to(dtype)
+    merge_(model)
+
+
+def _read_config(folder: Path) -> tuple[PretrainedConfig, bool]:
+    """The configuration, and whether the tensors are in a layout of `former_layouts`."""
     path = folder / "config.json"
     raw = read_json(path)
-    if raw.get("quantization_config"):
+    quantization = raw.pop("quantization_config", None)
+    if quantization and layout_of(quantization) is None:
         raise PrunekitError(f"{folder} is quantised: load the model it was made from")
     name = str(raw.get("model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
     if name not in architectures.SUPPORTED:
@@ -195,7 +270,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
     raw.pop("auto_map", None)
     for field in modeling.DROP_LISTS.values():
         raw[field] = modeling.normalize_drop_list(raw.pop(field, None))
-    if any(raw[field] for field in modeling.DROP_LISTS.values()):
+    if any(raw[field] for field in modeling.DROP_LISTS.values()) or PACKED_FIELD in raw:
         config_class = modeling.CONFIG_CLASSES[name]
     else:
         config_class = CONFIG_MAPPING[name]
@@ -209,7 +284,7 @@ def _read_config(folder: Path) -> PretrainedConfig:
             f"{path} is not a valid {name} configuration ({_one_line(error)}): copy it again"
         ) from error
     architectures.check_supported(config)
-    return config
+    return config, bool(quantization)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -311,8 +386,11 @@ def save(
         model: Stock, pruned or dropped.
         tokenizer: Its tokenizer.
         folder: Where to; its parents are created.
-        format: "auto" leaves dropped tensors out (see the table above). "zeroed" writes a stock
-            model that computes the same: dropped sublayers return as zeros.
+        format: "auto" leaves dropped tensors out and keeps packed layers packed (see the table
+            above). "dense" writes packed layers as dense zeros, which takes the memory of the dense
+            model meanwhile. "zeroed" writes a stock, dense model that computes the same: dropped
+            sublayers return as zeros. "sparse-24-bitmask" and "sparse-bitmask" are layouts that
+            readers of compressed-tensors up to 0.9 know.
         overwrite: Whether to replace a checkpoint that is there. It survives until the new one is
             complete.
         report: What the pruning run reported, JSON-serialisable, kept in prunekit.json.
@@ -333,8 +411,14 @@ def save(
     replaceable = ("config.json", MANIFEST)
     with replaced_folder(folder, overwrite=overwrite, replaceable=replaceable) as new, _quiet():
         try:
-            written = _with_zeros(arch) if format == "zeroed" and any(dropped.values()) else model
-            written.save_pretrained(new)
+            if format == "zeroed" and any(dropped.values()):
+                _with_zeros(arch).save_pretrained(new)
+            elif format in LAYOUTS:
+                _write_former(arch, new, format)
+            elif not is_packed(model):
+                model.save_pretrained(new)
+            else:
+                _write_packed(model, new, packed=format == "auto")
             tokenizer.save_pretrained(new)
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise PrunekitError(f"{folder} can't be written: {_one_line(error)}") from error
@@ -343,10 +427,38 @@ def save(
             "base_model_type": architectures.base_model_type(model.config),
             "dropped": dropped,
             "kept_blocks": arch.original_layers,
+            "packed": sorted({layer.format for _, layer in packed_layers(model)})
+            if format == "auto"
+            else [],
             "report": report,
         }
         write_manifest(new, facts)
     return Path(folder)
+
+
+def _write_packed(model: PreTrainedModel, folder: Path, *, packed: bool) -> None:
+    """Write a model with packed layers, as they are or dense."""
+    config = copy.deepcopy(model.config)
+    if packed:
+        _make_packed_config_(config, describe_packed(model))
+    _write(model, config, packed_state(model) if packed else dense_state(model), folder)
+
+
+def _write_former(arch: Architecture, folder: Path, layout: str) -> None:
+    """Write a model in a layout of `former_layouts`."""
+    config = copy.deepcopy(arch.model.config)
+    state, quantization = former_state(arch, layout)
+    config.quantization_config = quantization
+    _write(arch.model, config, state, folder)
+
+
+def _write(
+    model: PreTrainedModel, config: PretrainedConfig, state: dict[str, Tensor], folder: Path
+) -> None:
+    """Write `state` as a model of `config`'s class."""
+    skeleton = _skeleton(config, model.dtype)  # what is written says its type
+    skeleton.generation_config = model.generation_config
+    skeleton.save_pretrained(folder, state_dict=state)
 
 
 def _with_zeros(arch: Architecture) -> PreTrainedModel:
@@ -358,7 +470,7 @@ def _with_zeros(arch: Architecture) -> PreTrainedModel:
     config.__class__ = CONFIG_MAPPING[name]
     with torch.device("meta"):
         skeleton = modeling.stock_class(name)(config)
-    state = arch.model.state_dict()
+    state = dense_state(arch.model)
     for path, tensor in skeleton.state_dict().items():
         if path not in state:
             owner = type(skeleton.get_submodule(path.rpartition(".")[0])).__name__

@@ -1,4 +1,4 @@
-"""Models whose dropped sublayers are really absent: no parameters, no compute, no cache entry.
+"""Models whose dropped sublayers are really absent, and whose packed weights are never dense.
 
 A `prunekit_<base>` model is its stock transformers class with the sublayers named in its
 configuration's `drop_attn_list` and `drop_mlp_list` taken out (LLM-Drop's names). It is registered
@@ -36,6 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from prunekit.architectures import MODEL_TYPE_PREFIX, SUPPORTED, Architecture, base_model_type
 from prunekit.errors import PrunekitError
+from prunekit.packed_checkpoint import PACKED_FIELD, install_skeletons_
 
 DROP_LISTS = {"attn": "drop_attn_list", "mlp": "drop_mlp_list"}
 
@@ -109,7 +110,7 @@ def drop_blocks_(model: PreTrainedModel, indices: Iterable[int]) -> None:
     if isinstance(model.config, _DroppedConfig):
         _fit_cache_to_(model)
         if not (model.config.drop_attn_list or model.config.drop_mlp_list):
-            _make_stock_(model)
+            make_stock_(model)
 
 
 def _check_indices(indices: list[int], layers: int, unit: str) -> None:
@@ -126,12 +127,13 @@ def _own_config_(model: PreTrainedModel) -> None:
             module.config = own
 
 
-def _make_stock_(model: PreTrainedModel) -> None:
+def make_stock_(model: PreTrainedModel) -> None:
     """Turn a `prunekit_<base>` model that lacks no sublayer any more back into the stock class."""
     name = base_model_type(model.config)
     for field in DROP_LISTS.values():
         delattr(model.config, field)
     model.config.__class__ = CONFIG_MAPPING[name]
+    vars(model.config).pop("model_type", None)  # from a file, in front of the class's own
     model.__class__ = stock_class(name)
 
 
@@ -234,7 +236,10 @@ def normalize_drop_list(listed: list[int] | list[bool] | None) -> list[int]:
 
 
 class _DroppedModel:
-    """Takes the sublayers that the configuration lists out of a freshly built stock model."""
+    """Takes the sublayers that the configuration lists out of a freshly built stock model.
+
+    Layers that it lists as packed become packed ones, to be filled.
+    """
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
@@ -244,7 +249,10 @@ class _DroppedModel:
             _check_indices(indices, len(arch.layers), field)
             for index in indices:
                 arch.remove_(index, sublayer)
-        _fit_cache_to_(self)
+        if any(getattr(config, field) for field in DROP_LISTS.values()):
+            _fit_cache_to_(self)
+        model: Any = self
+        install_skeletons_(model, getattr(config, PACKED_FIELD, None))
 
 
 def stock_class(name: str) -> type[PreTrainedModel]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from prunekernels import (
@@ -104,6 +104,17 @@ FORMATS: dict[str, Format] = {
 }
 
 
+class _Blank(NamedTuple):
+    """Stands for a weight whose tensors a checkpoint will fill."""
+
+    shape: Shape
+    dtype: torch.dtype
+    tensors: dict[str, Tensor]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.tensors
+
+
 class PackedLinear(nn.Module):
     """A linear layer y = x·Wᵀ + bias whose weight is packed.
 
@@ -119,7 +130,7 @@ class PackedLinear(nn.Module):
 
     def __init__(
         self,
-        weight: PackedWeight,
+        weight: PackedWeight | _Blank,
         bias: nn.Parameter | None,
         format: str,
         *,
@@ -134,7 +145,7 @@ class PackedLinear(nn.Module):
         self._hold_(weight)
         self.register_parameter("bias", bias)
 
-    def _hold_(self, weight: PackedWeight) -> None:
+    def _hold_(self, weight: PackedWeight | _Blank) -> None:
         tensors = weight.state_dict()
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
@@ -168,6 +179,35 @@ class PackedLinear(nn.Module):
         dense.weight = nn.Parameter(weight, requires_grad=self.trainable)
         dense.bias = self.bias
         return dense.train(self.training)
+
+    def describe(self) -> dict[str, Any]:
+        """What `skeleton` needs to make an empty one; JSON-serialisable."""
+        tensors = {name: getattr(self, name) for name in self.tensor_names}
+        return {
+            "format": self.format,
+            "shape": [self.out_features, self.in_features],
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tensors": {
+                name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+                for name, tensor in tensors.items()
+            },
+        }
+
+    @classmethod
+    def skeleton(cls, described: Mapping[str, Any], dense: nn.Module) -> PackedLinear:
+        """A layer of zeros for `dense`, as `describe` said.
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: The description is not valid.
+        """
+        tensors = {
+            name: torch.zeros(shape, dtype=getattr(torch, dtype))
+            for name, (dtype, *shape) in described["tensors"].items()
+        }
+        rows, columns = described["shape"]
+        blank = _Blank((rows, columns), getattr(torch, described["dtype"]), tensors)
+        bias: Any = dense.bias
+        return cls(blank, bias, described["format"], conv1d=isinstance(dense, Conv1D))
 
     def check(self, name: str) -> None:
         """Raise a PrunekitError unless the tensors are a valid weight of this module's shape."""

@@ -111,7 +111,7 @@ class SwapReport:
         if self.faster:
             return f"{gained} Expected to be faster at {self.tokens} token(s) a call (predicted)."
         why = next(iter(self.swapped)).reason
-        return f"{gained} Smaller, not faster on this machine: {why}."
+        return f"{gained} Smaller, but not faster on this machine (slower, rather): {why}."
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

@@ -6,7 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from prunekernels import nm_mask
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from prunekit.architectures import Architecture
 
 LAYERS = 4
 _COMMON = {
@@ -66,6 +69,21 @@ def make_tiny(name: str, **changes: object) -> PreTrainedModel:
     return model.eval()
 
 
+def make_tiny_24(name: str, **changes: object) -> PreTrainedModel:
+    """A tiny model pruned to 2:4 by magnitude, with matrices that packing makes smaller."""
+    sizes: dict[str, object] = {"hidden_size": 64, "intermediate_size": 128}
+    if name == "opt":
+        sizes = {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64}
+    if name.endswith("moe"):
+        sizes["shared_expert_intermediate_size"] = 64
+    model = make_tiny(name, **{**sizes, **changes})
+    arch = Architecture(model)
+    for index in range(len(arch.layers)):
+        for ref in arch.weights(index):
+            ref.matrix.mul_(nm_mask(ref.matrix.abs(), keep=2, of=4))
+    return model
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run every test that asks for `architecture` once per supported architecture."""
     if "architecture" in metafunc.fixturenames:
@@ -76,6 +94,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def tiny() -> Callable[..., PreTrainedModel]:
     """`tiny(name, **config_changes)` builds a tiny model."""
     return make_tiny
+
+
+@pytest.fixture
+def tiny_24() -> Callable[..., PreTrainedModel]:
+    """`tiny_24(name, **config_changes)` builds a tiny model that is 2:4."""
+    return make_tiny_24
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import pickle
 
 import pytest
 import torch
-from prunekernels import nm_mask
 from torch import nn
 
 import prunekit as pk
@@ -16,21 +15,6 @@ from prunekit import packed
 from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
 from prunekit.packed import FusedGatedMLP, MergedLinear, PackedLinear, packed_layers
-
-
-def wide(tiny, name: str = "llama", **changes):
-    """A tiny model whose matrices are large enough for packing to save memory, pruned to 2:4."""
-    sizes = {"hidden_size": 64, "intermediate_size": 128}
-    if name == "opt":
-        sizes = {"hidden_size": 64, "ffn_dim": 128, "word_embed_proj_dim": 64}
-    if name.endswith("moe"):
-        sizes["shared_expert_intermediate_size"] = 64
-    model = tiny(name, **sizes, **changes)
-    arch = Architecture(model)
-    for index in range(len(arch.layers)):
-        for ref in arch.weights(index):
-            ref.matrix.mul_(nm_mask(ref.matrix.abs(), keep=2, of=4))
-    return model
 
 
 def logits(model, token_ids) -> torch.Tensor:
@@ -42,8 +26,8 @@ def assert_close(got, want) -> None:
     assert (got - want).abs().max() <= 1e-5 * want.abs().max()
 
 
-def test_swapped_models_compute_the_same_and_come_back(tiny, architecture, token_ids):
-    model = wide(tiny, architecture)
+def test_swapped_models_compute_the_same_and_come_back(tiny_24, architecture, token_ids):
+    model = tiny_24(architecture)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     want = logits(model, token_ids)
     report = pk.swap_(model)
@@ -71,8 +55,8 @@ def test_swapped_models_compute_the_same_and_come_back(tiny, architecture, token
     assert not any(isinstance(m, PackedLinear | FusedGatedMLP) for m in model.modules())
 
 
-def test_only_this_instance_changes(tiny, token_ids):
-    model, other = wide(tiny), wide(tiny)
+def test_only_this_instance_changes(tiny_24, token_ids):
+    model, other = tiny_24("llama"), tiny_24("llama")
     forward = type(model).forward
     pk.swap_(model)
     assert type(model).forward is forward
@@ -81,8 +65,8 @@ def test_only_this_instance_changes(tiny, token_ids):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_copies_pickles_and_state_dicts(tiny, token_ids, merge):
-    model = wide(tiny, "qwen2")
+def test_copies_pickles_and_state_dicts(tiny_24, token_ids, merge):
+    model = tiny_24("qwen2")
     pk.swap_(model, merge=merge)
     want = logits(model, token_ids)
     twin = copy.deepcopy(model)
@@ -105,8 +89,8 @@ def test_copies_pickles_and_state_dicts(tiny, token_ids, merge):
 
 
 @pytest.mark.parametrize("merge", [True, False])
-def test_moving_to_another_type_converts_the_packed_values(tiny, token_ids, merge):
-    model = wide(tiny, "qwen2")
+def test_moving_to_another_type_converts_the_packed_values(tiny_24, token_ids, merge):
+    model = tiny_24("qwen2")
     dense = copy.deepcopy(model).to(torch.bfloat16)
     pk.swap_(model, merge=merge)
     model.to(torch.bfloat16)
@@ -116,14 +100,14 @@ def test_moving_to_another_type_converts_the_packed_values(tiny, token_ids, merg
     assert (logits(model, token_ids) - exact).abs().max() <= 2 * eager
     pk.unswap_(model)
     assert torch.equal(logits(model, token_ids), logits(dense, token_ids))
-    moved = wide(tiny)
+    moved = tiny_24("llama")
     pk.swap_(moved)
     assert {b.device.type for b in moved.to("meta").buffers()} == {"meta"}
 
 
 @pytest.mark.parametrize("static", [False, True])
-def test_generation(tiny, static):
-    model = wide(tiny)
+def test_generation(tiny_24, static):
+    model = tiny_24("llama")
     dense = copy.deepcopy(model)
     pk.swap_(model)
     ids = torch.randint(3, 97, (2, 5))
@@ -138,8 +122,8 @@ def test_generation(tiny, static):
 @pytest.mark.parametrize(
     "name", ["llama", *(pytest.param(name, marks=pytest.mark.slow) for name in ("opt", "gpt2"))]
 )
-def test_compiles_as_one_graph(tiny, token_ids, name):
-    model = wide(tiny, name, num_hidden_layers=1)
+def test_compiles_as_one_graph(tiny_24, token_ids, name):
+    model = tiny_24(name, num_hidden_layers=1)
     pk.swap_(model)
     compiled = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -148,10 +132,10 @@ def test_compiles_as_one_graph(tiny, token_ids, name):
 
 
 @pytest.mark.slow
-def test_decoding_with_a_static_cache_compiles_with_inductor(tiny):
+def test_decoding_with_a_static_cache_compiles_with_inductor(tiny_24):
     from transformers import StaticCache
 
-    model = wide(tiny, num_hidden_layers=1)
+    model = tiny_24("llama", num_hidden_layers=1)
     dense = copy.deepcopy(model)
     pk.swap_(model)
     step = torch.compile(model.forward, fullgraph=True)
@@ -168,8 +152,8 @@ def test_decoding_with_a_static_cache_compiles_with_inductor(tiny):
     assert_close(*results)
 
 
-def test_gradients_reach_what_lies_before(tiny, token_ids):
-    model = wide(tiny)
+def test_gradients_reach_what_lies_before(tiny_24, token_ids):
+    model = tiny_24("llama")
     dense = copy.deepcopy(model)
     pk.swap_(model)
     for each in (model, dense):
@@ -183,8 +167,8 @@ def test_gradients_reach_what_lies_before(tiny, token_ids):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_what_stays_dense_and_why(tiny):
-    model = wide(tiny, tie_word_embeddings=True)
+def test_what_stays_dense_and_why(tiny_24):
+    model = tiny_24("llama", tie_word_embeddings=True)
     layers = model.model.layers
     with torch.no_grad():
         layers[0].mlp.down_proj.weight[3, 8:12] = 1.0
@@ -214,11 +198,11 @@ def test_what_stays_dense_and_why(tiny):
     assert "model.layers.0.mlp.down_proj" in report.table(verbose=True)
 
 
-def test_on_a_cpu_it_says_that_nothing_is_faster(tiny):
-    report = pk.swap_(wide(tiny))
+def test_on_a_cpu_it_says_that_nothing_is_faster(tiny_24):
+    report = pk.swap_(tiny_24("llama"))
     assert not report.faster and report.device == "cpu"
     assert "not faster on this machine" in report.verdict
-    asked = wide(tiny)
+    asked = tiny_24("llama")
     refused = pk.swap_(asked, min_speedup=1.0)
     assert not refused.swapped and "Nothing was packed" in refused.verdict
     assert {r.reason.partition(":")[0] for r in refused.left_dense} == {
@@ -230,7 +214,7 @@ def test_on_a_cpu_it_says_that_nothing_is_faster(tiny):
     assert data["packed"] == 0 and data["modules"][0]["shape"] == [32, 64]
 
 
-def test_the_table_decides_at_the_expected_number_of_tokens(tiny, monkeypatch):
+def test_the_table_decides_at_the_expected_number_of_tokens(tiny_24, monkeypatch):
     from prunekernels import tuning
 
     def expected(tokens, rows, columns, dtype, device):
@@ -240,10 +224,10 @@ def test_the_table_decides_at_the_expected_number_of_tokens(tiny, monkeypatch):
 
     faked = dataclasses.replace(packed.FORMATS["2:4"], expected=expected)
     monkeypatch.setitem(packed.FORMATS, "2:4", faked)
-    decode = pk.swap_(wide(tiny), min_speedup=1.0, tokens=4)
+    decode = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4)
     assert decode.faster and len(decode.swapped) == 24
     assert "faster at 4 token(s)" in decode.verdict
-    prefill = pk.swap_(wide(tiny), min_speedup=1.0, tokens=4096)
+    prefill = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4096)
     assert not prefill.swapped
     assert "slower as 2:4: expected 0.93× (as on a GPU)" in prefill.left_dense[0].reason
 
@@ -258,19 +242,19 @@ def test_small_and_wide_layers_gain_what_bytes_predict():
     assert sparse24_speedup("eager", 4096, 4096, 4096) < 1
 
 
-def test_bad_arguments_change_nothing(tiny):
-    model = wide(tiny)
+def test_bad_arguments_change_nothing(tiny_24):
+    model = tiny_24("llama")
     with pytest.raises(PrunekitError, match="unknown format '4:8': use one of 2:4"):
         pk.swap_(model, formats=["4:8"])
     with pytest.raises(PrunekitError, match="tokens is 0"):
         pk.swap_(model, tokens=0)
     with pytest.raises(PrunekitError, match="meta"):
-        pk.swap_(wide(tiny).to("meta"))
+        pk.swap_(tiny_24("llama").to("meta"))
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
 
 
-def test_an_interruption_leaves_the_model_dense(tiny, monkeypatch, token_ids):
-    model = wide(tiny)
+def test_an_interruption_leaves_the_model_dense(tiny_24, monkeypatch, token_ids):
+    model = tiny_24("llama")
     want, calls, real = logits(model, token_ids), [], packed.FORMATS["2:4"]
 
     def interrupted(weight):
@@ -287,8 +271,8 @@ def test_an_interruption_leaves_the_model_dense(tiny, monkeypatch, token_ids):
     assert torch.equal(logits(model, token_ids), want)
 
 
-def test_packed_weights_are_not_pruned_again(tiny):
-    model = wide(tiny)
+def test_packed_weights_are_not_pruned_again(tiny_24):
+    model = tiny_24("llama")
     pk.swap_(model)
     with pytest.raises(PrunekitError, match="is packed: unswap_ the model"):
         pk.prune_(model, pk.Magnitude(sparsity=0.6))
@@ -297,8 +281,8 @@ def test_packed_weights_are_not_pruned_again(tiny):
     pk.prune_(model, pk.Magnitude(sparsity=0.6))
 
 
-def test_a_second_swap_finds_nothing_left(tiny, token_ids):
-    model = wide(tiny)
+def test_a_second_swap_finds_nothing_left(tiny_24, token_ids):
+    model = tiny_24("llama")
     first = pk.swap_(model)
     want = logits(model, token_ids)
     assert not pk.swap_(model).swapped
@@ -323,8 +307,8 @@ def test_merged_projections_answer_in_any_order():
     assert torch.equal(first, want[id(x)][0])
 
 
-def test_sizes_count_packed_weights(tiny):
-    model = wide(tiny)
+def test_sizes_count_packed_weights(tiny_24):
+    model = tiny_24("llama")
     count = sum(p.numel() for p in model.parameters())
     before = packed.weight_bytes(model)
     report = pk.swap_(model)
