@@ -11,7 +11,7 @@ RUN := $(VENV)/bin/python
 OUT ?= out
 READY := $(VENV)/.ready
 
-.PHONY: help demo test test-all lint types clean
+.PHONY: help demo test test-all bench lint types clean
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 12
 
@@ -39,6 +39,16 @@ test: lint types  ## lint, types and the test suite (under ten minutes on two co
 
 test-all: $(READY)  ## the long sweeps that `make test` leaves out
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
+
+# RESEARCH=PATH adds the research code's own times, from a checkout of it (then longer).
+BENCH = $(RUN) bench
+bench: $(READY)  ## CPU benchmarks, tables and plots in $(OUT)/bench (under ten minutes)
+	@$(BENCH)/model.py
+	@for part in sparse metrics model research $(if $(wildcard bench/bench_prune.py),prune); do \
+		$(BENCH)/bench_$$part.py --device cpu --output $(OUT)/bench $(BENCH_ARGS) \
+			$(if $(RESEARCH),--research $(RESEARCH)) || exit 1; done
+	@$(BENCH)/bench_layerwise.py --device cpu --output $(OUT)/bench $(if $(RESEARCH),--research $(RESEARCH))
+	@$(BENCH)/plot.py $(OUT)/bench
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

@@ -1,6 +1,6 @@
 """Layerwise analysis of one prompt, against the research code's script if it is given.
 
-    python bench/bench_layerwise.py [--research PATH/representation-analysis]
+    python bench/bench_layerwise.py [--research PATH]
 
 One prompt, decoded to 60 tokens at temperature 0.5; every step × layer × sublayer is analysed over
 the full vocabulary. "dropped" removes each sublayer of the dense model in turn, which is what the
@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import research as research_code
 from harness import RESULTS, provenance, write_csv
 
 from prunekit import checkpoint, generation
@@ -35,35 +33,12 @@ PROMPT = (
 MODES = ("dropped", "pruned")
 SCRIPT = "transition_layerwise_compare.py"
 
-# Runs the script in its own process and reports its time without the loading of models.
-WRAPPER = """
-import json, runpy, sys, time
-import torch, transformers
-loading = 0.0
-for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
-    def timed(*args, own=kind.from_pretrained, **kwargs):
-        global loading
-        start = time.perf_counter()
-        found = own(*args, **kwargs)
-        loading += time.perf_counter() - start
-        return found
-    kind.from_pretrained = timed
-torch.manual_seed(0)
-script, report, *sys.argv[1:] = sys.argv[1:]
-sys.path.insert(0, script.rpartition("/")[0])
-start = time.perf_counter()
-runpy.run_path(script, run_name="__main__")
-total = time.perf_counter() - start
-with open(report, "w") as file:
-    json.dump({"seconds": total - loading, "loading": loading}, file)
-"""
-
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo", help="what prunekit.load takes")
-    parser.add_argument("--research", type=Path, help=f"the folder that holds {SCRIPT}")
+    parser.add_argument("--research", type=Path, help=f"a folder that holds {SCRIPT}")
     parser.add_argument("--mode", choices=MODES, nargs="*", default=list(MODES))
     parser.add_argument("--length", type=int, default=60, help="prompt and continuation, tokens")
     parser.add_argument("--temperature", type=float, default=0.5)
@@ -109,18 +84,8 @@ def research(options: argparse.Namespace, mode: str, folders: dict[str, Path]) -
     if mode == "pruned":
         command += ["--pruned_model_name", str(folders["pruned"])]
     command += ["--max_length", str(options.length), "--temperature", str(options.temperature)]
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "seconds.json"
-        script = options.research.resolve() / SCRIPT
-        subprocess.run(
-            [sys.executable, "-c", WRAPPER, str(script), str(report), *command],
-            cwd=folder,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-        log = next(Path(folder).rglob("log-cosine.txt")).read_text(encoding="utf-8")
-        seconds = json.loads(report.read_text())["seconds"]
+    script = research_code.find(options.research, SCRIPT)
+    seconds, log = research_code.run_script(script, command, "log-cosine.txt")
     pairs = log.count("REAL_KL")
     return {"seconds": [seconds], "shape": f"{pairs} pairs", "metrics": ""}
 

@@ -1,7 +1,7 @@
 """Full-vocabulary statistics: logits, heads and vectors; ours and every peer, over V and rows.
 
     python bench/bench_metrics.py                       everything
-    python bench/bench_metrics.py --quick               minutes, also on a CPU
+    python bench/bench_metrics.py --quick               does it work?
     python bench/bench_metrics.py --research PATH       the research code's function as well
 
 Logits are random, with a peaked distribution and a difference as pruning makes it. Results go to
@@ -123,7 +123,7 @@ def make(case: Case, options: argparse.Namespace, session: Session) -> list[Cont
 def plan(session: Session) -> list[Case]:
     """Over the vocabulary at many rows, over rows at one vocabulary, heads, vectors."""
     on_gpu = session.device.type == "cuda"
-    rows, vocabularies = (2048, VOCABULARIES) if on_gpu else (32, VOCABULARIES)
+    rows, vocabularies = (2048, VOCABULARIES) if on_gpu else (16, VOCABULARIES)
     dtypes = ("bfloat16", "float32") if on_gpu else ("float32",)
     fewer = (1, 64) if on_gpu else (1,)
     heads = ((1, 4096), (64, 4096), (2048, 4096), (2048, 1024)) if on_gpu else ((16, 576),)

@@ -1,7 +1,7 @@
 """Linear layers with pruned weights: ours and every peer, over tokens, shapes and sparsities.
 
-    python bench/bench_sparse.py             everything: on a GPU about an hour in all
-    python bench/bench_sparse.py --quick     minutes, also on a CPU
+    python bench/bench_sparse.py             everything; small shapes on a CPU
+    python bench/bench_sparse.py --quick     does it work?
     python bench/bench_sparse.py --minutes 9 --pattern 2:4      stop in time; call again to go on
 
 Weights and activations are random, the same for all. Results go to results/<device>/sparse.csv.
@@ -29,6 +29,7 @@ SHAPES = {
     "Llama-3-8B": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
     "Llama-3-70B": ((8192, 8192), (28672, 8192), (8192, 28672)),
     "Qwen2.5-7B": ((3584, 3584), (18944, 3584), (3584, 18944)),
+    "SmolLM2-135M": ((576, 576), (1536, 576), (576, 1536)),
 }
 SPARSITIES = (0.5, 0.6, 0.7, 0.8)
 #: For what is compiled, with tuning, for every M and shape.
@@ -104,13 +105,13 @@ def contenders(weights: Weights, case: Case, dtype: torch.dtype) -> list[Contend
 def plan(options: argparse.Namespace, session: Session) -> list[Case]:
     """The cases, those of one weight one after the other."""
     dtype = "bfloat16"
-    shapes: Sequence[tuple[int, int]] = [s for name in options.model for s in SHAPES[name]]
-    tokens: Sequence[int] = options.tokens or TOKENS
-    sparsities: Sequence[float] = options.sparsity or SPARSITIES
+    on_gpu = session.device.type == "cuda"
+    models = options.model or (list(SHAPES)[:3] if on_gpu else list(SHAPES)[3:])
+    shapes: Sequence[tuple[int, int]] = [shape for name in models for shape in SHAPES[name]]
+    tokens: Sequence[int] = options.tokens or (TOKENS if on_gpu else TOKENS[::3])
+    sparsities: Sequence[float] = options.sparsity or (SPARSITIES if on_gpu else SPARSITIES[::2])
     if session.quick:
-        small = session.device.type == "cpu"
-        shapes = [(512, 512)] if small else shapes[:1]
-        tokens, sparsities = options.tokens or (1, 64), sparsities[:2]
+        shapes, tokens, sparsities = shapes[:1], options.tokens or (1, 64), sparsities[:2]
     cases = []
     for pattern in options.pattern:
         for N, K in dict.fromkeys(shapes):
@@ -125,7 +126,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     add_options(parser)
-    parser.add_argument("--model", nargs="*", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--model", nargs="*", choices=SHAPES, help="whose shapes")
     parser.add_argument("--pattern", nargs="*", choices=peers.PATTERNS, default=peers.PATTERNS)
     parser.add_argument("--tokens", nargs="*", type=int, help="M")
     parser.add_argument("--sparsity", nargs="*", type=float, help="of unstructured weights")

@@ -171,7 +171,7 @@ class Session:
         if options.fresh:
             path.unlink(missing_ok=True)
         seconds = None if options.minutes is None else 60 * options.minutes
-        rounds = options.rounds or (5 if options.quick else 20)
+        rounds = options.rounds or (5 if options.quick else 20 if device.type == "cuda" else 10)
         return cls(path, device, rounds, options.quick, seconds)
 
     def roofs(self, dtype: str) -> tuple[float, float]:
@@ -196,8 +196,12 @@ class Session:
             return {(r["op"], r["mode"], r["dtype"], r["shape"]) for r in reader}
 
     def copies(self, operand_bytes: float) -> int:
-        """Sets of operands to rotate among; two are enough to try things out."""
-        return timers.copies_needed(int(operand_bytes), self.device, 2 if self.quick else 64)
+        """Sets of operands to rotate among: two to try things out, few on a CPU.
+
+        A CPU's last cache may hold a small model whole, and packing many copies takes it long.
+        """
+        most = 2 if self.quick else 64 if self.device.type == "cuda" else 8
+        return timers.copies_needed(int(operand_bytes), self.device, most)
 
     def out_of_time(self) -> bool:
         """Whether no further case may begin."""

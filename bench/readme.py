@@ -1,9 +1,9 @@
-"""Draw the README's measured tables from the files under results/.
+"""Draw the measured tables of README.md and docs/benchmarks.md from the files under results/.
 
-    python bench/readme.py            rewrite README.md between its markers
-    python bench/readme.py --check    exit with 1 if README.md says something else
+    python bench/readme.py            rewrite both between their markers
+    python bench/readme.py --check    exit with 1 if one of them says something else
 
-A block of the README stands between `<!-- measured: NAME -->` and `<!-- end -->`.
+A block stands between `<!-- measured: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from typing import Any
 
 from harness import RESULTS
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 CPU = RESULTS / "cpu"
 
 
@@ -53,6 +54,41 @@ def layerwise() -> str:
     return table(["mode", "prunekit", "research script", "ratio"], body)
 
 
+def against_research() -> str:
+    """Everything that the research code does too, beside it."""
+    found: dict[str, dict[str, dict[str, str]]] = {}
+    for file in ("research.csv", "metrics.csv", "prune.csv"):
+        for row in rows(file) if (CPU / file).is_file() else []:
+            name = f"{row['op']} {row['mode']}, {row['shape']}".replace("_", " ")
+            if row.get("status", "ok") == "ok":
+                found.setdefault(name, {})[row["provider"]] = row
+    body = []
+    for name, providers in found.items():
+        theirs = providers.get("research code")
+        ours = [row for key, row in providers.items() if key.startswith("prunek")]
+        if theirs is not None and ours:
+            fast, slow = (float(row["p50_ms"]) for row in (ours[0], theirs))
+            body.append([name, f"{fast:.3g} ms", f"{slow:.3g} ms", f"{slow / fast:.1f}×"])
+    head = ["what", "prunekit", "research code", "ratio"]
+    return table(head, body) if body else "Not measured on this version yet."
+
+
+def models() -> str:
+    """Whole models on a CPU: speed and weights."""
+    if not (CPU / "model.csv").is_file():
+        return "Not measured on this version yet."
+    body = [
+        [
+            *(row[name] for name in ("op", "mode", "shape", "provider")),
+            f"{float(row['items_s']):.3g}",
+            f"{float(row['held_mb']):.0f} MB",
+        ]
+        for row in rows("model.csv")
+        if row["status"] == "ok"
+    ]
+    return table(["op", "model, cache", "shape", "variant", "tokens/s", "weights"], body)
+
+
 def demo() -> str:
     """The demo's headline, for both prunings."""
     found = json.loads((CPU / "demo.json").read_text(encoding="utf-8"))
@@ -81,7 +117,13 @@ DEMO = (
     ("generated texts identical to the dense model's", "pruned_identical", "{:.0%}"),
     ("generated texts: chrF to the dense model's", "pruned_chrf", "{:.1f}"),
 )
-BLOCKS: dict[str, Callable[[], str]] = {"demo": demo, "quality": quality, "layerwise": layerwise}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "demo": demo,
+    "quality": quality,
+    "layerwise": layerwise,
+    "research": against_research,
+    "models": models,
+}
 
 
 def drawn(text: str) -> str:
@@ -94,13 +136,15 @@ def drawn(text: str) -> str:
 
 def main() -> None:
     """Rewrite, or check."""
-    before = README.read_text(encoding="utf-8")
-    after = drawn(before)
-    if "--check" in sys.argv:
-        sys.exit(
-            None if before == after else "README.md differs from bench/results: run bench/readme.py"
-        )
-    README.write_text(after, encoding="utf-8")
+    for page in PAGES:
+        if not page.is_file():
+            continue
+        before = page.read_text(encoding="utf-8")
+        after = drawn(before)
+        if "--check" not in sys.argv:
+            page.write_text(after, encoding="utf-8")
+        elif before != after:
+            sys.exit(f"{page.name} differs from bench/results: run bench/readme.py")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,119 @@
+"""Run the research code as it is, from a checkout given by a path; nothing of it is copied here.
+
+Its scripts run in their own process. Its functions are imported from the checkout; where they
+expect an older transformers, the model is made to look like one around the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from harness import Absent
+
+# Runs a script in its own process and reports its time without the loading of models.
+WRAPPER = """
+import json, runpy, sys, time
+import torch, transformers
+loading = 0.0
+for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer):
+    def timed(*args, own=kind.from_pretrained, **kwargs):
+        global loading
+        start = time.perf_counter()
+        found = own(*args, **kwargs)
+        loading += time.perf_counter() - start
+        return found
+    kind.from_pretrained = timed
+torch.manual_seed(0)
+script, report, *sys.argv[1:] = sys.argv[1:]
+sys.path.insert(0, script.rpartition("/")[0])
+start = time.perf_counter()
+runpy.run_path(script, run_name="__main__")
+total = time.perf_counter() - start
+with open(report, "w") as file:
+    json.dump({"seconds": total - loading, "loading": loading}, file)
+"""
+
+
+def find(checkout: Path | None, name: str) -> Path:
+    """A file of the checkout by its name or relative path; raises Absent without it."""
+    if checkout is None:
+        raise Absent("research code: give its checkout with --research PATH")
+    found = sorted(checkout.expanduser().resolve().rglob(name))
+    if not found:
+        raise Absent(f"research code: no {name} below {checkout}")
+    return found[0]
+
+
+def run_script(script: Path, arguments: Sequence[str], log: str) -> tuple[float, str]:
+    """Run a script and return its seconds without loading, and the log that it wrote.
+
+    Args:
+        script: The script.
+        arguments: Its command line.
+        log: Name of the log file to return, wherever the script puts it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "seconds.json"
+        subprocess.run(
+            [sys.executable, "-c", WRAPPER, str(script), str(report), *arguments],
+            cwd=folder,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+        text = next(Path(folder).rglob(log)).read_text(encoding="utf-8")
+        return json.loads(report.read_text())["seconds"], text
+
+
+def module(file: Path, package: str) -> ModuleType:
+    """A module of a package, imported without running the package's own `__init__`s.
+
+    Those import everything else that the package can do, and what that needs.
+    """
+    folder = file.parent
+    for name in reversed(_parents(package)):
+        stub = ModuleType(name)
+        stub.__path__ = [str(folder)]
+        sys.modules.setdefault(name, stub)
+        folder = folder.parent
+    return importlib.import_module(f"{package}.{file.stem}")
+
+
+def _parents(package: str) -> list[str]:
+    parts = package.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+@contextlib.contextmanager
+def older_layers(model: Any) -> Iterator[None]:
+    """Decoder layers that find their rotary embeddings themselves and return a tuple.
+
+    That is how transformers worked when the research code was written.
+    """
+    base = model.model
+    own = [layer.forward for layer in base.layers]
+
+    def older(forward: Any) -> Any:
+        def call(hidden: Any, *, position_ids: Any, **rest: Any) -> tuple[Any]:
+            rest["position_embeddings"] = base.rotary_emb(hidden, position_ids)
+            return (forward(hidden, position_ids=position_ids, **rest),)
+
+        return call
+
+    try:
+        for layer, forward in zip(base.layers, own, strict=True):
+            layer.forward = older(forward)
+        yield
+    finally:
+        for layer in base.layers:
+            del layer.forward  # the class's own again
