@@ -401,8 +401,7 @@ def save(
     Raises:
         PrunekitError: Unknown format, or the folder is not empty or can't be written.
     """
-    if format not in FORMATS:
-        raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    check_format(format)
     arch = Architecture(model)
     dropped = {
         sublayer: [i for i in range(len(arch.layers)) if arch.is_dropped(i, sublayer)]
@@ -434,6 +433,12 @@ def save(
         }
         write_manifest(new, facts)
     return Path(folder)
+
+
+def check_format(format: str) -> None:
+    """Raise a PrunekitError unless `format` is one that `save` writes."""
+    if format not in FORMATS:
+        raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
 
 
 def _write_packed(model: PreTrainedModel, folder: Path, *, packed: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
-from prunekit.commands import bench, compare, demo, doctor, drop, inspect, prune
+from prunekit.commands import bench, compare, demo, doctor, drop, inspect, prune, swap
 
 
 @dataclass(frozen=True)
@@ -33,5 +33,5 @@ COMMANDS = {
     module.__name__.rpartition(".")[2]: Command(
         module.SUMMARY, module.DESCRIPTION, module.EXAMPLE, module.add_arguments, module.run
     )
-    for module in (demo, prune, drop, compare, bench, inspect, doctor)
+    for module in (demo, prune, drop, swap, compare, bench, inspect, doctor)
 }

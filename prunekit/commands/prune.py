@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, TextIO
 
-from prunekit.commands import options
+from prunekit.commands import options, swap
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
     from prunekit.pruning import PruneReport, Recipe
+    from prunekit.swap import SwapReport
 
 SUMMARY = "set weights to zero: magnitude, Wanda or SparseGPT"
 DESCRIPTION = """\
@@ -46,6 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="name pattern of matrices that stay dense, beside MoE routers; may be repeated",
     )
     options.add_output(parser, "folder for the checkpoint")
+    parser.add_argument(
+        "--swap", action="store_true", help="pack what fits a sparse format (see: prunekit swap)"
+    )
+    swap.add_packing(parser)
     parser.add_argument("--verbose", action="store_true", help="a line per matrix in the table")
     options.add_calibration(parser)
     options.add_running(parser)
@@ -60,8 +65,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     calibrated = any(method.calibrated for method in recipe.rules.values())
     calibration = options.calibration(args) if calibrated else None
 
-    from prunekit import checkpoint, distributed, packed
-    from prunekit.commands import measures
+    from prunekit import checkpoint, distributed
     from prunekit.pruning import prune_
 
     model, tokenizer = options.load(source, args)
@@ -75,18 +79,24 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     )
     if not distributed.is_main():
         return
-    checkpoint.save(
-        model, tokenizer, folder, overwrite=args.overwrite, report={"prune": report.to_dict()}
-    )
-    sizes = {
-        "parameters_bytes": packed.weight_bytes(model),
-        "folder_bytes": measures.folder_bytes(folder),
+    reports = {"prune": report.to_dict()}
+    swapped = swap.pack(model, args) if args.swap else None
+    if swapped is not None:
+        reports["swap"] = swapped.to_dict()
+    checkpoint.save(model, tokenizer, folder, overwrite=args.overwrite, report=reports)
+    sizes = swap.facts(model, folder)
+    found = {
+        "model": source,
+        "output": folder,
+        **sizes,
+        "report": reports["prune"],
+        "swap": reports.get("swap"),
     }
     options.emit(
         args,
         answer,
-        lambda: {"model": source, "output": folder, **sizes, "report": report.to_dict()},
-        lambda: _shown(report, folder, sizes["folder_bytes"], args.verbose),
+        lambda: found,
+        lambda: _shown(report, swapped, folder, sizes["folder_bytes"], args.verbose),
     )
 
 
@@ -106,7 +116,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     return Recipe.from_dict({"rules": args.rules, "ignore": ignore})
 
 
-def _shown(report: PruneReport, folder: str, size: int, verbose: bool) -> Any:
+def _shown(
+    report: PruneReport, swapped: SwapReport | None, folder: str, size: int, verbose: bool
+) -> Any:
     from rich.console import Group
     from rich.text import Text
 
@@ -118,7 +130,12 @@ def _shown(report: PruneReport, folder: str, size: int, verbose: bool) -> Any:
         f"Zeros: {report.zeros:,} of {report.size:,} weights of the pruned matrices "
         f"({100 * report.sparsity:.2f} %); {len(report.left_dense)} matrices left dense.",
         f"Saved to {folder} ({tables.size(size)}).",
-        "Not smaller and not faster: the zeros are stored and multiplied like any other weight. "
-        "Only packing them and swapping in sparse kernels would save memory or time.",
     ]
+    if swapped is not None:
+        lines += ["", swapped.table(verbose=verbose), "", swapped.verdict]
+    else:
+        lines.append(
+            "Not smaller and not faster: the zeros are stored and multiplied like any other "
+            f"weight. To pack them: prunekit swap {folder} --output DIR"
+        )
     return Group(*(Text(line) for line in lines))

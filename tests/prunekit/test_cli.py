@@ -42,11 +42,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bytewise, **special)
 
 
-def tiny_model(kind: type = LlamaForCausalLM, vocabulary: int = 264, layers: int = 3):
+def tiny_model(
+    kind: type = LlamaForCausalLM,
+    vocabulary: int = 264,
+    layers: int = 3,
+    hidden: int = 32,
+    inner: int = 48,
+):
     config = {LlamaForCausalLM: LlamaConfig, Qwen2: Qwen2Config}[kind](
         vocab_size=vocabulary,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=hidden,
+        intermediate_size=inner,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -322,6 +328,85 @@ def test_prune_saves_and_reports(here, tmp_path, capsys):
     assert cli.main(["inspect", str(folder)]) == 0
     shown = capsys.readouterr().out
     assert "50.00 %" in shown and "2:4" in shown and "safetensors, llama, auto" in shown
+
+
+@pytest.fixture(scope="module")
+def wide(place):
+    """A dense model in `place` whose matrices packing makes smaller."""
+    model = tiny_model(hidden=64, inner=128)
+    return str(checkpoint.save(model, tiny_tokenizer(), place / "wide"))
+
+
+def test_swap_packs_and_turns_back(wide, tmp_path, capsys):
+    pruned, packed, dense = (str(tmp_path / name) for name in ("pruned", "packed", "dense"))
+    line = f"prune {wide} --method magnitude --pattern 2:4 --output"
+    assert cli.main([*line.split(), pruned]) == 0
+    assert f"prunekit swap {pruned} --output DIR" in " ".join(capsys.readouterr().out.split())
+    assert cli.main(["swap", pruned, "--output", packed, "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)
+    assert err == ""
+    report = found["report"]
+    assert report["packed"] == 21 and not report["faster"] and report["device"] == "cpu"
+    assert report["bytes"] < 0.6 * report["dense_bytes"]
+    assert "not faster on this machine" in report["verdict"]
+    kept = {m["name"]: m["reason"] for m in report["modules"] if not m["format"]}
+    assert kept == {"lm_head": "output head"}
+    manifest = json.loads((Path(packed) / "prunekit.json").read_text())
+    assert manifest["report"]["swap"] == report and manifest["packed"] == ["2:4"]
+    assert found["folder_bytes"] < sum(f.stat().st_size for f in Path(pruned).iterdir())
+
+    assert cli.main(["inspect", packed, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    patterns = {row["kind"]: (row["pattern"], row["sparsity"]) for row in facts["matrices"]}
+    assert patterns["self_attn.k_proj"] == ("2:4", 0.5)
+    assert facts["parameter_bytes"] == found["parameters_bytes"]
+    assert facts["parameters"] == sum(t.numel() for t in weights_of(pruned).values())
+
+    assert cli.main(["swap", packed, "--format", "dense", "--output", dense]) == 0
+    shown = capsys.readouterr().out
+    assert "output head" in shown
+    ours, theirs = weights_of(dense), weights_of(pruned)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def weights_of(folder: str) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def test_prune_can_pack_at_once(wide, tmp_path, capsys):
+    folder = str(tmp_path / "out")
+    line = f"prune {wide} --method magnitude --pattern 2:4 --swap --output {folder}"
+    assert cli.main([*line.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["swap"]["packed"] == 21 and found["report"]["sparsity"] == 0.5
+    manifest = json.loads((Path(folder) / "prunekit.json").read_text())
+    assert set(manifest["report"]) == {"prune", "swap"}
+    assert cli.main([*line.split(), "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    assert "not faster on this machine" in " ".join(shown.split())
+    assert "Not smaller" not in shown
+    assert cli.main([*line.split(), "--overwrite", "--min-speedup", "1", "--json"]) == 0
+    refused = json.loads(capsys.readouterr().out)
+    assert refused["swap"]["packed"] == 0 and "see the reasons" in refused["swap"]["verdict"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("swap dense --output out", "nothing of dense was packed (first layer: "),
+        ("swap dense --output out --format gguf", "unknown format 'gguf': use one of auto, dense"),
+        ("swap dense", "where to? give --output DIR"),
+        ("swap --output out", "which model?"),
+        ("swap dense --output out --tokens 0", "'0' is not a whole number from 1"),
+        ("swap missing --output out", "missing"),
+    ],
+)
+def test_swap_refuses_in_one_line(here, line, message, capsys):
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+    assert not Path("out").exists()
 
 
 def test_prune_says_that_zeros_alone_save_nothing(here, tmp_path, capsys):
