@@ -8,6 +8,8 @@ x = ((b−β)−(a−α))/T, which is exact where it matters. ρ = v−w, d = b�
 named as in `closed_form` (y and z in base-2 units, x too unless precise); Q1, Q2 = Σ{x, x²}·w², or
 ·v² if the estimates are weighted by the other row, which also adds V2 = Σv·x²; the precise level
 adds A = Σρ, Φp = Σw·φ(t), Φq = Σv·φ(−t), with t = x and φ(t) = eᵗ−1−t (METRICS, "One pass").
+Where nothing is masked, four sums are left to `complete`, which takes them from the others, and
+`thin` says where that would cancel.
 """
 
 # ruff: noqa: RUF005, SIM108  (Triton compiles neither starred tuples nor every ternary)
@@ -125,6 +127,7 @@ def accumulate(
     w = tl.exp2(y)
     v = tl.exp2(z)
     d = b - a
+    s0, c0, zz, b2 = s[8], s[9], s[20], s[21]
     if MASKED:
         w = tl.where(whole_a, w, 0.0)
         v = tl.where(whole_b, v, 0.0)
@@ -133,6 +136,12 @@ def accumulate(
         d = tl.where(both, d, 0.0)
         a = tl.where(both, a, 0.0)
         b = tl.where(both, b, 0.0)
+        s0 = s0 + v * v
+        c0 = c0 + w * v
+        zz = zz + a * b
+        b2 = b2 + b * b
+    elif OTHER:
+        s0 = s0 + v * v
     rho = v - w
     if PRECISE:
         t = x
@@ -169,8 +178,8 @@ def accumulate(
         v1,
         s[6] + v * z,
         s[7] + w * w,
-        s[8] + v * v,
-        s[9] + w * v,
+        s0,
+        c0,
         q1,
         q2,
         s[12] + w * rho,
@@ -181,8 +190,8 @@ def accumulate(
         s[17] + a * a,
         s[18] + a * d,
         s[19] + d * d,
-        s[20] + a * b,
-        s[21] + b * b,
+        zz,
+        b2,
         n,
     )
     if PRECISE:
@@ -190,6 +199,33 @@ def accumulate(
     if OTHER:
         out = out + (s[len(s) - 1] + vx * x,)
     return out
+
+
+@triton.jit
+def complete(s, OTHER: tl.constexpr):
+    """The sums that unmasked blocks leave out: Σv², Σwv, Σab and Σb² from those with ρ and d."""
+    s0 = s[8]
+    if not OTHER:
+        s0 = s[7] + 2.0 * s[12] + s[13]
+    out = ()
+    for i in tl.static_range(len(s)):
+        if i == 8:
+            out = out + (s0,)
+        elif i == 9:
+            out = out + (s[7] + s[12],)
+        elif i == 20:
+            out = out + (s[17] + s[18],)
+        elif i == 21:
+            out = out + (s[17] + 2.0 * s[18] + s[19],)
+        else:
+            out = out + (s[i],)
+    return out
+
+
+@triton.jit
+def thin(s):
+    """Whether Σv² is small against Σw², or Σb² against Σa²: then `complete` loses digits."""
+    return (tl.sum(s[8] - 0.125 * s[7], 0) < 0.0) | (tl.sum(s[21] - 0.25 * s[17], 0) < 0.0)
 
 
 @triton.jit

@@ -11,8 +11,9 @@ from prunekernels.runtime import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interpreted")
 
-#: Issue slots per pair of logits, from METRICS ("Kernels"): 17 sums, and precise.
-SLOTS = {"core": 34.6, "precise": 54.7}
+#: Issue slots per pair of logits: METRICS ("Kernels") has 34.6 for 17 sums and 54.7 for precise;
+#: a bfloat16 pair may take 31 of an H200's before issue, and not memory, is what limits.
+SLOTS = {"core": 32.5, "precise": 54.7}
 
 PAIR = {case.name: case for case in pair_triton.compile_cases() if "second_pass" not in case.name}
 OTHERS = [
@@ -34,9 +35,11 @@ def _check_pair(name, arch):
     assert report.spills == 0
     assert set(report.loop_loads) <= {"LDG.E.64", "LDG.E.128"}
     assert sum(report.loop_loads.values()) == 16
-    # Weighting by the other row adds a sum: one product, one addition.
-    budget = 1.1 * SLOTS[name.split("/")[1]] + (2.0 if name.endswith("other") else 0.0)
+    # Weighting by the other row adds two sums: Σvx² with its product, and Σv².
+    budget = SLOTS[name.split("/")[1]] + (3.0 if name.endswith("other") else 0.0)
     assert report.instructions_per_element < budget
+    # four programs of 128 threads on a multiprocessor's 65536 registers
+    assert report.registers <= (128 if "core" in name else 168)
 
 
 @pytest.mark.parametrize("name", ["pair_stats/core/bf16/base", "pair_stats/precise/bf16/base"])

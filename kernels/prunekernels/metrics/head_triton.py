@@ -382,6 +382,8 @@ def compile_cases() -> list[KernelCase]:
                 num_stages=config.num_stages,
                 divisible=[*(n for n in signature if n.endswith("_ptr")), "D", "stride_hv"],
                 opcodes=(opcode,),
+                # of the head, in the loop over depth
+                elements_per_iteration=config.block_v * config.block_d // config.num_warps,
                 archs=(arch,),
             )
         )

@@ -407,6 +407,7 @@ def compile_cases() -> list[KernelCase]:
                 num_stages=1,
                 divisible=[name for name in signature if name.endswith("_ptr")],
                 opcodes=("DFMA", "v_fma_f64"),
+                elements_per_iteration=config.rows * config.splits // config.num_warps,
                 archs=(80, 89, 90, "gfx942"),
             )
         )

@@ -2,10 +2,11 @@
 
 A program sums one split of the vocabulary of one pair of rows into 512 lanes, without reducing
 across them: tiles of 4096 without masks, then what is left over at either end in masked pieces of
-512. The references A = k·max a and B = k·b there move in a branch that is rarely taken. Where a
-split turns out to hold −inf, NaN or +inf, it is summed again, in masked pieces alone. Partial sums
-are merged in a fixed order by `merge_triton`; "full" then reads the logits a second time, with
-both normalisers known.
+512. The references A = k·max a and B = k·b there move in a branch that is rarely taken. Four sums
+are taken from the others, not from the logits. Where a split turns out to hold −inf, NaN or +inf,
+or rows so different in size that this would cancel, it is summed again, in masked pieces alone.
+Partial sums are merged in a fixed order by `merge_triton`; "full" then reads the logits a second
+time, with both normalisers known.
 """
 
 
@@ -121,9 +122,9 @@ def _pair_sums_kernel(
         unit_b = tl.where(max_b > best_b, column, unit_b)
         best_a = tl.maximum(best_a, max_a)
         best_b = tl.maximum(best_b, max_b)
-        tile_top_a = tl.max(max_a, 0)
-        tile_top_b = tl.max(max_b, 0)
-        if (tile_top_a * unit > ref_a) | (tile_top_b * unit > ref_b + far):
+        over = (max_a * unit > ref_a) | (max_b * unit > ref_b + far)
+        if tl.max(over.to(tl.int32), 0) > 0:
+            tile_top_a = tl.max(max_a, 0)
             top_b = tl.max(best_b, 0)
             new_a = ref_a
             new_b = ref_b
@@ -150,8 +151,9 @@ def _pair_sums_kernel(
         s = lib.count(s, 4 * UNITS)
 
     # −inf, NaN or +inf make Σx, Σwy or Σvz non-finite: sum the split again, looking at each.
+    s = lib.complete(s, OTHER)
     sign = tl.sum(s[14] + s[3] + s[6], 0)
-    again = (sign - sign) != 0.0
+    again = ((sign - sign) != 0.0) | lib.thin(s)
     from_column = tl.where(split == 0, 0, first)
     to_column = tl.where(split == S - 1, end, last)
     heads = tl.where((split == 0) & (head > 0) & (end > 0), 1, 0)
@@ -597,6 +599,7 @@ def compile_cases() -> list[KernelCase]:
             num_stages=1,
             divisible=(*pointers, *strides),
             opcodes=("MUFU.EX2", "v_exp_f32"),
+            elements_per_iteration=1024 // 4,
             archs=(80, 89, 90, "gfx942"),
         )
     )
