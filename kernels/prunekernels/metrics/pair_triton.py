@@ -343,45 +343,70 @@ def _pair_full_kernel(
     apart = (norm_b - norm_a).to(tl.float32)
     norm_a = (norm_a * lib.LOG2E).to(tl.float32)
     norm_b = (norm_b * lib.LOG2E).to(tl.float32)
-    blocks = tl.cdiv(V, BLOCK)
-    first = (blocks * split // S) * BLOCK
-    last = (blocks * (split + 1) // S) * BLOCK
+    whole = V // BLOCK
+    first = (whole.to(tl.int64) * split // S).to(tl.int32) * BLOCK
+    last = (whole.to(tl.int64) * (split + 1) // S).to(tl.int32) * BLOCK
+    lanes = tl.arange(0, BLOCK)
     js = tl.zeros((BLOCK,), tl.float32)
     tv = tl.zeros((BLOCK,), tl.float32)
     he = tl.zeros((BLOCK,), tl.float32)
     for column in range(first, last, BLOCK):
-        columns = column + tl.arange(0, BLOCK)
+        from_a = base_ptr + (start_a + tl.cast(column, tl.int64) * stride_av)
+        from_b = other_ptr + (start_b + tl.cast(column, tl.int64) * stride_bv)
+        a = tl.load(from_a + lanes * stride_av).to(tl.float32)
+        b = tl.load(from_b + lanes * stride_bv).to(tl.float32)
+        terms = _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t)
+        js += terms[0]
+        tv += terms[1]
+        he += terms[2]
+    if (split == S - 1) & (last < V):
+        columns = last + lanes
         mask = columns < V
         at_a = base_ptr + start_a + columns.to(tl.int64) * stride_av
         at_b = other_ptr + start_b + columns.to(tl.int64) * stride_bv
         a = tl.load(at_a, mask=mask, other=float("-inf")).to(tl.float32)
         b = tl.load(at_b, mask=mask, other=float("-inf")).to(tl.float32)
-        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, True, False)
-        p = tl.exp2(y - norm_a)
-        q = tl.exp2(z - norm_b)
-        half = 0.5 * (x - apart)
-        both = p + q
-        live = both > 0.0
-        divisor = tl.where(live, both, 1.0)
-        # s = tanh(ln(q/p)/2), from the series where p and q nearly agree.
-        close = tl.abs(half) < 0.25
-        h2 = half * half
-        series = half * (1.0 - h2 * (0.33333333 - h2 * (0.13333333 - h2 * 0.053968254)))
-        r = tl.where(close, series, (q - p) / divisor)
-        r2 = r * r
-        bend = 0.083333333 + r2 * (0.033333333 + r2 * (0.017857143 + r2 * 0.011111111))
-        near = both * r2 * (0.5 + r2 * bend)
-        up = q * tl.log(tl.where(q > 0.0, 2.0 * q / divisor, 1.0))
-        down = p * tl.log(tl.where(p > 0.0, 2.0 * p / divisor, 1.0))
-        js += tl.where(close, near, tl.where(live, up + down, 0.0))
-        tv += tl.where(close, both * tl.abs(r), tl.abs(q - p))
-        root = tl.sqrt(q) - tl.sqrt(p)
-        # 1 − √(1−s²)
-        cap = 0.5 + r2 * (0.125 + r2 * (0.0625 + r2 * (0.0390625 + r2 * 0.02734375)))
-        he += tl.where(close, both * r2 * cap, root * root)
+        terms = _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t)
+        js += terms[0]
+        tv += terms[1]
+        he += terms[2]
     tl.store(sums_ptr + pid * 3, tl.sum(js, 0))
     tl.store(sums_ptr + pid * 3 + 1, tl.sum(tv, 0))
     tl.store(sums_ptr + pid * 3 + 2, tl.sum(he, 0))
+
+
+@triton.jit
+def _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t):
+    """Terms of 2·JS, Σ|q−p| and Σ(√q−√p)² from logits and normalisers.
+
+    With u = |ln(q/p)|, ρ = e^{−u/2} and m the larger of p and q, the smaller is mρ²:
+    2·JS = Σ (p+q)(ln 2 − ln(1+ρ²)) − mρ²u, and (√q−√p)² = m(1−ρ)². Where p and q nearly agree
+    that cancels, and series of s = (q−p)/(q+p) = tanh(u/2) serve.
+    """
+    y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, True, False)
+    p = tl.exp2(y - norm_a)
+    q = tl.exp2(z - norm_b)
+    both = p + q
+    half = tl.abs(0.5 * (x - apart))
+    half = tl.where(half < 1.0e4, half, 1.0e4)  # infinite or NaN where a logit is −inf
+    rho = tl.exp2(half * -lib.LOG2E)
+    r = rho * rho
+    larger = tl.maximum(p, q)
+    close = half < 0.25
+    h2 = half * half
+    s = half * (1.0 - h2 * (0.33333333 - h2 * (0.13333333 - h2 * 0.053968254)))
+    s2 = s * s
+    bend = 0.083333333 + s2 * (0.033333333 + s2 * (0.017857143 + s2 * 0.011111111))
+    near = both * s2
+    js = both * (lib.LN2 - tl.log(1.0 + r)) - larger * r * (2.0 * half)
+    # 1 − √(1−s²)
+    cap = 0.5 + s2 * (0.125 + s2 * (0.0625 + s2 * (0.0390625 + s2 * 0.02734375)))
+    he = larger * (1.0 - rho) * (1.0 - rho)
+    return (
+        tl.where(close, near * (0.5 + s2 * bend), js),
+        tl.where(close, both * s, tl.abs(q - p)),
+        tl.where(close, near * cap, he),
+    )
 
 
 def partial_state(
