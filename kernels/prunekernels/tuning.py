@@ -240,7 +240,7 @@ def bitmap_order(
         return [("eager", "float32: no tensor cores, so expand, then dense (predicted)")]
     if tokens <= 64:
         few = f"{tokens} tokens: bound by reading the weight (predicted, not measured)"
-        return [("triton", few)]
+        return [("mma", few), ("triton", few)]
     return [("eager", f"{tokens} tokens: expand, then dense (predicted, not measured)")]
 
 
@@ -257,6 +257,39 @@ def bitmap_splits(programs: int, blocks: int) -> int:
     About 512 programs fill the machine; each has at least 8 blocks of 64 columns.
     """
     return max(1, min(512 // max(programs, 1), blocks // 8))
+
+
+class BitmapMmaConfig(NamedTuple):
+    """Tile of the tensor-core bitmap kernel.
+
+    Attributes:
+        row_tiles: Lines of 16 weight rows per warp (four warps).
+        token_tiles: Tiles of 8 tokens.
+        stages: Slots of the shared-memory rings.
+        splits: Programs that share the columns of one block of rows.
+    """
+
+    row_tiles: int
+    token_tiles: int
+    stages: int
+    splits: int
+
+
+def bitmap_mma(tokens: int, rows: int, columns: int, processors: int) -> BitmapMmaConfig:
+    """Tile of the tensor-core bitmap kernel (predicted).
+
+    Args:
+        tokens: M.
+        rows: N.
+        columns: K.
+        processors: Multiprocessors of the device.
+    """
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
+    blocks = -(-rows // 64) * -(-tokens // (8 * token_tiles))
+    stages = max(1, columns // 128)
+    # four programs fit a multiprocessor; a split is worth its float32 parts from four stages on
+    splits = max(1, min(-(-4 * processors // blocks), stages // 4))
+    return BitmapMmaConfig(1, token_tiles, 3, splits)
 
 
 #: Longest row whose keys one program holds on chip, and how much of a longer one each takes.

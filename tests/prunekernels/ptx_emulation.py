@@ -7,11 +7,13 @@ only when `cp.async.wait_group` demands it (`lazy`) or at once (`eager`): right 
 result both ways. Warps must not touch the same shared bytes, one of them writing, without a barrier
 between them; that raises too. Programs run one after another.
 
-`mma_sp_m16n8k32` is NVIDIA's sparse tensor-core instruction, written from the PTX ISA.
+`mma_sp_m16n8k32` and `mma_m16n8k16` are NVIDIA's tensor-core instructions, written from the PTX
+ISA. `Machine` stands where a `@gluon.jit` kernel stands in its launcher.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from prunekernels.compilation import KernelCase, compile_ptx
 
 Array = np.ndarray
 LANE = np.arange(32)[:, None]
@@ -76,6 +79,32 @@ def mma_sp_m16n8k32(a: Array, b: Array, c: Array, e: Array, selector: int, kind:
     return (c + at).astype(np.float32)
 
 
+def mma_m16n8k16(a: Array, b: Array, c: Array, kind: str) -> Array:
+    """D (16×8) = A (16×16) · B (16×8) + C for each warp: `mma.m16n8k16`.
+
+    Args:
+        a: uint32 (warps, 32 lanes, 4): register r holds columns 2·(lane%4) + 8·(r/2) and the next
+            of row lane/4 + 8·(r%2).
+        b: uint32 (warps, 32, 2): register r holds rows k = 2·(lane%4) + 8·r and k + 1 of column
+            lane/4.
+        c: float32 (warps, 32, 4), laid out as for `mma_sp_m16n8k32`.
+        kind: "bf16" or "f16".
+
+    Returns:
+        float32 (warps, 32, 4), laid out like `c`; sums are formed in float64.
+    """
+    left, right = np.zeros((a.shape[0], 16, 16)), np.zeros((a.shape[0], 16, 8))
+    for half in (0, 1):
+        bits = (lambda words: words >> 16) if half else (lambda words: words & 0xFFFF)
+        column = 2 * (LANE % 4) + 8 * (REGISTER // 2) + half
+        left[:, LANE // 4 + 8 * (REGISTER % 2), column] = to_float(bits(a), kind)
+        row = 2 * (LANE % 4) + 8 * REGISTER[:, :2] + half
+        right[:, row, LANE // 4] = to_float(bits(b), kind)
+    product = left @ right
+    at = product[:, LANE // 4 + 8 * (REGISTER // 2), 2 * (LANE % 4) + REGISTER % 2]
+    return (c + at).astype(np.float32)
+
+
 @dataclass
 class _Instruction:
     guard: str | None
@@ -97,13 +126,20 @@ class PtxKernel:
         body = re.sub(r"//[^\n]*", "", ptx)
         body = body[body.index(".entry") :]
         body = body[body.index("{") + 1 :]
+        # the registers of an inline-assembly block hold nothing at its start
+        body = re.sub(r"^\s*\{\s*((?:\.reg[^;]*;\s*)+)", _enter_block, body, flags=re.M)
         # declarations and line numbers
         body = re.sub(r"^\s*\.[^\n]*", "", body, flags=re.M)
         kernel = cls()
+        blocks = 0
         for statement in re.split(r";|(?<=\w):(?=\s)", body):
             text = " ".join(statement.split())
             if text.startswith("}"):
-                break
+                if not blocks:
+                    break
+                blocks -= 1
+                text = text[1:].strip()
+            blocks += text.startswith("forget ")
             if re.fullmatch(r"\$L\w+", text):
                 kernel.labels[text] = len(kernel.instructions)
             elif text:
@@ -111,8 +147,13 @@ class PtxKernel:
         return kernel
 
 
+def _enter_block(match: re.Match[str]) -> str:
+    names = re.findall(r"\.reg\s+\.\w+\s+([^;]*);", match.group(1))
+    return f"\nforget {{{', '.join(name.strip() for name in names)}}};\n"
+
+
 def _decode(text: str) -> _Instruction:
-    match = re.fullmatch(r"(?:@(!?)(%\w+) )?([a-z][\w.:]*)(?: (.*))?", text)
+    match = re.fullmatch(r"(?:@(!?)(%?\w+) )?([a-z][\w.:]*)(?: (.*))?", text)
     if match is None:
         raise ValueError(f"cannot parse {text!r}")
     negated, guard, opcode, rest = match.groups()
@@ -207,7 +248,7 @@ class Program:
             elif name == "ret":
                 at[active] = end
             elif active.any():
-                if name in ("bar", "mma", "ldmatrix") and not active.all():
+                if name in ("bar", "mma", "ldmatrix", "shfl", "redux") and not active.all():
                     raise ValueError(f"only some threads arrive: {instruction.text}")
                 handler = getattr(self, f"_{name}", None)
                 if handler is None:
@@ -349,20 +390,49 @@ class Program:
             self._set(name, np.ascontiguousarray(self.shared[at]).view(np.uint32)[:, 0], active)
 
     def _mma(self, opcode: list[str], operands: list[Any], active: Array) -> None:
-        if opcode[1:6] != ["sp::ordered_metadata", "sync", "aligned", "m16n8k32", "row"]:
-            raise ValueError(f"unknown shape: {opcode}")
-        d, a, b, c, e, selector = operands
-
         def fragment(names: Iterable[str], kind: str) -> Array:
             return np.stack([self._value(n, kind).reshape(-1, 32) for n in names], 2)
 
-        metadata = self._value(e, "u32").reshape(-1, 32)
-        result = mma_sp_m16n8k32(
-            fragment(a, "u32"), fragment(b, "u32"), fragment(c, "f32"), metadata,
-            int(selector, 0), opcode[8],
-        )  # fmt: skip
+        d, a, b, c = operands[:4]
+        parts = fragment(a, "u32"), fragment(b, "u32"), fragment(c, "f32")
+        if opcode[1:6] == ["sp::ordered_metadata", "sync", "aligned", "m16n8k32", "row"]:
+            metadata = self._value(operands[4], "u32").reshape(-1, 32)
+            result = mma_sp_m16n8k32(*parts, metadata, int(operands[5], 0), opcode[8])
+        elif opcode[1:5] == ["sync", "aligned", "m16n8k16", "row"]:
+            result = mma_m16n8k16(*parts, opcode[7])
+        else:
+            raise ValueError(f"unknown shape: {opcode}")
         for i, name in enumerate(d):
             self._set(name, np.ascontiguousarray(result[:, :, i]).reshape(-1), active)
+
+    def _shfl(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        if opcode[1:] != ["sync", "up", "b32"] or operands[3] != "0":
+            raise ValueError(f"unknown instruction: {opcode}")
+        target, within = operands[0].split("|")
+        source = np.arange(self.threads) - int(operands[2], 0)
+        inside = source >= self.warp * 32
+        values = self._value(operands[1], "u32")
+        self._set(target, values[np.where(inside, source, np.arange(self.threads))], active)
+        self._set(within, inside, active)
+
+    def _redux(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        if opcode[1:] != ["sync", "add", "s32"]:
+            raise ValueError(f"unknown instruction: {opcode}")
+        sums = self._value(operands[1], "u32").reshape(-1, 32).sum(1, dtype=np.uint32)
+        self._set(operands[0], np.repeat(sums, 32), active)
+
+    def _prmt(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        low, high = (self._value(o, "u32").astype(np.uint64) for o in operands[1:3])
+        both, selector = low | high << np.uint64(32), int(operands[3], 0)
+        result = np.zeros(self.threads, np.uint64)
+        for byte in range(4):
+            chosen = np.uint64(8 * (selector >> 4 * byte & 7))
+            result |= (both >> chosen & np.uint64(0xFF)) << np.uint64(8 * byte)
+        self._set(operands[0], result.astype(np.uint32), active)
+
+    def _forget(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        for name in operands[0]:
+            self.registers.pop(name, None)
 
     def _bar(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         self.stretch += 1
@@ -480,7 +550,10 @@ class Program:
 
     def _cvt(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         target, source = opcode[-2:]
-        if target in ("bf16", "f16"):
+        if target in ("bf16x2", "f16x2"):
+            high, low = (from_float(self._value(o, "f32"), target[:-2]) for o in operands[1:])
+            values = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+        elif target in ("bf16", "f16"):
             values = from_float(self._value(operands[1], "f32"), target)
         elif source in ("bf16", "f16"):
             values = to_float(self._value(operands[1], "u16"), source)
@@ -488,3 +561,64 @@ class Program:
             kind = "int" if target[0] == "s" else "uint"
             values = self._value(operands[1], source).astype(f"{kind}{target[1:]}")
         self._set(operands[0], values, active)
+
+
+TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
+TYPES[torch.float32] = "*fp32"
+
+
+class Machine:
+    """Stands where the `@gluon.jit` kernel stands in the launcher: `machine[grid](...)`."""
+
+    def __init__(self, kernel, arch: int, lazy: bool) -> None:
+        self.kernel, self.arch, self.lazy = kernel, arch, lazy
+        self.shuffle = random.Random(0)
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.run(grid, arguments, constants)
+
+    def run(self, grid, arguments, constants):
+        self.launches += 1
+        warps = constants.pop("num_warps")
+        names = self.kernel.arg_names[: len(arguments)]
+        signature, constants, divisible = {}, dict(constants), []
+        for name, value in zip(names, arguments, strict=True):
+            if isinstance(value, torch.Tensor):
+                signature[name] = TYPES[value.dtype]
+                assert value.data_ptr() % 16 == 0, "launches assume 16-byte aligned tensors"
+                divisible.append(name)
+            elif value == 1:
+                # as Triton does: a 1 is a constant
+                constants[name] = 1
+            else:
+                signature[name] = "i32"
+                divisible += [name] * (value % 16 == 0)
+        case = KernelCase("machine", self.kernel, signature, constants, warps, divisible=divisible)
+        ptx, shared = compile_ptx(case, self.arch)
+        # one array per allocation, however often it is passed
+        tensors = {a.data_ptr(): a for a in arguments if isinstance(a, torch.Tensor)}
+        memory = GlobalMemory([_bits(t) for t in tensors.values()])
+        address = dict(zip(tensors, memory.addresses, strict=True))
+        parameters = [
+            address[v.data_ptr()] if isinstance(v, torch.Tensor) else v
+            for n, v in zip(names, arguments, strict=True)
+            if n in signature
+        ]
+        # Triton adds two scratch pointers
+        parameters += [0, 0]
+        kernel = PtxKernel.parse(ptx)
+        programs = [
+            (i, j, k) for i in range(grid[0]) for j in range(grid[1]) for k in range(grid[2])
+        ]
+        self.shuffle.shuffle(programs)
+        for ids in programs:
+            Program(kernel, memory, parameters, ids, grid, shared, 32 * warps, self.lazy).run()
+        for number, tensor in enumerate(tensors.values()):
+            held = torch.from_numpy(memory.result(number))
+            tensor.view(torch.uint8).reshape(-1).copy_(held)
+
+
+def _bits(tensor: torch.Tensor) -> np.ndarray:
+    assert tensor.is_contiguous()
+    return tensor.view(torch.uint8).reshape(-1).numpy().copy()

@@ -110,9 +110,9 @@ def test_full_lanes_do_not_run_over():
 def _cases(module: str):
     if interpreting():
         return []
-    from prunekernels.sparse import portable_bitmap
+    from prunekernels.sparse import mma_bitmap, portable_bitmap
 
-    listed = {"portable": portable_bitmap}[module].compile_cases()
+    listed = {"portable": portable_bitmap, "mma": mma_bitmap}[module].compile_cases()
     return [pytest.param(c, arch, id=f"{c.name}-{arch}") for c in listed for arch in c.archs]
 
 
@@ -122,6 +122,32 @@ def _check(case, arch):
     assert report.spills == 0
     assert report.fits
     return report
+
+
+QUICK = ("bf16/t8/split-80", "bf16/t8/split-89", "bf16/t8/split-90")
+MMA = [
+    pytest.param(*p.values, id=p.id, marks=[] if p.id.endswith(QUICK) else [pytest.mark.slow])
+    for p in _cases("mma")
+]
+
+
+@compiled
+@pytest.mark.parametrize(("case", "arch"), MMA)
+def test_tensor_core_kernel_compiles_without_counting_bits_one_by_one(case, arch):
+    from prunekernels.sparse.mma_bitmap import ring_bytes
+    from prunekernels.tuning import BitmapMmaConfig
+
+    report = _check(case, arch)
+    print(f"{case.name} on {arch}: {report.instructions_per_element:.3f} instructions per weight")
+    assert report.loop_opcodes["HMMA"] == case.per_iteration[1]
+    assert "POPC" not in report.loop_opcodes
+    # one conditional load for each of the 64 weights that a lane has in a stage
+    assert report.loop_opcodes["LDS"] in range(64, 68)
+    # inline assembly takes the rings to start at the first byte: there is nothing else
+    sizes = (case.constants[name] for name in ("MT", "NT", "RING"))
+    assert report.shared_bytes == ring_bytes(BitmapMmaConfig(*sizes, splits=1))
+    if "/t8" in case.name:
+        assert report.instructions_per_element <= 7.5
 
 
 @compiled

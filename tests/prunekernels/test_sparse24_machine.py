@@ -8,7 +8,6 @@ hardware that differs from the PTX ISA, and how warps interleave.
 from __future__ import annotations
 
 import importlib.util
-import random
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from prunekernels.compilation import KernelCase, compile_ptx
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.sparse.linear24 import ACTIVATIONS
@@ -33,68 +31,6 @@ _spec.loader.exec_module(emulation)
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interpreted")
 
-TYPES = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int32: "*i32"}
-TYPES[torch.float32] = "*fp32"
-
-
-class Machine:
-    """Stands where the `@gluon.jit` kernel stands in the launcher: `machine[grid](...)`."""
-
-    def __init__(self, kernel, arch: int, lazy: bool) -> None:
-        self.kernel, self.arch, self.lazy = kernel, arch, lazy
-        self.shuffle = random.Random(0)
-        self.launches = 0
-
-    def __getitem__(self, grid):
-        return lambda *arguments, **constants: self.run(grid, arguments, constants)
-
-    def run(self, grid, arguments, constants):
-        self.launches += 1
-        warps = constants.pop("num_warps")
-        names = self.kernel.arg_names[: len(arguments)]
-        signature, constants, divisible = {}, dict(constants), []
-        for name, value in zip(names, arguments, strict=True):
-            if isinstance(value, torch.Tensor):
-                signature[name] = TYPES[value.dtype]
-                assert value.data_ptr() % 16 == 0
-                divisible.append(name)
-            elif value == 1:
-                # as Triton does: a 1 is a constant
-                constants[name] = 1
-            else:
-                signature[name] = "i32"
-                divisible += [name] * (value % 16 == 0)
-        case = KernelCase("machine", self.kernel, signature, constants, warps, divisible=divisible)
-        ptx, shared = compile_ptx(case, self.arch)
-        # one array per allocation, however often it is passed
-        tensors = {a.data_ptr(): a for a in arguments if isinstance(a, torch.Tensor)}
-        memory = emulation.GlobalMemory([_bits(t) for t in tensors.values()])
-        address = dict(zip(tensors, memory.addresses, strict=True))
-        parameters = [
-            address[v.data_ptr()] if isinstance(v, torch.Tensor) else v
-            for n, v in zip(names, arguments, strict=True)
-            if n in signature
-        ]
-        # Triton adds two scratch pointers
-        parameters += [0, 0]
-        kernel = emulation.PtxKernel.parse(ptx)
-        programs = [
-            (i, j, k) for i in range(grid[0]) for j in range(grid[1]) for k in range(grid[2])
-        ]
-        self.shuffle.shuffle(programs)
-        for ids in programs:
-            emulation.Program(
-                kernel, memory, parameters, ids, grid, shared, 32 * warps, self.lazy
-            ).run()
-        for number, tensor in enumerate(tensors.values()):
-            held = torch.from_numpy(memory.result(number))
-            tensor.view(torch.uint8).reshape(-1).copy_(held)
-
-
-def _bits(tensor: torch.Tensor) -> np.ndarray:
-    assert tensor.is_contiguous()
-    return tensor.view(torch.uint8).reshape(-1).numpy().copy()
-
 
 @pytest.fixture
 def machine(monkeypatch):
@@ -106,7 +42,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(mma24, "counters", lambda count, device: counter[:count])
 
     def launch(*arguments, arch=80, lazy=True):
-        target = Machine(kernel, arch, lazy)
+        target = emulation.Machine(kernel, arch, lazy)
         monkeypatch.setattr(mma24, "_mma24_fwd_kernel", target)
         y = mma24.launch(*arguments)
         assert target.launches == 1

@@ -1,8 +1,8 @@
 """y = activation(x·Wᵀ + bias) with W packed as a bitmap and its non-zero values.
 
 The eager implementation expands the weight for the duration of the call and uses the dense matrix
-multiplication: on a GPU that is also the path for many tokens. The kernel that reads the packed
-tensors is `portable_bitmap`; the format is `format_bitmap`.
+multiplication: on a GPU that is also the path for many tokens. Kernels that read the packed
+tensors are `portable_bitmap` and `mma_bitmap`; the format is `format_bitmap`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ DISPATCH = Dispatch(
     what="bitmap",
     modules={
         "triton": "prunekernels.sparse.portable_bitmap",
+        "mma": "prunekernels.sparse.mma_bitmap",
     },
     tensor_cores="mma",
     order=bitmap_order,
@@ -48,7 +49,8 @@ def bitmap_linear(
         w: Packed (N, K) weight.
         bias: (N,), like `x`, or None.
         activation: None, "silu", "gelu_tanh", "gelu" (erf) or "relu".
-        impl: "auto", "eager" (expand, then dense), "triton" (any GPU, and the interpreter).
+        impl: "auto", "eager" (expand, then dense), "triton" (any GPU, and the interpreter) or
+            "mma" (NVIDIA's tensor cores, 16-bit values).
 
     Returns:
         (..., N), the type of `x`, contiguous.

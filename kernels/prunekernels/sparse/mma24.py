@@ -31,8 +31,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
 from prunekernels.sparse.counters import counters
-from prunekernels.sparse.epilogue import activate
 from prunekernels.sparse.format24 import ROWS, line_blocks, sparse24_pack, sparse24_unpack
+from prunekernels.sparse.fragments import finish, x_layout
 from prunekernels.tuning import MmaConfig, sparse24_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
@@ -47,33 +47,6 @@ def _mma_text(kind, selector):
         f"{kind}.{kind}.f32 {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, "
         f"{{$12,$13,$14,$15}}, $16, {selector};"
     )
-
-
-@gluon.constexpr_function
-def _x_layout(token_tiles, warps):
-    """B fragments of (8·token_tiles tokens, 16 words): what `ldmatrix` gives, in every warp."""
-    registers = [[0, 4], [0, 8]] + [[8 << i, 0] for i in range(token_tiles.bit_length() - 1)]
-    lanes = [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]]
-    replicated = [[0, 0]] * (warps.bit_length() - 1)
-    return gl.DistributedLinearLayout(registers, lanes, replicated, [], [8 * token_tiles, 16])
-
-
-@gluon.constexpr_function
-def _axis_layout(layout, axis, rank):
-    for dim in reversed(range(rank)):
-        if dim != axis:
-            layout = gl.SliceLayout(dim, layout)
-    return layout
-
-
-@gluon.jit
-def _axis(SIZE: gl.constexpr, AXIS: gl.constexpr, LAYOUT: gl.constexpr):
-    """0 .. SIZE − 1 along one axis of a five-dimensional layout, broadcastable."""
-    index = gl.arange(0, SIZE, _axis_layout(LAYOUT, AXIS, 5))
-    for dim in gl.static_range(5):
-        if dim != AXIS:
-            index = gl.expand_dims(index, dim)
-    return index
 
 
 @gluon.jit
@@ -126,39 +99,6 @@ def _unit(
 
 
 @gluon.jit
-def _finish(total, bias_ptr, y_ptr, block, token0, M, N,
-            ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
-            ACC: gl.constexpr):  # fmt: skip
-    """Bias, activation or gate, and the store of float32 sums in the accumulators' layout."""
-    NW: gl.constexpr = total.shape[0]
-    MT: gl.constexpr = total.shape[1]
-    lane = _axis(32, 3, ACC)
-    register = _axis(4, 4, ACC)
-    token = token0 + _axis(total.shape[2], 2, ACC) * 8 + lane % 4 * 2 + register % 2
-    if GATED:
-        line = block * NW + _axis(NW, 0, ACC)
-    else:
-        line = (block * NW + _axis(NW, 0, ACC)) * MT + _axis(MT, 1, ACC)
-    row = line * 16 + lane // 4 + register // 2 * 8
-    if HAS_BIAS:
-        total += gl.load(bias_ptr + row, mask=row < N, other=0.0).to(gl.float32)
-    y = activate(total, ACTIVATION)
-    ok = (row < N) & (token < M)
-    offset = token.to(gl.int64) * N + row
-    if GATED:
-        # the second axis is (gate, up)
-        gate, _ = gl.split(gl.permute(y, [0, 2, 3, 4, 1]))
-        _, up = gl.split(gl.permute(total, [0, 2, 3, 4, 1]))
-        y = gate * up
-        offset, _ = gl.broadcast(offset, total)
-        ok, _ = gl.broadcast(ok, total)
-        offset, _ = gl.split(gl.permute(offset, [0, 2, 3, 4, 1]))
-        ok, _ = gl.split(gl.permute(ok.to(gl.int32), [0, 2, 3, 4, 1]))
-        ok = ok != 0
-    gl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=ok)
-
-
-@gluon.jit
 def _mma24_fwd_kernel(
     x_ptr,  # (M, columns padded to 64) as 32-bit words, rows stride_xm words apart
     packed_ptr,  # int32 (lines, words): the weight, or the gate's
@@ -188,7 +128,7 @@ def _mma24_fwd_kernel(
     TILES: gl.constexpr = NW * MT
     W: gl.constexpr = gl.BlockedLayout([MT, 4], [1, 32], [NW, 1], [1, 0])
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [NW, 1], [1, 0])
-    X: gl.constexpr = _x_layout(NT, NW)
+    X: gl.constexpr = x_layout(NT, NW)
     ACC: gl.constexpr = gl.BlockedLayout(
         [1, MT, NT, 1, 4], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
     )
@@ -257,33 +197,8 @@ def _mma24_fwd_kernel(
             x_ptrs += 32
             w_ptrs += 288
 
-    if SPLIT:
-        blocks = gl.num_programs(1)
-        splits = gl.num_programs(2)
-        lane = _axis(32, 3, ACC)
-        register = _axis(4, 4, ACC)
-        # rows of the parts follow the tiles, so gate and up have rows of their own
-        part_row = (block * NW + _axis(NW, 0, ACC)) * MT + _axis(MT, 1, ACC)
-        part_row = part_row * 16 + lane // 4 + register // 2 * 8
-        part_token = _axis(NT, 2, ACC) * 8 + lane % 4 * 2 + register % 2
-        used = token0 + part_token < M
-        wide = blocks * (TILES * 16)
-        size = (8 * NT * wide).to(gl.int64)
-        part_ptrs = parts_ptr + gl.program_id(0) * splits * size + part_token * wide + part_row
-        gl.store(part_ptrs + split * size, acc, mask=used)
-        # the program's stores come before its ticket: barrier, then a release at GPU scope
-        barrier()
-        place = counter_ptr + gl.program_id(0) * blocks + block
-        ticket = gl.atomic_add(place, 1, sem="acq_rel", scope="gpu")
-        if ticket == splits - 1:
-            total = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
-            for _ in range(0, splits):
-                total += gl.load(part_ptrs, mask=used, other=0.0, cache_modifier=".cg")
-                part_ptrs += size
-            gl.store(place, 0)
-            _finish(total, bias_ptr, y_ptr, block, token0, M, N, ACTIVATION, HAS_BIAS, GATED, ACC)
-    else:
-        _finish(acc, bias_ptr, y_ptr, block, token0, M, N, ACTIVATION, HAS_BIAS, GATED, ACC)
+    finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
+           ACTIVATION, HAS_BIAS, GATED, SPLIT, ACC)  # fmt: skip
 
 
 def forward(

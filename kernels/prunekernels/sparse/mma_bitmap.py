@@ -1,0 +1,476 @@
+"""Bitmap matrix multiplication on NVIDIA's tensor cores, for few tokens: expand, multiply.
+
+    y[m, n] = act(Σ_k x[m, k]·W[n, k] + b[n])
+
+Four warps per program, each with a line of 16 weight rows, walk their columns in stages of 128.
+The values of a stage and the x of all warps come through rings in shared memory (`cp.async`), the
+bitmap words through registers. A lane's word holds the bits of its own operand elements in four
+`mma.m16n8k16`, and its values lie side by side, so an element costs a test, a load and an addition
+that happen only if its bit is set: no population count. Where a lane starts in each of the four
+steps are counts of bits in the lanes before it: one sum over the warp, four counts to a word.
+Columns may be split over programs; the last to arrive adds the parts in their fixed order, so
+results are bitwise repeatable.
+
+Inline assembly names shared memory by Triton's symbol for it, so the ring must start there: the
+kernel makes one allocation, a test sees that it is all there is, and a self-test decides per GPU.
+Format: `format_bitmap`. Instruction: PTX ISA, `mma.m16n8k16`.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from prunekernels.compilation import Arch, KernelCase
+from prunekernels.gluon_compat import barrier
+from prunekernels.sparse.counters import counters
+from prunekernels.sparse.format_bitmap import ROWS, bitmap_pack, line_blocks
+from prunekernels.sparse.fragments import axis, finish, x_layout
+from prunekernels.tuning import BitmapMmaConfig, bitmap_mma
+
+#: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
+CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
+WARPS = 4
+#: Columns of a stage, its blocks, and the bytes of its values if none is zero.
+STAGE_K, STAGE_BLOCKS, STAGE_BYTES = 128, 2, 4096
+
+
+@gluon.constexpr_function
+def _ring_slots(ring, tiles, token_tiles):
+    """Slots of 2048·token_tiles bytes that x and the values of `tiles` lines take."""
+    return ring + -(-ring * tiles * STAGE_BYTES // (2048 * token_tiles))
+
+
+def ring_bytes(config: BitmapMmaConfig) -> int:
+    """Bytes of shared memory that the rings take."""
+    tiles = WARPS * config.row_tiles
+    slots = _ring_slots(config.stages, tiles, config.token_tiles)
+    return int(slots) * 2048 * config.token_tiles
+
+
+@gluon.constexpr_function
+def _mma_text(kind, half):
+    b = "{$8,$9}" if half == 0 else "{$10,$11}"
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {b}, {{$12,$13,$14,$15}};"
+    )
+
+
+@gluon.constexpr_function
+def _scan_text():
+    """$0 = the sum of $1 over this lane and those before it."""
+    lines = ["{", ".reg .pred p;", ".reg .b32 t;", "mov.b32 $0, $1;"]
+    for distance in (1, 2, 4, 8, 16):
+        lines += [
+            f"shfl.sync.up.b32 t|p, $0, {distance}, 0, -1;",
+            "@p add.s32 $0, $0, t;",
+        ]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _expand_text(step):
+    """$0..$3 = the lane's operand of a step: word $4, address $8 of its first value."""
+    lines = ["{", ".reg .pred p;", ".reg .b32 t;", ".reg .b32 a;", ".reg .b32 u;", "mov.b32 a, $8;"]
+    lines += [f"mov.b32 ${register}, 0;" for register in range(4)]
+    for element in range(8):
+        register, high = divmod(element, 2)
+        bit = 8 * step + element
+        # the tested bit, moved to the place of 2, is also the step to the next value
+        lines += [f"and.b32 t, $4, {1 << bit};", "setp.ne.b32 p, t, 0;"]
+        if high:
+            lines += [
+                "@p ld.shared.u16 u, [a];",
+                f"@p prmt.b32 ${register}, ${register}, u, 0x5410;",
+            ]
+        else:
+            lines.append(f"@p ld.shared.u16 ${register}, [a];")
+        if element < 7:
+            if bit != 1:
+                lines.append(f"shr.u32 t, t, {bit - 1};" if bit else "shl.b32 t, t, 1;")
+            lines.append("add.s32 a, a, t;")
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _copy_text():
+    """Copy 16 bytes from $1 to shared $3, and so on 512 bytes apart, while chunks $4 are left.
+
+    The address of the fifth, $2, is not a sum that the assembler knows: offsets from $1 would not
+    fit its instructions, and it would add anew for each.
+    """
+    lines = ["{", ".reg .pred p;"]
+    for chunk in range(8):
+        source = f"${1 + chunk // 4} + {512 * (chunk % 4)}"
+        lines += [
+            f"setp.gt.s32 p, $4, {32 * chunk};",
+            f"@p cp.async.cg.shared.global [$3 + {512 * chunk}], [{source}], 16;",
+        ]
+    return "\n".join([*lines, "mov.b32 $0, 0;", "}"])
+
+
+@gluon.jit
+def _copy_values(values_ptr, begin, end, slot, LANES: gl.constexpr):
+    """Start the copy of units begin .. end − 1 of each line to shared memory at `slot`.
+
+    begin, end, slot: int32 (tiles, 32), the same for all lanes of a tile.
+    """
+    lane = gl.arange(0, 32, gl.SliceLayout(0, LANES))[None, :]
+    fifth = gl.inline_asm_elementwise(
+        "or.b32 $0, $1, 128;", "=r,r", [lane], dtype=gl.int32, is_pure=True, pack=1
+    )
+    gl.inline_asm_elementwise(
+        _copy_text(),
+        "=r,l,l,r,r",
+        [
+            values_ptr + (begin + lane).to(gl.int64) * 4,
+            values_ptr + (begin + fifth).to(gl.int64) * 4,
+            slot + lane * 16,
+            end - begin - lane,
+        ],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _warp_sum(x):
+    """Sum over the lanes of each warp's tile, in all lanes."""
+    return gl.inline_asm_elementwise(
+        "redux.sync.add.s32 $0, $1, -1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _first_values(word, slot):
+    """Shared addresses of each lane's first values in four steps, and of what follows the tile.
+
+    word: (tiles, 32) bitmap words; slot: (tiles, 32) the address of the tile's values.
+    """
+    # bytes of `count`: how many values the lane has in each step
+    count = (word & 0x55555555) + (word >> 1 & 0x55555555)
+    count = (count & 0x33333333) + (count >> 2 & 0x33333333)
+    count = count + (count >> 4) & 0x0F0F0F0F
+    upto = gl.inline_asm_elementwise(
+        _scan_text(), "=&r,r", [count], dtype=gl.int32, is_pure=False, pack=1
+    )
+    # the lanes before hold at most 31·8 values of a step: bytes do not run over
+    lanes = upto - count
+    # halves: values of the warp in steps 0 and 2, and in steps 1 and 3
+    even = _warp_sum(count & 0x00FF00FF)
+    odd = _warp_sum(count >> 8 & 0x00FF00FF)
+    both = even + odd
+    # halves: values before the lane's in steps 0 and 2, and in steps 1 and 3
+    upper = both << 16
+    at02 = (lanes & 0x00FF00FF) + upper
+    at13 = (lanes >> 8 & 0x00FF00FF) + even + upper
+    total = (both & 0xFFFF) + (both >> 16)
+    # slots are multiples of 16 bytes, and so are the tiles in them
+    return (
+        slot + (at02 & 0xFFFF) * 2,
+        slot + (at13 & 0xFFFF) * 2,
+        slot + (at02 >> 16) * 2,
+        slot + (at13 >> 16) * 2,
+        slot + (total * 2 + 15 & -16),
+    )
+
+
+@gluon.jit
+def _multiply(acc, word, first, b, STEP: gl.constexpr, KIND: gl.constexpr, ACC: gl.constexpr):
+    """acc + A·B for a step of 16 columns.
+
+    word, first: (tiles, 32); b: (8·token tiles, 16) words of x, whose half STEP % 2 is used.
+    """
+    NW: gl.constexpr = acc.shape[0]
+    MT: gl.constexpr = acc.shape[1]
+    NT: gl.constexpr = acc.shape[2]
+    word = gl.convert_layout(gl.reshape(word, [NW, MT, 1, 32, 1]), ACC)
+    first = gl.convert_layout(gl.reshape(first, [NW, MT, 1, 32, 1]), ACC)
+    a = gl.inline_asm_elementwise(
+        _expand_text(STEP),
+        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
+        [word, first, axis(4, 4, ACC)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=4,
+    )
+    # word = 4·register + thread of the quad, token = quad
+    b = gl.permute(gl.reshape(b, [NT, 8, 4, 4]), [0, 1, 3, 2])
+    b = gl.convert_layout(gl.reshape(b, [1, 1, NT, 32, 4]), ACC)
+    return gl.inline_asm_elementwise(
+        _mma_text(KIND, STEP % 2),
+        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3",
+        [a, b, acc],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def _bitmap_mma_fwd_kernel(
+    x_ptr,  # (M, columns padded to 128) as 32-bit words, rows stride_xm words apart
+    bitmap_ptr,  # int32 (lines, blocks, 32)
+    starts_ptr,  # int32 (lines·blocks + 1,)
+    values_ptr,  # the values as 32-bit words
+    bias_ptr,  # (N,), read if HAS_BIAS
+    y_ptr,  # (M, N), contiguous
+    parts_ptr,  # float32 (token blocks, splits, 8·NT, row blocks·rows of a block), if SPLIT
+    counter_ptr,  # int32 (token blocks·row blocks), zero before and after, if SPLIT
+    stride_xm,
+    M,
+    N,
+    lines,
+    blocks,
+    stages,  # of 128 columns
+    per_split,  # stages of a split
+    KIND: gl.constexpr,  # "bf16" or "f16"
+    ACTIVATION: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    SPLIT: gl.constexpr,
+    NW: gl.constexpr,  # warps
+    MT: gl.constexpr,  # lines per warp
+    NT: gl.constexpr,  # tiles of 8 tokens
+    RING: gl.constexpr,  # slots of the rings
+):
+    TILES: gl.constexpr = NW * MT
+    LANES: gl.constexpr = gl.BlockedLayout([MT, 1], [1, 32], [NW, 1], [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [NW, 1], [1, 0])
+    X: gl.constexpr = x_layout(NT, NW)
+    ACC: gl.constexpr = gl.BlockedLayout(
+        [1, MT, NT, 1, 4], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+    # eight rows of 16-byte chunks, rotated: ldmatrix then meets every bank once
+    SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    # slots of x first, then as many as the values fill
+    X_BYTES: gl.constexpr = 2048 * NT
+    SLOTS: gl.constexpr = _ring_slots(RING, TILES, NT)
+    # blocks of tokens first: those that read the same rows of the weight run together
+    block = gl.program_id(1)
+    token0 = gl.program_id(0) * (8 * NT)
+    first = gl.program_id(2) * per_split
+    count = gl.minimum(per_split, stages - first)
+
+    # tokens past the last are read as the last and not stored: a mask would live through the loop
+    # in a predicate register, and the expansion fills all seven at once
+    token = gl.minimum(token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, COPY))[:, None], M - 1)
+    x_word = gl.arange(0, 64, gl.SliceLayout(0, COPY))[None, :]
+    x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + x_word
+    memory = gl.allocate_shared_memory(gl.int32, [SLOTS, 8 * NT, 64], SWIZZLE)
+
+    lane = gl.arange(0, 32, gl.SliceLayout(0, LANES))[None, :]
+    tile = gl.arange(0, TILES, gl.SliceLayout(1, LANES))[:, None]
+    # lines past the last are read as the last and not stored
+    line = gl.minimum(block * TILES + tile, lines - 1).to(gl.int64)
+    word_ptrs = bitmap_ptr + line * (32 * blocks) + lane
+    start_ptrs = starts_ptr + line * blocks + lane * 0
+    values = gl.inline_asm_elementwise(
+        "mov.u32 $0, global_smem;", "=r,r", [lane], dtype=gl.int32, is_pure=True, pack=1
+    )
+    values += RING * X_BYTES + tile * 4096
+
+    begin = gl.load(start_ptrs + first * 2)
+    for ahead in gl.static_range(RING - 1):
+        # past the slice there is nothing to copy; past the last stage x is read again
+        at = gl.minimum(first + ahead, stages - 1)
+        async_copy.async_copy_global_to_shared(memory.index(ahead), x_ptrs + at * 64)
+        end = gl.load(start_ptrs + gl.minimum((first + ahead) * 2 + 2, blocks))
+        _copy_values(values_ptr, begin, end, values + ahead * (TILES * 4096), LANES)
+        async_copy.commit_group()
+        begin = end
+    end = gl.load(start_ptrs + gl.minimum((first + RING - 1) * 2 + 2, blocks))
+    word0 = gl.load(word_ptrs + first * 64)
+    word1 = gl.load(word_ptrs + first * 64 + 32, mask=first * 2 + 1 < blocks, other=0)
+    acc = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
+    slot = 0
+    for stage in range(first, first + count):
+        async_copy.wait_group(RING - 2)
+        # every warp is done with the slot that is filled next
+        barrier()
+        coming = stage + RING - 1
+        free = gl.where(slot == 0, RING - 1, slot - 1)
+        at = gl.minimum(coming, stages - 1)
+        async_copy.async_copy_global_to_shared(memory.index(free), x_ptrs + at * 64)
+        _copy_values(values_ptr, begin, end, values + free * (TILES * 4096), LANES)
+        async_copy.commit_group()
+        begin = end
+        end = gl.load(start_ptrs + gl.minimum(coming * 2 + 4, blocks))
+        following = gl.minimum(stage + 1, stages - 1)
+        xs = memory.index(slot)
+        s0, s1, s2, s3, behind = _first_values(word0, values + slot * (TILES * 4096))
+        b = xs.slice(0, 16, dim=1).load(X)
+        acc = _multiply(acc, word0, s0, b, 0, KIND, ACC)
+        acc = _multiply(acc, word0, s1, b, 1, KIND, ACC)
+        b = xs.slice(16, 16, dim=1).load(X)
+        acc = _multiply(acc, word0, s2, b, 2, KIND, ACC)
+        acc = _multiply(acc, word0, s3, b, 3, KIND, ACC)
+        word0 = gl.load(word_ptrs + following * 64)
+        s0, s1, s2, s3, behind = _first_values(word1, behind)
+        b = xs.slice(32, 16, dim=1).load(X)
+        acc = _multiply(acc, word1, s0, b, 0, KIND, ACC)
+        acc = _multiply(acc, word1, s1, b, 1, KIND, ACC)
+        b = xs.slice(48, 16, dim=1).load(X)
+        acc = _multiply(acc, word1, s2, b, 2, KIND, ACC)
+        acc = _multiply(acc, word1, s3, b, 3, KIND, ACC)
+        word1 = gl.load(word_ptrs + following * 64 + 32, mask=following * 2 + 1 < blocks, other=0)
+        slot = gl.where(slot == RING - 1, 0, slot + 1)
+    async_copy.wait_group(0)
+    finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
+           ACTIVATION, HAS_BIAS, False, SPLIT, ACC)  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Launch for x (M, K) with M > 0."""
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    config = bitmap_mma(x.shape[0], rows, x.shape[1], processors)
+    return launch(x, bitmap, starts, values, rows, bias, activation, config)
+
+
+def launch(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    activation: str,
+    config: BitmapMmaConfig,
+) -> Tensor:
+    """`forward` with a given configuration."""
+    tokens, columns = x.shape
+    lines, blocks = line_blocks(rows, columns)
+    stages = triton.cdiv(columns, STAGE_K)
+    if columns != STAGE_K * stages:
+        x = torch.nn.functional.pad(x, (0, STAGE_K * stages - columns))
+    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        # rows are copied in chunks of 16 bytes
+        x = x.clone(memory_format=torch.contiguous_format)
+    per_split = triton.cdiv(stages, config.splits)
+    splits = triton.cdiv(stages, per_split)
+    row_blocks = triton.cdiv(lines, WARPS * config.row_tiles)
+    token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    parts = counter = y
+    if splits > 1:
+        wide = row_blocks * WARPS * config.row_tiles * ROWS
+        shape = (token_blocks, splits, 8 * config.token_tiles, wide)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+        counter = counters(token_blocks * row_blocks, x.device)
+    _bitmap_mma_fwd_kernel[(token_blocks, row_blocks, splits)](
+        x.view(torch.int32),
+        bitmap,
+        starts,
+        values.view(torch.int32),
+        y if bias is None else bias,
+        y,
+        parts,
+        counter,
+        x.stride(0) // 2,
+        tokens,
+        rows,
+        lines,
+        blocks,
+        stages,
+        per_split,
+        KIND="bf16" if x.dtype == torch.bfloat16 else "f16",
+        ACTIVATION=activation,
+        HAS_BIAS=bias is not None,
+        SPLIT=splits > 1,
+        NW=WARPS,
+        MT=config.row_tiles,
+        NT=config.token_tiles,
+        RING=config.stages,
+        num_warps=WARPS,
+    )
+    return y
+
+
+def self_test(device: torch.device) -> str | None:
+    """Compare with the dense product on small integers, where every sum is exact.
+
+    Args:
+        device: The CUDA device to test.
+
+    Returns:
+        None if all results are equal, else what differed.
+    """
+    random = torch.Generator().manual_seed(0)
+    for dtype, tokens, splits in ((torch.bfloat16, 5, 3), (torch.float16, 20, 1)):
+        weight = torch.randint(-2, 3, (200, 1088), generator=random)
+        # rows of all sparsities, from empty to full
+        weight *= torch.rand(200, 1088, generator=random) < torch.linspace(0, 1, 200)[:, None]
+        weight = weight.to(device, dtype)
+        x = torch.randint(-2, 3, (tokens, 1088), generator=random).to(device, dtype)
+        packed = bitmap_pack(weight)
+        config = BitmapMmaConfig(1, 1 if tokens <= 8 else 4, 3, splits)
+        parts = packed.bitmap, packed.starts, packed.values, 200, None, "none", config
+        wanted = (x.cpu().double() @ weight.cpu().double().T).to(dtype)
+        wrong = int((launch(x, *parts).cpu() != wanted).sum())
+        if wrong:
+            return f"{wrong} of {wanted.numel()} results differ ({dtype}, {tokens} tokens)"
+    return None
+
+
+def compile_cases() -> list[KernelCase]:
+    """The specialisations that tests compile without a GPU."""
+    every: Sequence[Arch] = (80, 89, 90)
+    return [
+        *(_case(kind, tokens, True, every) for kind in ("bf16", "f16") for tokens in (1, 64)),
+        *(_case("bf16", tokens, True, every) for tokens in (16, 32)),
+        _case("bf16", 1, False, every),
+        _case("bf16", 1, True, (120,)),
+    ]
+
+
+def _case(kind: str, tokens: int, split: bool, archs: Sequence[Arch]) -> KernelCase:
+    config = bitmap_mma(tokens, 14336, 4096, 132)
+    parts = ("bitmap_ptr", "starts_ptr", "values_ptr")
+    floating = "*bf16" if kind == "bf16" else "*fp16"
+    sizes = ("stride_xm", "M", "N", "lines", "blocks", "stages", "per_split")
+    return KernelCase(
+        name=f"bitmap/mma/{kind}/t{8 * config.token_tiles}{'/split' * split}",
+        kernel=_bitmap_mma_fwd_kernel,
+        signature={
+            "x_ptr": "*i32",
+            **dict.fromkeys(parts, "*i32"),
+            "bias_ptr": floating,
+            "y_ptr": floating,
+            "parts_ptr": "*fp32",
+            "counter_ptr": "*i32",
+            **dict.fromkeys(sizes, "i32"),
+        },
+        constants={
+            "KIND": kind,
+            "ACTIVATION": "none",
+            "HAS_BIAS": True,
+            "SPLIT": split,
+            "NW": WARPS,
+            "MT": config.row_tiles,
+            "NT": config.token_tiles,
+            "RING": config.stages,
+        },
+        num_warps=WARPS,
+        divisible=("x_ptr", *parts, "y_ptr", "parts_ptr", "counter_ptr", "stride_xm", "blocks"),
+        opcodes=("HMMA.16816.F32" + (".BF16" if kind == "bf16" else ""), "LDSM", "LDGSTS"),
+        elements_per_iteration=config.row_tiles * ROWS * STAGE_K,
+        per_iteration=("HMMA.16816", 8 * config.row_tiles * config.token_tiles),
+        archs=archs,
+    )

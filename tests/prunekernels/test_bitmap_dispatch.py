@@ -1,0 +1,108 @@
+"""Which bitmap implementation runs, and what happens when the tensor-core kernel is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import types
+import warnings
+
+import pytest
+import torch
+from prunekernels.sparse import dispatch
+from prunekernels.sparse.linear_bitmap import DISPATCH
+from prunekernels.tuning import bitmap_mma, bitmap_order, bitmap_portable, bitmap_splits
+
+
+class FakeActivations:
+    """Shape, type and device of activations on a GPU that this machine does not have."""
+
+    def __init__(self, tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape = (tokens, columns)
+        self.dtype = dtype
+        self.device = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A dispatch on a Hopper GPU whose self-test returns what the test sets, counting its runs."""
+    state = types.SimpleNamespace(problem=None, runs=0, capturing=False, capability=(9, 0))
+
+    def self_test(device):
+        state.runs += 1
+        if isinstance(state.problem, Exception):
+            raise state.problem
+        return state.problem
+
+    module = types.SimpleNamespace(CAPABILITIES=((9, 0),), self_test=self_test)
+    monkeypatch.setattr(dispatch.Dispatch, "kernel", lambda self, name: module)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    state.select = dataclasses.replace(DISPATCH, tested={}).select
+    return state
+
+
+def test_few_tokens_use_the_tensor_cores_after_one_self_test(hopper):
+    for _ in range(3):
+        choice = hopper.select(FakeActivations(4, 4096), 4096)
+        assert choice.name == "mma" and "predicted" in choice.reason
+    assert hopper.runs == 1
+    assert hopper.select(FakeActivations(4096, 4096), 4096).name == "eager"
+    assert hopper.select(FakeActivations(4, 4096, torch.float32), 4096).name == "eager"
+    with pytest.raises(ValueError, match=r"bfloat16 and float16 values, not torch\.float32"):
+        hopper.select(FakeActivations(4, 4096, torch.float32), 4096, "mma")
+
+
+@pytest.mark.parametrize("problem", ["3 of 5 results differ", RuntimeError("ptxas died\nlog")])
+def test_a_failing_self_test_warns_once_and_falls_back(hopper, problem):
+    hopper.problem = problem
+    with pytest.warns(RuntimeWarning, match="bitmap .* failed its self-test on cuda:0") as caught:
+        choice = hopper.select(FakeActivations(4, 4096), 4096)
+    assert choice.name == "triton"
+    assert "not mma: " in choice.reason and "\n" not in choice.reason
+    assert str(problem).splitlines()[0] in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert hopper.select(FakeActivations(4, 4096), 4096).name == "triton"
+    assert hopper.runs == 1
+    with pytest.raises(ValueError, match="impl='mma' cannot run"):
+        hopper.select(FakeActivations(4, 4096), 4096, "mma")
+
+
+def test_other_architectures_and_capture_before_the_self_test(hopper):
+    hopper.capturing = True
+    choice = hopper.select(FakeActivations(4, 4096), 4096)
+    assert choice.name == "triton" and "call the layer once before" in choice.reason
+    hopper.capturing = False
+    assert hopper.select(FakeActivations(4, 4096), 4096).name == "mma"
+    hopper.capability = (7, 5)
+    choice = hopper.select(FakeActivations(4, 4096), 4096)
+    assert choice.name == "triton" and "compute capability 7.5" in choice.reason
+
+
+def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so(monkeypatch):
+    choice = DISPATCH.select(torch.zeros(1, 8), 8)
+    assert choice.name == "eager" and "cpu" in choice.reason
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (row,) = DISPATCH.describe()
+    assert row["op"] == "bitmap_linear" and row["impl"] == "eager"
+    assert "not faster" in row["reason"]
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 4096])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4096, 4096), (28672, 8192), (576, 1536)])
+def test_tables_give_configurations_that_cover_the_work(tokens, rows, columns):
+    config = bitmap_mma(tokens, rows, columns, 132)
+    assert config.token_tiles & (config.token_tiles - 1) == 0
+    assert config.token_tiles >= min(-(-tokens // 8), 8) and config.stages >= 2
+    assert 1 <= config.splits <= max(1, columns // 512)
+    assert bitmap_order(tokens, rows, columns, (9, 0))
+    for itemsize in (2, 4):
+        portable = bitmap_portable(tokens, itemsize)
+        assert portable.block_m >= 16 and portable.block_n % 16 == 0
+    blocks = -(-columns // 64)
+    assert 1 <= bitmap_splits(-(-rows // 64), blocks) <= max(1, blocks // 8)
