@@ -164,6 +164,7 @@ BAD_INPUT = {
     "too long": (f"prune dense --calibration long.txt --length {CONTEXT + 1} --output new", "", ""),
     "NaN weights": (f"prune nan {QUICK} --output new", "up_proj", ""),
     "NaN compared": ("compare dense nan --no-choices --output new", "up_proj", "again"),
+    "no tasks": ("eval dense", "which tasks", "--tasks"),
     "NaN inspected": ("inspect nan", "up_proj", "again"),
     "truncated": ("inspect truncated", "truncated", "again"),
     "foreign": ("inspect foreign", "foreign", "folder"),

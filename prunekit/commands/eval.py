@@ -1,0 +1,86 @@
+"""`prunekit eval`: tasks of the lm-evaluation-harness, dense beside pruned."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, TextIO
+
+from prunekit.commands import options
+from prunekit.errors import PrunekitError
+
+if TYPE_CHECKING:
+    from prunekit.evaluation.tasks import TaskScore
+
+SUMMARY = "score models on tasks of the lm-evaluation-harness"
+DESCRIPTION = """\
+Run tasks of EleutherAI's lm-evaluation-harness (pip install 'prunekit[eval]') on one model, or on a
+dense model and its pruned copy side by side. Take one task that is answered in a single step and
+one that is generated to see what pruning keeps and what it loses.
+
+A task may download its data set: naming it asks for that.
+"""
+EXAMPLE = "prunekit eval demo out/drop4 --tasks arc_easy,gsm8k --limit 100"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
+    parser.add_argument("pruned", nargs="?", metavar="PRUNED", help="its pruned or dropped copy")
+    parser.add_argument("--tasks", metavar="LIST", help="names, separated by commas")
+    parser.add_argument("--limit", type=options.positive, help="documents of each task (all)")
+    parser.add_argument("--few-shot", type=options.whole, help="examples (the task's own number)")
+    parser.add_argument("--task-folder", metavar="DIR", help="task definitions of your own (.yaml)")
+    parser.add_argument("--chat", action="store_true", help="ask through the chat template")
+    options.add_running(parser)
+    options.add_common(parser)
+
+
+def run(args: argparse.Namespace, answer: TextIO) -> None:
+    """Carry the command out."""
+    source = options.needed(args.model, "model")
+    if not args.tasks:
+        raise PrunekitError("which tasks? give --tasks, such as --tasks arc_easy,gsm8k")
+
+    from prunekit.evaluation.tasks import run_tasks
+
+    found: dict[str, list[TaskScore]] = {}
+    for name in (source, args.pruned) if args.pruned else (source,):
+        model, tokenizer = options.load(name, args)
+        found[name] = run_tasks(
+            model,
+            tokenizer,
+            [task.strip() for task in args.tasks.split(",") if task.strip()],
+            limit=args.limit,
+            few_shot=args.few_shot,
+            task_folder=args.task_folder,
+            chat=args.chat,
+            batch_size=args.batch_size,
+            seed=args.seed,
+        )
+        del model  # before the next one is loaded
+    options.emit(
+        args,
+        answer,
+        lambda: {name: [asdict(score) for score in scores] for name, scores in found.items()},
+        lambda: _shown(found),
+    )
+
+
+def _shown(found: dict[str, list[TaskScore]]) -> Any:
+    from prunekit.report import tables
+
+    def cell(score: TaskScore) -> str:
+        error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
+        return f"{score.value:.4f}{error}"
+
+    rows = []
+    for scores in zip(*found.values(), strict=True):
+        first = scores[0]
+        row: dict[str, Any] = {"Task": first.task, "Metric": first.metric}
+        row["Documents"] = first.documents or "–"
+        row |= {name: cell(score) for name, score in zip(found, scores, strict=True)}
+        if len(scores) > 1:
+            row["Change"] = f"{scores[1].value - first.value:+.4f}"
+        rows.append(row)
+    return tables.records("lm-evaluation-harness (± one standard error)", rows)
