@@ -30,7 +30,7 @@ import transformers
 
 from prunekit import timing
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = model.RESULTS
 UNFINISHED = 75  # exit status: time is up, call again to go on
 
 #: Every row of every result file of ops has these columns, in this order.

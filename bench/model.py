@@ -19,7 +19,8 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-SLOTS = Path(__file__).parent / "results" / "compiled" / "sm_90.csv"
+RESULTS = Path(__file__).parent / "results"
+SLOTS = RESULTS / "compiled" / "sm_90.csv"
 
 #: Of the data sheet's figures, what large copies and matrix products reach: an H200 copies 4.3 of
 #: 4.8 TB/s and multiplies at 790 of 989 TFLOP/s. A benchmark measures its own machine's instead.
@@ -170,8 +171,8 @@ def linear(
     if kind == "24 wgmma":
         return [Cost(packed24_bytes(N, K, itemsize) + ends, products / 2)]
     if kind == "bitmap":
-        tiles = ("t8", "t16", "t32", "t64")
-        names = [f"bitmap/{stem}/bf16/{t}" for stem in ("mma", "linear") for t in tiles]
+        tile = 16 if M <= 16 else 32 if M <= 32 else 64
+        names = [f"bitmap/portable/bf16/m{size}/split" for size in (tile, 16)]
         slots = slots_of(*names) * N * K
         return [Cost(bitmap_bytes(N, K, sparsity) + ends, mma_flop=padded, slots=slots)]
     if kind == "bitmap expand":

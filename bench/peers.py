@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ import prunekernels
 import torch
 import torch.nn.functional as F
 from harness import Absent
-from prunekernels.sparse import dispatch24
+from prunekernels.sparse import dispatch24, linear_bitmap
 from torch import Tensor
 
 PATTERNS = ("2:4", "unstructured")
@@ -96,33 +96,36 @@ def _compiled(weight: Tensor, tokens: int) -> Layer:
     return Layer(lambda x: run(x, weight), size(weight))
 
 
-def _sparse24(impl: str, weight: Tensor, tokens: int) -> Layer:
-    packed = prunekernels.sparse24_pack(weight)
-    x = weight.new_zeros((min(tokens, 8), weight.shape[1]))
+def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
+    """One of our formats, by one of its implementations."""
+    pack, linear, select, kinds = FORMATS[form]
     try:
-        dispatch24.select(x, weight.shape[0], impl)
+        select(weight.new_zeros((min(tokens, 8), weight.shape[1])), weight.shape[0], impl)
     except ValueError as error:
         raise Absent(str(error)) from error
-    kinds = {"eager": "24 expand", "triton": "24 triton", "mma_sp": "24 mma"}
+    packed = pack(weight)
 
     def kind(x: Tensor) -> str:
-        return kinds[dispatch24.select(x, weight.shape[0], impl).name]
+        return kinds.get(select(x, weight.shape[0], impl).name, kinds["else"])
 
-    run = functools.partial(prunekernels.sparse24_linear, impl=impl)
-    return Layer(lambda x: run(x, packed), packed.nbytes, kind=kind)
+    return Layer(lambda x: linear(x, packed, impl=impl), packed.nbytes, kind=kind)
 
 
-def _bitmap(impl: str, weight: Tensor, tokens: int) -> Layer:
-    pack = getattr(prunekernels, "bitmap_pack", None)
-    if pack is None:
-        raise Absent("bitmap_pack: not in this version of prunekernels")
-    packed = pack(weight)
-    linear = functools.partial(prunekernels.bitmap_linear, impl=impl)
-    try:
-        linear(weight.new_zeros((1, weight.shape[1])), packed)
-    except ValueError as error:
-        raise Absent(str(error)) from error
-    return Layer(lambda x: linear(x, packed), packed.nbytes)
+#: Our formats: packing, product, choice of implementation, and what an implementation costs.
+FORMATS: dict[str, Any] = {
+    "2:4": (
+        prunekernels.sparse24_pack,
+        prunekernels.sparse24_linear,
+        dispatch24.select,
+        {"eager": "24 expand", "triton": "24 triton", "else": "24 mma"},
+    ),
+    "bitmap": (
+        prunekernels.bitmap_pack,
+        prunekernels.bitmap_linear,
+        linear_bitmap.DISPATCH.select,
+        {"eager": "bitmap expand", "else": "bitmap"},
+    ),
+}
 
 
 def _int8(weight: Tensor, tokens: int) -> Layer:
@@ -181,6 +184,7 @@ def _cusparselt_best(weight: Tensor, tokens: int) -> Layer:
 
 
 def _csr(weight: Tensor, tokens: int) -> Layer:
+    need_16_bit_sparse(weight)
     sparse = weight.to_sparse_csr()
     held = size(sparse.values(), sparse.crow_indices(), sparse.col_indices())
     return Layer(lambda x: (sparse @ x.t()).t(), held)
@@ -188,11 +192,18 @@ def _csr(weight: Tensor, tokens: int) -> Layer:
 
 def _bsr(weight: Tensor, tokens: int) -> Layer:
     """Blocks of 16×16: zeros inside a block stay, so only block sparsity gains."""
+    need_16_bit_sparse(weight)
     if weight.shape[0] % 16 or weight.shape[1] % 16:
         raise Absent("BSR: 16×16 blocks need a shape of multiples of 16")
     sparse = weight.to_sparse_bsr((16, 16))
     held = size(sparse.values(), sparse.crow_indices(), sparse.col_indices())
     return Layer(lambda x: F.linear(x, sparse), held)
+
+
+def need_16_bit_sparse(weight: Tensor) -> None:
+    """Raise Absent on a CPU: torch has no product of 16-bit CSR or BSR there."""
+    if weight.device.type == "cpu" and weight.dtype != torch.float32:
+        raise Absent(f"torch multiplies no {weight.dtype} CSR or BSR weight on a CPU")
 
 
 def _macko(weight: Tensor, tokens: int) -> Layer:
@@ -212,23 +223,28 @@ def _spinfer(weight: Tensor, tokens: int) -> Layer:
     )
 
 
-def _by(impl: str, build: Callable[[str, Tensor, int], Layer]) -> Callable[[Tensor, int], Layer]:
-    return functools.partial(build, impl)
+def _ours(form: str, impls: Sequence[str], patterns: tuple[str, ...]) -> Iterator[LinearPeer]:
+    """A peer per implementation of a format; the kernels are for few tokens."""
+    for impl in impls:
+        name = f"{form} {'expand' if impl == 'eager' else impl}"
+        few_tokens = 1 << 30 if impl in ("auto", "eager") else 256
+        build = functools.partial(_packed, form, impl)
+        yield LinearPeer(name, "dense", build, patterns, few_tokens)
+
+
+def _semi(backend: str) -> Callable[[Tensor, int], Layer]:
+    return functools.partial(_semi_structured, backend)
 
 
 #: Every way that is measured, dense first.
 LINEAR = (
     LinearPeer("dense", "dense", _dense),
     LinearPeer("torch.compile", "dense", _compiled, ("2:4",), few=True),
-    LinearPeer("2:4 auto", "24 mma", _by("auto", _sparse24), ("2:4",)),
-    LinearPeer("2:4 mma_sp", "24 mma", _by("mma_sp", _sparse24), ("2:4",), 256),
-    LinearPeer("2:4 triton", "24 triton", _by("triton", _sparse24), ("2:4",), 256),
-    LinearPeer("2:4 expand", "24 expand", _by("eager", _sparse24), ("2:4",)),
-    LinearPeer("bitmap auto", "bitmap", _by("auto", _bitmap)),
-    LinearPeer("bitmap expand", "bitmap expand", _by("eager", _bitmap)),
-    LinearPeer("cuSPARSELt", "24 wgmma", _by("cusparselt", _semi_structured), ("2:4",)),
+    *_ours("2:4", dispatch24.IMPLS, ("2:4",)),
+    *_ours("bitmap", linear_bitmap.DISPATCH.impls, PATTERNS),
+    LinearPeer("cuSPARSELt", "24 wgmma", _semi("cusparselt"), ("2:4",)),
     LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),
-    LinearPeer("CUTLASS 2:4", "24 wgmma", _by("cutlass", _semi_structured), ("2:4",)),
+    LinearPeer("CUTLASS 2:4", "24 wgmma", _semi("cutlass"), ("2:4",)),
     LinearPeer("torch CSR", "csr", _csr, most_tokens=256),
     LinearPeer("torch BSR", "dense", _bsr, most_tokens=256),
     LinearPeer("int8 weight-only", "int8", _int8, ("2:4",), few=True),

@@ -19,10 +19,10 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 
 import matplotlib.pyplot as plt
-from harness import RESULTS
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
+from model import RESULTS
 
 Row = dict[str, Any]
 
@@ -35,6 +35,7 @@ COLORS = {
     "2:4 triton": "#CC79A7",
     "2:4 expand": "#999999",
     "bitmap auto": "#0072B2",
+    "bitmap triton": "#8C6BB1",
     "bitmap expand": "#56B4E9",
     "cuSPARSELt": "#009E73",
     "cuSPARSELt best": "#66C2A5",
