@@ -116,7 +116,7 @@ FORMATS: dict[str, Any] = {
     "2:4": (
         prunekernels.sparse24_pack,
         prunekernels.sparse24_linear,
-        dispatch24.select,
+        dispatch24.DISPATCH.select,
         {"eager": "24 expand", "triton": "24 triton", "else": "24 mma"},
     ),
     "bitmap": (

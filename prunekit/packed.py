@@ -14,7 +14,11 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from prunekernels import (
+    BitmapSparse,
     Sparse24,
+    bitmap_expected,
+    bitmap_linear,
+    bitmap_pack,
     sparse24_cat,
     sparse24_expected,
     sparse24_gate_up,
@@ -65,7 +69,7 @@ class Format:
         rebuild: The weight from the tensors of its `state_dict`, shape and type, unchecked header.
         load: The weight from its `state_dict`; ValueError if it is not valid.
         linear: y = x·Wᵀ + bias.
-        expected: (tokens, rows, columns, dtype, device) -> speed-up, implementation, reason.
+        expected: (tokens, weight) -> expected speed-up over dense, implementation, reason.
         cat: Stacks weights along their rows; `split` undoes it. `row_multiple` is what the rows of
             all but the last must be multiples of. None: projections can't be merged.
         gate_up: SiLU(x·Wgᵀ)·(x·Wuᵀ) in one kernel, or None.
@@ -76,7 +80,7 @@ class Format:
     rebuild: Callable[[Mapping[str, Tensor], Shape, torch.dtype], Any]
     load: Callable[[Mapping[str, Tensor]], Any]
     linear: Callable[[Tensor, Any, Tensor | None], Tensor]
-    expected: Callable[[int, int, int, torch.dtype, torch.device], Any]
+    expected: Callable[[int, Any], Any]
     cat: Callable[[Sequence[Any]], Any] | None = None
     split: Callable[[Any, Sequence[int]], Sequence[Any]] | None = None
     row_multiple: int = 1
@@ -85,6 +89,12 @@ class Format:
 
 def _rebuild24(tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Sparse24:
     return Sparse24(tensors["packed"], shape, dtype)
+
+
+def _rebuild_bitmap(
+    tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype
+) -> BitmapSparse:
+    return BitmapSparse(tensors["bitmap"], tensors["starts"], tensors["values"], shape)
 
 
 #: The formats, tried in this order.
@@ -100,6 +110,14 @@ FORMATS: dict[str, Format] = {
         split=sparse24_split,
         row_multiple=16,
         gate_up=sparse24_gate_up,
+    ),
+    "bitmap": Format(
+        "bitmap",
+        bitmap_pack,
+        _rebuild_bitmap,
+        BitmapSparse.from_state_dict,
+        bitmap_linear,
+        bitmap_expected,
     ),
 }
 

@@ -31,6 +31,9 @@ from prunekit.packed import (
 from prunekit.progress import track
 from prunekit.pruning.report import align
 
+# Saving less than a tenth is not worth a layer that may be slower.
+_WORTHWHILE = 0.9
+
 
 @dataclass(frozen=True)
 class ModuleSwap:
@@ -271,12 +274,11 @@ def _pack_(
             reasons.append(str(error).partition(";")[0])
             continue
         size = dense.numel() * dense.element_size()
-        if packed.nbytes >= size:
-            reasons.append(f"no smaller as {format_}: too few zeros")
+        if packed.nbytes > _WORTHWHILE * size:
+            part = packed.nbytes / size
+            reasons.append(f"hardly smaller as {format_}: {part:.2f} of the dense bytes")
             continue
-        speedup, _, why = FORMATS[format_].expected(
-            tokens, rows, columns, dense.dtype, dense.device
-        )
+        speedup, _, why = FORMATS[format_].expected(tokens, packed)
         if speedup < least:
             reasons.append(f"slower as {format_}: expected {speedup:.2f}× ({why})")
             continue

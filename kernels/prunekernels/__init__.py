@@ -23,6 +23,7 @@ from prunekernels.pruning import (
 from prunekernels.sparse import (
     BitmapSparse,
     Sparse24,
+    bitmap_expected,
     bitmap_linear,
     bitmap_pack,
     sparse24_cat,
@@ -41,6 +42,7 @@ __all__ = [
     "TopKStats",
     "UpdatedColumns",
     "VectorStats",
+    "bitmap_expected",
     "bitmap_linear",
     "bitmap_pack",
     "head_pair_stats",

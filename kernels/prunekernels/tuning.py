@@ -65,21 +65,20 @@ def sparse24_order(
 _LAUNCH_BYTES = 17e6
 
 
-def sparse24_speedup(impl: str, tokens: int, rows: int, columns: int, itemsize: int = 2) -> float:
-    """Time of the dense layer over that of the 2:4 layer (predicted from bytes, not measured).
+def packed_speedup(impl: str, tokens: int, dense: int, packed: int) -> float:
+    """Time of a dense layer over that of the packed one (predicted from bytes, not measured).
 
     Args:
-        impl: The implementation that runs: "mma_sp", "triton" or "eager".
+        impl: The implementation that runs: "mma_sp" (2:4), "mma" (bitmap), "triton" or "eager".
         tokens: M.
-        rows: N.
-        columns: K.
-        itemsize: Bytes of a value.
+        dense: Bytes of the dense weight.
+        packed: Bytes of the packed weight.
     """
-    dense = rows * columns * itemsize
-    packed = rows * columns * (itemsize / 2 + 0.125)
-    if impl == "mma_sp" and tokens <= 64:
-        return (dense + _LAUNCH_BYTES) / (packed + _LAUNCH_BYTES)
-    if impl in ("mma_sp", "triton"):
+    if impl in ("mma_sp", "mma") and tokens <= 64:
+        gain = (dense + _LAUNCH_BYTES) / (packed + _LAUNCH_BYTES)
+        # expanding a bitmap in registers costs about half of what reading less gains
+        return gain if impl == "mma_sp" else (1 + gain) / 2
+    if impl != "eager":
         # as many instructions as the dense kernel has time for
         return 1.0
     if tokens > 256:

@@ -67,7 +67,7 @@ def own_version() -> str:
 def _facts() -> dict[str, Any]:
     import torch
     from prunekernels import runtime
-    from prunekernels.sparse import dispatch24
+    from prunekernels.sparse import dispatch24, linear_bitmap
 
     from prunekit.errors import PrunekitError
     from prunekit.gguf_reader import demo_file
@@ -86,7 +86,11 @@ def _facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": [torch.cuda.get_device_name(index) for index in gpus] or ["cpu"],
         "cpu_threads": {"used by torch": torch.get_num_threads(), "cores": os.cpu_count()},
-        "ops": [*runtime.describe(), *dispatch24.describe()],
+        "ops": [
+            *runtime.describe(),
+            *dispatch24.DISPATCH.describe(),
+            *linear_bitmap.DISPATCH.describe(),
+        ],
         "demo_model": demo,
         "extras": {
             name: "installed" if importlib.util.find_spec(name) else f"missing ({purpose})"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import types
 import warnings
 
 import pytest
 import torch
-from prunekernels.sparse import counters, dispatch24
+from prunekernels.sparse import counters, dispatch, dispatch24
+from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.tuning import sparse24_mma, sparse24_order, sparse24_portable
 
 
@@ -33,10 +35,11 @@ def fake_gpu(monkeypatch):
         return state.problem
 
     module = types.SimpleNamespace(CAPABILITIES=((9, 0),), self_test=self_test)
-    monkeypatch.setattr(dispatch24, "_tested", {})
-    monkeypatch.setattr(dispatch24, "kernel", lambda name: module)
-    monkeypatch.setattr(dispatch24, "triton_installed", lambda: True)
-    monkeypatch.setattr(dispatch24, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch.Dispatch, "kernel", lambda self, name: module)
+    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    fresh = dataclasses.replace(dispatch24.DISPATCH, tested={})
+    monkeypatch.setattr(dispatch24, "DISPATCH", fresh)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
@@ -46,66 +49,67 @@ def fake_gpu(monkeypatch):
 
 def test_few_tokens_use_the_tensor_cores_after_one_self_test(fake_gpu):
     for _ in range(3):
-        assert dispatch24.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
+        assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
     assert fake_gpu.runs == 1
-    assert dispatch24.select(FakeActivations(4096, 4096), 4096).name == "eager"
+    assert dispatch24.DISPATCH.select(FakeActivations(4096, 4096), 4096).name == "eager"
 
 
 @pytest.mark.parametrize("problem", ["3 of 5 results differ", RuntimeError("ptxas died\nlog")])
 def test_a_failing_self_test_warns_once_and_falls_back(fake_gpu, problem):
     fake_gpu.problem = problem
     with pytest.warns(RuntimeWarning, match="failed its self-test on cuda:0") as caught:
-        choice = dispatch24.select(FakeActivations(4, 4096), 4096)
+        choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton"
     assert "not mma_sp: " in choice.reason and "\n" not in choice.reason
     assert str(problem).splitlines()[0] in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert dispatch24.select(FakeActivations(4, 4096), 4096).name == "triton"
+        assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "triton"
     assert fake_gpu.runs == 1
     with pytest.raises(ValueError, match="impl='mma_sp' cannot run"):
-        dispatch24.select(FakeActivations(4, 4096), 4096, "mma_sp")
+        dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096, "mma_sp")
 
 
 def test_float32_values_never_reach_the_tensor_cores(fake_gpu):
-    choice = dispatch24.select(FakeActivations(4, 4096, torch.float32), 4096)
+    choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096, torch.float32), 4096)
     assert choice.name == "eager" and "float32" in choice.reason
     with pytest.raises(ValueError, match=r"mma_sp.*float16 values, not torch\.float32"):
-        dispatch24.select(FakeActivations(4, 4096, torch.float32), 4096, "mma_sp")
+        dispatch24.DISPATCH.select(FakeActivations(4, 4096, torch.float32), 4096, "mma_sp")
     assert fake_gpu.runs == 0
 
 
 def test_between_few_and_many_tokens_a_failure_means_expanding(fake_gpu):
     fake_gpu.problem = "wrong"
     with pytest.warns(RuntimeWarning):
-        assert dispatch24.select(FakeActivations(128, 4096), 4096).name == "eager"
+        assert dispatch24.DISPATCH.select(FakeActivations(128, 4096), 4096).name == "eager"
 
 
 def test_other_architectures_and_capture_before_the_self_test(fake_gpu):
     fake_gpu.capturing = True
-    choice = dispatch24.select(FakeActivations(4, 4096), 4096)
+    choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton" and "call the layer once before" in choice.reason
     fake_gpu.capturing = False
-    assert dispatch24.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
+    assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
     fake_gpu.capability = (7, 5)
-    choice = dispatch24.select(FakeActivations(4, 4096), 4096)
+    choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton" and "compute capability 7.5" in choice.reason
 
 
 def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so():
-    choice = dispatch24.select(torch.zeros(1, 8), 8)
+    choice = dispatch24.DISPATCH.select(torch.zeros(1, 8), 8)
     assert choice.name == "eager" and "cpu" in choice.reason
 
 
 def test_on_a_cpu_no_gain_is_expected():
+    w = sparse24_pack(torch.zeros(512, 512))
     for tokens in (1, 4096):
-        speedup, impl, reason = dispatch24.sparse24_expected(tokens, 512, 512, torch.float32, "cpu")
+        speedup, impl, reason = dispatch24.sparse24_expected(tokens, w)
         assert speedup < 1 and impl == "eager" and "cpu" in reason
 
 
 def test_describe_says_on_a_cpu_that_it_is_not_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (row,) = dispatch24.describe()
+    (row,) = dispatch24.DISPATCH.describe()
     assert row["impl"] == "eager" and "not faster" in row["reason"]
 
 

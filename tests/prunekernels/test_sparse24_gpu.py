@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from prunekernels.sparse import dispatch24
+from prunekernels.sparse.dispatch24 import DISPATCH, expand
 from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.sparse.linear24 import ACTIVATIONS, sparse24_gate_up, sparse24_linear
 from prunekernels.tuning import MmaConfig
@@ -35,7 +35,7 @@ def assert_as_good_as_eager(got, eager, exact):
 
 
 def test_the_self_test_passes():
-    assert dispatch24.self_test(torch.device("cuda", torch.cuda.current_device())) is None
+    assert DISPATCH.self_test(torch.device("cuda", torch.cuda.current_device())) is None
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -95,7 +95,7 @@ def test_every_configuration_of_the_tensor_core_kernel(token_tiles, splits):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_expanding_is_exact(dtype):
     weight = two_of_four(130, 611, dtype)
-    dense = dispatch24.expand(sparse24_pack(weight).packed, 130, 611, dtype)
+    dense = expand(sparse24_pack(weight).packed, 130, 611, dtype)
     assert torch.equal(dense, weight)
 
 

@@ -64,7 +64,9 @@ def test_packed_models_come_back_exactly(tiny_24, tokenizer, architecture, tmp_p
     report = pk.swap_(model)
     want, state = logits(model, token_ids), model.state_dict()
     folder = pk.save(model, tokenizer, tmp_path / "one")
-    assert json.loads((folder / "prunekit.json").read_text())["packed"] == ["2:4"]
+    formats = {module.format for module in report.swapped}
+    assert json.loads((folder / "prunekit.json").read_text())["packed"] == sorted(formats)
+    assert "2:4" in formats
     saved = dense_size - (folder / "model.safetensors").stat().st_size
     assert saved > 0.9 * (report.dense_bytes - report.bytes) - 20_000
     loaded, _ = pk.load(folder)
@@ -157,6 +159,24 @@ def test_dropped_and_packed_together(tiny_24, tokenizer, tmp_path, token_ids):
     assert loaded.generate(token_ids[:1], max_new_tokens=4).shape == (1, 16)
     zeroed, _ = pk.load(pk.save(model, tokenizer, tmp_path / "zeroed", format="zeroed"))
     assert torch.allclose(logits(zeroed, token_ids), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+def test_bitmaps_come_back_exactly(tiny, tokenizer, tmp_path, token_ids, name):
+    model = tiny(name, hidden_size=64)
+    pk.prune_(model, pk.Magnitude(sparsity=0.7))
+    pk.swap_(model)
+    want = logits(model, token_ids)
+    folder = pk.save(model, tokenizer, tmp_path / "saved")
+    assert "bitmap" in json.loads((folder / "prunekit.json").read_text())["packed"]
+    loaded, _ = pk.load(folder)
+    assert torch.equal(logits(loaded, token_ids), want)
+    named = next(n for n, layer in packed_layers(loaded) if layer.format == "bitmap")
+    starts = load_file(folder / "model.safetensors")[f"{named}.starts"]
+    starts[1] += 1
+    edit_weights(folder, **{f"{named}.starts": starts})
+    with pytest.raises(PrunekitError, match=f"{named} is no valid packed weight"):
+        pk.load(folder)
 
 
 def test_loading_in_another_type(saved):

@@ -30,10 +30,10 @@ def test_swapped_models_compute_the_same_and_come_back(tiny_24, architecture, to
     model = tiny_24(architecture)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     want = logits(model, token_ids)
-    report = pk.swap_(model)
+    report = pk.swap_(model, formats=["2:4"])
     assert_close(logits(model, token_ids), want)
     linears = [r for r in report.modules if r.reason != "experts stored as one tensor"]
-    assert {r.name for r in linears if not r.format and "no smaller" not in r.reason} <= {
+    assert {r.name for r in linears if not r.format and "hardly smaller" not in r.reason} <= {
         "lm_head",
         "embed_out",
         *(r.name for r in linears if r.name.endswith("shared_expert_gate")),
@@ -53,6 +53,26 @@ def test_swapped_models_compute_the_same_and_come_back(tiny_24, architecture, to
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert torch.equal(logits(model, token_ids), want)
     assert not any(isinstance(m, PackedLinear | FusedGatedMLP) for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_other_sparsities_are_packed_as_a_bitmap(tiny, token_ids, name):
+    model = tiny(name, hidden_size=64)
+    pk.prune_(model, pk.Magnitude(pattern="4:8"))
+    Architecture(model).last_projection(2, "mlp")[0].zero_()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    want = logits(model, token_ids)
+    report = pk.swap_(model)
+    formats = [r.format for r in report.swapped]
+    assert formats.count("2:4") == 1 and formats.count("bitmap") == len(formats) - 1
+    assert [r.name for r in report.left_dense] == ["lm_head"]
+    assert report.bytes < 0.6 * report.dense_bytes
+    assert_close(logits(model, token_ids), want)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    assert {layer.weight.dtype for _, layer in packed_layers(half)} == {torch.bfloat16}
+    assert half(token_ids).logits.isfinite().all()
+    pk.unswap_(model)
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
 
 
 def test_only_this_instance_changes(tiny_24, token_ids):
@@ -174,7 +194,7 @@ def test_what_stays_dense_and_why(tiny_24):
         layers[0].mlp.down_proj.weight[3, 8:12] = 1.0
     layers[1].mlp.up_proj.weight = layers[1].mlp.gate_proj.weight
     layers[2].self_attn.o_proj.__class__ = type("Special", (nn.Linear,), {})
-    report = pk.swap_(model)
+    report = pk.swap_(model, formats=["2:4"])
     why = {r.name: r.reason for r in report.left_dense}
     assert why == {
         "model.layers.0.mlp.down_proj": "not 2:4: row 3, columns 8 to 11 hold 4 non-zeros",
@@ -183,7 +203,7 @@ def test_what_stays_dense_and_why(tiny_24):
         "model.layers.2.self_attn.o_proj": "is a Special",
         "lm_head": "output head",
         **{
-            f"model.layers.{i}.self_attn.o_proj": "no smaller as 2:4: too few zeros"
+            f"model.layers.{i}.self_attn.o_proj": "hardly smaller as 2:4: 1.06 of the dense bytes"
             for i in (0, 1, 3)
         },
     }
@@ -203,11 +223,11 @@ def test_on_a_cpu_it_says_that_nothing_is_faster(tiny_24):
     assert not report.faster and report.device == "cpu"
     assert "not faster on this machine" in report.verdict
     asked = tiny_24("llama")
-    refused = pk.swap_(asked, min_speedup=1.0)
+    refused = pk.swap_(asked, min_speedup=1.0, formats=["2:4"])
     assert not refused.swapped and "Nothing was packed" in refused.verdict
     assert {r.reason.partition(":")[0] for r in refused.left_dense} == {
         "slower as 2",
-        "no smaller as 2",
+        "hardly smaller as 2",
         "output head",
     }
     data = refused.to_dict()
@@ -217,34 +237,38 @@ def test_on_a_cpu_it_says_that_nothing_is_faster(tiny_24):
 def test_the_table_decides_at_the_expected_number_of_tokens(tiny_24, monkeypatch):
     from prunekernels import tuning
 
-    def expected(tokens, rows, columns, dtype, device):
+    def expected(tokens, w):
         impl = "mma_sp" if tokens <= 64 else "eager"
-        speedup = tuning.sparse24_speedup(impl, tokens, rows, columns)
+        speedup = tuning.packed_speedup(impl, tokens, 4 * w.shape[0] * w.shape[1], w.nbytes)
         return speedup, impl, "as on a GPU"
 
     faked = dataclasses.replace(packed.FORMATS["2:4"], expected=expected)
     monkeypatch.setitem(packed.FORMATS, "2:4", faked)
-    decode = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4)
+    decode = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4, formats=["2:4"])
     assert decode.faster and len(decode.swapped) == 24
     assert "faster at 4 token(s)" in decode.verdict
-    prefill = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4096)
+    prefill = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4096, formats=["2:4"])
     assert not prefill.swapped
     assert "slower as 2:4: expected 0.93× (as on a GPU)" in prefill.left_dense[0].reason
 
 
 def test_small_and_wide_layers_gain_what_bytes_predict():
-    from prunekernels.tuning import sparse24_speedup
+    from prunekernels.tuning import packed_speedup
 
-    small = sparse24_speedup("mma_sp", 1, 576, 1536)
-    large = sparse24_speedup("mma_sp", 1, 14336, 4096)
+    def speedup(impl, tokens, weights, size=9 / 8):
+        return packed_speedup(impl, tokens, 2 * weights, int(size * weights))
+
+    small, large = speedup("mma_sp", 1, 576 * 1536), speedup("mma_sp", 1, 14336 * 4096)
     assert 1 < small < 1.1 < 1.5 < large < 16 / 9
-    assert sparse24_speedup("eager", 1, 4096, 4096) < 0.5
-    assert sparse24_speedup("eager", 4096, 4096, 4096) < 1
+    half, seventy = speedup("mma", 1, 14336 * 4096), speedup("mma", 1, 14336 * 4096, 0.725)
+    assert 1.2 < half < 1.4 < 1.6 < seventy < 2.0
+    assert speedup("eager", 1, 4096 * 4096) < 0.5
+    assert speedup("eager", 4096, 4096 * 4096) < 1
 
 
 def test_bad_arguments_change_nothing(tiny_24):
     model = tiny_24("llama")
-    with pytest.raises(PrunekitError, match="unknown format '4:8': use one of 2:4"):
+    with pytest.raises(PrunekitError, match="unknown format '4:8': use one of 2:4, bitmap"):
         pk.swap_(model, formats=["4:8"])
     with pytest.raises(PrunekitError, match="tokens is 0"):
         pk.swap_(model, tokens=0)

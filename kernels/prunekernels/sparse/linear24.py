@@ -2,7 +2,7 @@
 
 The eager implementation expands the weight for the duration of the call and uses the dense matrix
 multiplication: on a GPU that is also the path for many tokens. Kernels that read the packed buffer
-are chosen in `dispatch24`.
+are chosen by `dispatch24.DISPATCH`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.sparse import dispatch24
+from prunekernels.sparse.dispatch24 import DISPATCH, expand
 from prunekernels.sparse.format24 import Sparse24, packed_shape
 from prunekernels.sparse.layer import (
     ACTIVATIONS,
@@ -53,7 +53,7 @@ def sparse24_linear(
     """
     check_input(x, w, Sparse24, "sparse24_pack")
     name = check_epilogue("sparse24_linear", x, w.shape, bias, activation)
-    dispatch24.check_impl(impl)
+    DISPATCH.check_impl(impl)
     return torch.ops.prunekernels.sparse24_linear(x, w.packed, *w.shape, bias, name, impl)
 
 
@@ -82,13 +82,13 @@ def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto"
             f"sparse24_gate_up: gate and up must have the same shape, not {tuple(gate.shape)} and "
             f"{tuple(up.shape)}"
         )
-    dispatch24.check_impl(impl)
+    DISPATCH.check_impl(impl)
     return torch.ops.prunekernels.sparse24_gate_up(x, gate.packed, up.packed, *gate.shape, impl)
 
 
 @torch.library.custom_op("prunekernels::sparse24_expand", mutates_args=())
 def _expand_op(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return dispatch24.expand(packed, rows, columns, dtype)
+    return expand(packed, rows, columns, dtype)
 
 
 @_expand_op.register_fake
@@ -107,12 +107,13 @@ def _linear_op(
     impl: str,
 ) -> Tensor:
     flat = x.reshape(-1, columns)
-    choice = dispatch24.select(flat, rows, impl)
+    choice = DISPATCH.select(flat, rows, impl)
     if choice.name == "eager" or flat.shape[0] == 0:
-        z = F.linear(flat, dispatch24.expand(packed, rows, columns, x.dtype), bias)
+        z = F.linear(flat, expand(packed, rows, columns, x.dtype), bias)
         y = ACTIVATIONS[activation](z)
     else:
-        y = dispatch24.forward(choice.name, flat, packed, None, rows, bias, activation)
+        parts = flat, packed, None, rows, bias, activation
+        y = DISPATCH.call(choice.name, "forward", flat.device, *parts)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -149,13 +150,14 @@ _linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
 @torch.library.custom_op("prunekernels::sparse24_gate_up", mutates_args=())
 def _gate_up_op(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, impl: str) -> Tensor:
     flat = x.reshape(-1, columns)
-    choice = dispatch24.select(flat, rows, impl)
+    choice = DISPATCH.select(flat, rows, impl)
     if choice.name == "eager" or flat.shape[0] == 0:
         # one dense weight at a time
-        y = F.silu(F.linear(flat, dispatch24.expand(gate, rows, columns, x.dtype)))
-        y = y * F.linear(flat, dispatch24.expand(up, rows, columns, x.dtype))
+        y = F.silu(F.linear(flat, expand(gate, rows, columns, x.dtype)))
+        y = y * F.linear(flat, expand(up, rows, columns, x.dtype))
     else:
-        y = dispatch24.forward(choice.name, flat, gate, up, rows, None, "silu")
+        parts = flat, gate, up, rows, None, "silu"
+        y = DISPATCH.call(choice.name, "forward", flat.device, *parts)
     return y.view(*x.shape[:-1], rows)
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunekernels.runtime import interpreting, triton_installed
-from prunekernels.sparse.dispatch import Dispatch
+from prunekernels.sparse.dispatch import Dispatch, Expected
 from prunekernels.sparse.format_bitmap import BitmapSparse, bitmap_unpack, check_parts
 from prunekernels.sparse.layer import ACTIVATIONS, check_epilogue, check_input, gradients
 from prunekernels.tuning import bitmap_order
@@ -63,6 +63,19 @@ def bitmap_linear(
     DISPATCH.check_impl(impl)
     parts = w.bitmap, w.starts, w.values
     return torch.ops.prunekernels.bitmap_linear(x, *parts, *w.shape, bias, name, impl)
+
+
+def bitmap_expected(tokens: int, w: BitmapSparse) -> Expected:
+    """What a bitmap layer gains over the dense one where `w` is (a GPU is tested the first time).
+
+    Args:
+        tokens: M, the tokens of a call.
+        w: The packed weight.
+
+    Returns:
+        The expected speed-up (predicted, not measured), the implementation and the reason.
+    """
+    return DISPATCH.expected(tokens, w)
 
 
 def expand(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
