@@ -240,7 +240,7 @@ def _semi(backend: str) -> Callable[[Tensor, int], Layer]:
 LINEAR = (
     LinearPeer("dense", "dense", _dense),
     LinearPeer("torch.compile", "dense", _compiled, ("2:4",), few=True),
-    *_ours("2:4", dispatch24.IMPLS, ("2:4",)),
+    *_ours("2:4", dispatch24.DISPATCH.impls, ("2:4",)),
     *_ours("bitmap", linear_bitmap.DISPATCH.impls, PATTERNS),
     LinearPeer("cuSPARSELt", "24 wgmma", _semi("cusparselt"), ("2:4",)),
     LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),
