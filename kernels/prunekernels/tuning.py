@@ -286,8 +286,9 @@ def bitmap_mma(tokens: int, rows: int, columns: int, processors: int) -> BitmapM
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     blocks = -(-rows // 64) * -(-tokens // (8 * token_tiles))
     stages = max(1, columns // 128)
-    # four programs fit a multiprocessor; a split is worth its float32 parts from four stages on
-    splits = max(1, min(-(-4 * processors // blocks), stages // 4))
+    # four programs fit a multiprocessor, and a few more than fit would double the time; a split is
+    # worth its float32 parts from four stages on
+    splits = max(1, min(4 * processors // blocks, stages // 4))
     return BitmapMmaConfig(1, token_tiles, 3, splits)
 
 

@@ -125,6 +125,26 @@ def test_the_order_is_that_of_the_tensor_core_operand():
     assert bitmap_pack(weight).values.tolist() == [1, 2, 3, 4, 5, 6, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "most"), [(0.3, 2.4), (0.5, 2.0), (0.6, 1.8), (0.7, 1.4), (0.9, 1.0)]
+)
+def test_loads_of_a_warp_meet_few_banks_twice(sparsity, most):
+    # what a load from shared memory costs: the most words that its lanes want from one bank
+    packed = bitmap_pack(torch.ones(64, 1024) * (torch.rand(64, 1024) >= sparsity))
+    bits = packed.bitmap.view(torch.uint8).view(-1, 32, 4).transpose(1, 2)
+    used = (bits[..., None] >> torch.arange(8) & 1).bool()  # (tile, step, lane, element)
+    flat = used.flatten(1).long()
+    word = (flat.cumsum(1) - flat).view(used.shape) // 2
+    load = used.transpose(2, 3).flatten(0, 2)  # a load is one element of one step
+    word = word.transpose(2, 3).flatten(0, 2)
+    wanted = torch.zeros(load.shape[0], 32 * 32, dtype=torch.bool)
+    wanted[torch.arange(load.shape[0])[:, None], word % 1024 * load] = True
+    wanted[:, 0] = ((word % 1024 == 0) & load).any(1)
+    cost = wanted.view(-1, 32, 32).sum(1).amax(1).clamp_min(1).double().mean()
+    print(f"{sparsity:.0%} zeros: {cost:.2f} passes for each load")
+    assert cost <= most
+
+
 def test_large_weights_go_through_in_chunks(monkeypatch):
     weight = sparse_bits(100, 320, 0.5, torch.float16)
     whole = bitmap_pack(weight)
