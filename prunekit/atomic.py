@@ -54,6 +54,26 @@ def replaced_folder(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary sibling of the file `path` that takes its place when the block succeeds.
+
+    Synced to the disk before the rename and after it. A process that is killed leaves the old file
+    or none, and perhaps the sibling, which the next attempt replaces.
+
+    Raises:
+        OSError: It can't be written.
+    """
+    written = path.with_name(f".{path.name}.new")
+    try:
+        yield written
+        _sync_one(written)
+        written.replace(path)
+        _sync_one(path.parent)
+    finally:
+        written.unlink(missing_ok=True)
+
+
 def check_target(
     folder: Path | str, *, overwrite: bool = False, replaceable: Sequence[str] = ()
 ) -> Path:
@@ -100,13 +120,17 @@ def _give_usual_permissions(folder: Path) -> None:
 def _sync(folder: Path) -> None:
     """Have everything in `folder` reach the disk."""
     for path in (*folder.rglob("*"), folder):
-        if path.is_dir() and os.name == "nt":
-            continue  # Windows can't open folders
-        handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    if path.is_dir() and os.name == "nt":
+        return  # Windows can't open folders
+    handle = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _swap(written: Path, target: Path, old: Path) -> None:

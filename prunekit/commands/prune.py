@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prunekit.commands import options, swap
@@ -53,6 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     swap.add_packing(parser)
     parser.add_argument("--verbose", action="store_true", help="a line per matrix in the table")
     options.add_calibration(parser)
+    parser.add_argument(
+        "--calibration-dtype",
+        choices=("bfloat16", "float32"),
+        help="run the calibration passes in this type (the model's own)",
+    )
+    parser.add_argument(
+        "--offload", choices=("cpu", "disk"), help="where activations wait for their turn"
+    )
+    parser.add_argument(
+        "--no-journal",
+        action="store_true",
+        help="don't record finished layers in DIR.journal, from which a killed run goes on",
+    )
     options.add_running(parser)
     options.add_common(parser)
 
@@ -65,16 +80,25 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     calibrated = any(method.calibrated for method in recipe.rules.values())
     calibration = options.calibration(args) if calibrated else None
 
+    import torch
+
     from prunekit import checkpoint, distributed
-    from prunekit.pruning import prune_
+    from prunekit.pruning import journal, prune_
 
     model, tokenizer = options.load(source, args)
+    record = None if args.no_journal else journal.beside(folder)
+    if record is not None and distributed.is_main() and not args.quiet:
+        _say_if_resuming(record)
+    dtype = args.calibration_dtype
     report = prune_(
         model,
         recipe,
         calibration,
         tokenizer=tokenizer,
         batch_size=args.batch_size,
+        calibration_dtype=None if dtype is None else getattr(torch, dtype),
+        offload=args.offload,
+        journal=record,
         progress=not args.quiet,
     )
     if not distributed.is_main():
@@ -84,6 +108,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     if swapped is not None:
         reports["swap"] = swapped.to_dict()
     checkpoint.save(model, tokenizer, folder, overwrite=args.overwrite, report=reports)
+    if record is not None:
+        journal.remove(record)
     sizes = swap.facts(model, folder)
     found = {
         "model": source,
@@ -98,6 +124,14 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         lambda: found,
         lambda: _shown(report, swapped, folder, sizes["folder_bytes"], args.verbose),
     )
+
+
+def _say_if_resuming(record: Path) -> None:
+    from prunekit.pruning import journal
+
+    done = journal.finished_blocks(record)
+    if done:
+        print(f"Going on after {done} finished layers ({record}).", file=sys.stderr)
 
 
 def _recipe(args: argparse.Namespace) -> Recipe:

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunekit import blocks, distributed
 from prunekit.architectures import Architecture
 from prunekit.blocks import Keywords
+from prunekit.errors import PrunekitError
+
+OFFLOADS = ("cpu", "disk")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Stream:
@@ -19,43 +26,120 @@ class Stream:
     Args:
         arch: The model.
         batches: All processes' batches, (sequences, tokens) each; every world_size-th is kept.
+        dtype: Run layers in this type instead of their own; the weights stay as they are.
+        offload: Where batches wait for their turn instead of the model's device: "cpu" memory, or
+            "disk", a temporary folder.
 
     Attributes:
         indices: Which of `batches` are here.
         total: Number of batches over all processes.
+
+    Raises:
+        PrunekitError: No such dtype or offload.
     """
 
-    def __init__(self, arch: Architecture, batches: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        batches: Sequence[Tensor],
+        *,
+        dtype: torch.dtype | None = None,
+        offload: str | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise PrunekitError(f"calibration dtype {dtype} is unknown: use bfloat16 or float32")
+        if offload is not None and offload not in OFFLOADS:
+            raise PrunekitError(f"offload '{offload}' is unknown: use {' or '.join(OFFLOADS)}")
         self.arch = arch
         self.total = len(batches)
         self.indices = distributed.shard(range(self.total))
-        device = arch.model.get_input_embeddings().weight.device
-        self._hidden: list[Tensor] = []
+        self._dtype = dtype
+        self._device = arch.model.get_input_embeddings().weight.device
+        self._waiting = _Waiting(offload)
         self._kwargs: list[list[Keywords]] = []
         same_shape: dict[torch.Size, list[Keywords]] = {}
-        for index in self.indices:
-            inputs = blocks.capture(arch, batches[index].to(device))
+        for position, index in enumerate(self.indices):
+            inputs = blocks.capture(arch, batches[index].to(self._device))
+            kwargs = _converted(inputs.kwargs, dtype)
             # Masks and position embeddings rarely depend on the tokens: hold one copy then.
-            seen = same_shape.setdefault(batches[index].shape, inputs.kwargs)
-            self._hidden.append(inputs.hidden)
-            self._kwargs.append(seen if _equal(seen, inputs.kwargs) else inputs.kwargs)
+            seen = same_shape.setdefault(batches[index].shape, kwargs)
+            self._waiting[position] = _converted(inputs.hidden, dtype)
+            self._kwargs.append(seen if _equal(seen, kwargs) else kwargs)
 
     def visit(self, layer: int, function: Callable[[Tensor, int, Keywords], object]) -> None:
         """Call `function(hidden, batch index, kwargs of layer)` for every batch here."""
-        for position, index in enumerate(self.indices):
-            function(self._hidden[position], index, self._kwargs[position][layer])
+        with _running_as(self.arch.layers[layer], self._dtype):
+            for position, index in enumerate(self.indices):
+                hidden = self._waiting[position].to(self._device)
+                function(hidden, index, self._kwargs[position][layer])
 
     def advance(
         self, layer: int, function: Callable[[Tensor, int, Keywords], Tensor] | None = None
     ) -> None:
         """Replace every batch's hidden states by what layer `layer`, or `function`, returns."""
-        for position, index in enumerate(self.indices):
-            hidden, kwargs = self._hidden[position], self._kwargs[position][layer]
-            self._hidden[position] = (
-                blocks.run_layer(self.arch, layer, hidden, kwargs)
-                if function is None
-                else function(hidden, index, kwargs)
-            )
+        with _running_as(self.arch.layers[layer], self._dtype):
+            for position, index in enumerate(self.indices):
+                hidden = self._waiting[position].to(self._device)
+                kwargs = self._kwargs[position][layer]
+                self._waiting[position] = (
+                    blocks.run_layer(self.arch, layer, hidden, kwargs)
+                    if function is None
+                    else function(hidden, index, kwargs)
+                )
+
+
+class _Waiting:
+    """Hidden states by position, on their device, in memory, or in files."""
+
+    def __init__(self, offload: str | None) -> None:
+        self._offload = offload
+        self._held: dict[int, Tensor] = {}
+        # deleted with this object
+        self._folder = tempfile.TemporaryDirectory() if offload == "disk" else None
+
+    def __getitem__(self, position: int) -> Tensor:
+        return self._held[position]
+
+    def __setitem__(self, position: int, hidden: Tensor) -> None:
+        if self._offload is not None:
+            hidden = hidden.cpu()
+        if self._folder is not None:
+            held = self._held.get(position)
+            if held is None:
+                path = Path(self._folder.name) / str(position)
+                held = torch.from_file(
+                    str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
+                ).view(hidden.shape)
+            hidden = held.copy_(hidden)
+        self._held[position] = hidden
+
+
+@contextlib.contextmanager
+def _running_as(layer: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Give a layer rounded copies of its parameters and buffers for a while."""
+    own = {
+        tensor: tensor.data
+        for tensor in (*layer.parameters(), *layer.buffers())
+        if dtype is not None and tensor.is_floating_point() and tensor.dtype != dtype
+    }
+    try:
+        for tensor, data in own.items():
+            tensor.data = data.to(dtype)
+        yield
+    finally:
+        for tensor, data in own.items():
+            tensor.data = data
+
+
+def _converted(nest: Any, dtype: torch.dtype | None) -> Any:
+    """A nest of lists, tuples and dicts with its floating tensors in another type."""
+    if isinstance(nest, Tensor):
+        return nest.to(dtype) if dtype is not None and nest.is_floating_point() else nest
+    if isinstance(nest, list | tuple):
+        return type(nest)(_converted(part, dtype) for part in nest)
+    if isinstance(nest, dict):
+        return {key: _converted(value, dtype) for key, value in nest.items()}
+    return nest
 
 
 def _equal(first: Any, second: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -802,3 +803,83 @@ def test_interrupted_runs_leave_later_layers_dense(tiny, token_ids, monkeypatch)
 def test_calibration_descriptions_are_resolved(tiny):
     report = prune(tiny("llama"), Wanda(), Calibration(samples=3, length=9))
     assert (report.sequences, report.tokens) == (3, 27)
+
+
+# --- how calibration runs
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloaded_activations_change_nothing(tiny, token_ids, offload):
+    model, twin = tiny("llama"), tiny("llama")
+    found = prune(model, SparseGPT(), token_ids, batch_size=1, offload=offload)
+    assert found == prune(twin, SparseGPT(), token_ids, batch_size=1)
+    for ref, other in zip(refs_of(model), refs_of(twin), strict=True):
+        assert torch.equal(ref.matrix, other.matrix)
+    with pytest.raises(PrunekitError, match="offload 'tape' is unknown: use cpu or disk"):
+        prune(model, Wanda(), token_ids, offload="tape")
+
+
+@torch.inference_mode()
+def test_activations_on_disk_really_are_there(tiny, token_ids):
+    arch = Architecture(tiny("llama"))
+    held = stream.Stream(arch, [token_ids], offload="disk")
+    held.advance(0)
+    [path] = Path(held._waiting._folder.name).iterdir()
+    stored = torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.float32)
+    assert torch.equal(stored.view(2, 12, 32), held._waiting[0])
+    inputs = blocks.capture(arch, token_ids)
+    expected = blocks.run_layer(arch, 0, inputs.hidden, inputs.kwargs[0])
+    assert torch.equal(held._waiting[0], expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma2"])
+def test_calibration_in_bfloat16_rounds_activations_only(tiny, token_ids, name, monkeypatch):
+    model, twin = tiny(name), tiny(name)
+    types = set()
+    original = statistics.InputStatistics.update
+    monkeypatch.setattr(
+        statistics.InputStatistics,
+        "update",
+        lambda self, inputs, sample: (types.add(inputs.dtype), original(self, inputs, sample))[1],
+    )
+    prune(model, Wanda(), token_ids, calibration_dtype=torch.bfloat16)
+    assert types == {torch.bfloat16}
+    dense = {ref.name: ref.matrix.clone() for ref in refs_of(twin)}
+    prune(twin, Wanda(), token_ids)
+    agree = []
+    for ref, other in zip(refs_of(model), refs_of(twin), strict=True):
+        kept = ref.matrix != 0
+        assert ref.matrix.dtype == torch.float32
+        assert torch.equal(ref.matrix[kept], dense[ref.name][kept]), "weights were rounded"
+        agree.append((kept == (other.matrix != 0)).float().mean())
+    assert 0.9 < torch.stack(agree).mean() < 1  # masks of other activations, but close ones
+    with pytest.raises(PrunekitError, match="use bfloat16 or float32"):
+        prune(model, Wanda(), token_ids, calibration_dtype=torch.int8)
+
+
+def test_the_type_is_restored_when_a_layer_fails(tiny, token_ids, monkeypatch):
+    model = tiny("llama")
+
+    def fail(*args):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(blocks, "run_layer", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        prune(model, Wanda(), token_ids, calibration_dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_models_placed_by_a_device_map(tiny, token_ids):
+    from accelerate import cpu_offload, dispatch_model
+
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu"}
+    parts |= {f"model.layers.{layer}": "cpu" for layer in range(4)} | {"lm_head": "cpu"}
+    model, twin = tiny("llama"), tiny("llama")
+    dispatch_model(model, parts, main_device="cpu", force_hooks=True)
+    assert all(hasattr(layer, "_hf_hook") for layer in model.model.layers)
+    assert prune(model, SparseGPT(), token_ids) == prune(twin, SparseGPT(), token_ids)
+    for ref, other in zip(refs_of(model), refs_of(twin), strict=True):
+        assert torch.equal(ref.matrix, other.matrix)
+    offloaded = cpu_offload(tiny("llama"), torch.device("cpu"))
+    with pytest.raises(PrunekitError, match="q_proj is offloaded, so it can't be changed: load"):
+        prune(offloaded, Wanda(), token_ids)
