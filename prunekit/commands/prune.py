@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-journal",
         action="store_true",
-        help="don't record finished layers in DIR.journal, from which a killed run goes on",
+        help="don't record calibrated layers in DIR.journal, from which a killed run goes on",
     )
     options.add_running(parser)
     options.add_common(parser)
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     from prunekit.pruning import journal, prune_
 
     model, tokenizer = options.load(source, args)
-    record = None if args.no_journal else journal.beside(folder)
+    record = journal.beside(folder) if calibrated and not args.no_journal else None
     if record is not None and distributed.is_main() and not args.quiet:
         _say_if_resuming(record)
     dtype = args.calibration_dtype

@@ -1,0 +1,276 @@
+"""How long pruning takes beyond the passes that calibration needs, beside the research code.
+
+    python bench/bench_prune.py --text c4.json --research DIR --rounds 3 --quality
+    python bench/bench_prune.py --text c4.json --memory
+
+DIR is a checkout of CASE-Lab-UMD/Pruning-on-Representations; its own functions are called, on the
+same model and tokens, in turns with prunekit's. Prints a table and writes prune.csv (or
+prune_memory.csv) below results/. One pass is every layer run once over all samples; Wanda and
+SparseGPT need two, drop scores one, magnitude none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import importlib
+import io
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from harness import RESULTS, provenance, write_csv
+
+from prunekit import calibration, checkpoint
+from prunekit.architectures import SUBLAYERS, Architecture
+from prunekit.evaluation.likelihood import perplexity
+from prunekit.pruning import Magnitude, Method, SparseGPT, Wanda, prune_
+from prunekit.pruning.cosines import BLOCK, mean_cosines
+from prunekit.pruning.stream import Stream
+from prunekit.texts import read_file
+
+MEMORY = {
+    "wanda": (Wanda(), {}),
+    "sparsegpt": (SparseGPT(), {}),
+    "sparsegpt, activations on disk": (SparseGPT(), {"offload": "disk"}),
+}
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="demo", help="what prunekit.load takes")
+    parser.add_argument("--text", required=True, help="a .txt, .jsonl, .json or .parquet file")
+    parser.add_argument("--research", type=Path, help="the research code's checkout")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument(
+        "--layers", type=int, help="only the model's first layers, for a quick look"
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quality", action="store_true", help="also the perplexity it leaves")
+    parser.add_argument("--scored", type=int, default=16384, help="tokens that are scored")
+    parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
+    parser.add_argument("--measured", help=argparse.SUPPRESS)  # one process of --memory
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+class Bench:
+    """The model, its dense weights, and the tokens that everything is run on."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        self.model, tokenizer = checkpoint.load(options.model, dtype="float32")
+        if options.layers:
+            self.model.model.layers = self.model.model.layers[: options.layers]
+        self.arch = Architecture(self.model)
+        texts = read_file(options.text)
+        split = 2 * len(texts) // 3  # scored on text that calibration does not see
+        ids = [
+            tokenizer("\n\n".join(part), add_special_tokens=False, verbose=False)["input_ids"]
+            for part in (texts[:split], texts[split:])
+        ]
+        wanted = options.samples * options.length
+        self.tokens = torch.tensor(ids[0][:wanted]).view(options.samples, options.length)
+        self.scored = ids[1][: options.scored]
+
+    def batches(self) -> list[torch.Tensor]:
+        """The calibration tokens as they run together."""
+        return calibration.batches(self.tokens, self.options.batch_size)
+
+    @torch.inference_mode()
+    def passed(self) -> None:
+        """One pass: every layer over all samples."""
+        stream = Stream(self.arch, self.batches())
+        for layer in range(len(self.arch.layers)):
+            stream.advance(layer)
+
+    def pruned(self, method: Method, **settings: Any) -> None:
+        """Prune by prunekit."""
+        tokens = self.tokens if method.calibrated else None
+        size = self.options.batch_size
+        prune_(self.model, method, tokens, batch_size=size, progress=False, **settings)
+
+    def scored_parts(self, *units: str) -> None:
+        """Drop scores by prunekit."""
+        mean_cosines(self.arch, self.batches(), units, progress=False)
+
+    def perplexity(self) -> float:
+        """Of the model as it is, on held-out text."""
+        found = perplexity(self.model, None, self.scored, context=self.options.length)
+        return float(found.value)
+
+
+def research_functions(bench: Bench, folder: Path) -> dict[str, Callable[[], None]]:
+    """The research code's pruning loops, given what they expect of older transformers and a GPU."""
+    sys.path.insert(0, str(folder / "intra-layer"))
+    prune = importlib.import_module("lib.prune")
+    tokens = [(sample[None], None) for sample in bench.tokens]
+    prune.get_loaders = lambda *_, **__: (tokens, None)
+    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # it asks without a GPU
+    bench.model.hf_device_map = {}
+    settings = SimpleNamespace(nsamples=len(tokens), seed=0, sparsity_ratio=0.5, use_variant=False)
+    # its layer calls leave the position embeddings out, which layers no longer compute
+    position = torch.arange(bench.options.length)[None]
+    embeddings = bench.model.model.rotary_emb(torch.zeros(1, 1), position)
+
+    def call(function: Any, n: int, m: int) -> None:
+        with contextlib.ExitStack() as stack:
+            for layer in bench.arch.layers:
+                handle = layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: (args, {"position_embeddings": embeddings, **kwargs}),
+                    with_kwargs=True,
+                )
+                stack.callback(handle.remove)
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(torch.no_grad())
+            function(
+                *(settings, bench.model, None, torch.device("cpu")),
+                prune_n=n,
+                prune_m=m,
+                seqlen=bench.options.length,
+            )
+
+    return {
+        "wanda": lambda: call(prune.prune_wanda, 0, 0),
+        "wanda 2:4": lambda: call(prune.prune_wanda, 2, 4),
+        "sparsegpt": lambda: call(prune.prune_sparsegpt, 0, 0),
+    }
+
+
+def contenders(bench: Bench) -> dict[tuple[str, str], tuple[int, Callable[[], None]]]:
+    """(method, provider): how many passes it needs, and what runs it."""
+    bf16 = {"calibration_dtype": torch.bfloat16}
+    found: dict[tuple[str, str], tuple[int, Callable[[], None]]] = {
+        ("pass", "prunekit"): (1, bench.passed),
+        ("magnitude", "prunekit"): (0, lambda: bench.pruned(Magnitude())),
+        ("drop scores, block", "prunekit"): (1, lambda: bench.scored_parts(BLOCK)),
+        ("drop scores, attn and mlp", "prunekit"): (1, lambda: bench.scored_parts(*SUBLAYERS)),
+        ("wanda", "prunekit"): (2, lambda: bench.pruned(Wanda())),
+        ("wanda, bfloat16", "prunekit"): (2, lambda: bench.pruned(Wanda(), **bf16)),
+        ("wanda 2:4", "prunekit"): (2, lambda: bench.pruned(Wanda(pattern="2:4"))),
+        ("sparsegpt", "prunekit"): (2, lambda: bench.pruned(SparseGPT())),
+        ("sparsegpt, bfloat16", "prunekit"): (2, lambda: bench.pruned(SparseGPT(), **bf16)),
+        ("sparsegpt 2:4", "prunekit"): (2, lambda: bench.pruned(SparseGPT(pattern="2:4"))),
+    }
+    if bench.options.research:
+        for name, function in research_functions(bench, bench.options.research).items():
+            found[name, "research"] = (2, function)
+    return found
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every contender in turns; a row each."""
+    bench = Bench(options)
+    dense = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    every = contenders(bench)
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in every}
+    left: dict[tuple[str, str], float] = {}
+    for turn in range(options.rounds):
+        for key, (_, function) in every.items():
+            bench.model.load_state_dict(dense)
+            start = time.perf_counter()
+            function()
+            seconds[key].append(time.perf_counter() - start)
+            print(f"{turn} {key}: {seconds[key][-1]:.2f} s", file=sys.stderr)
+            if options.quality and turn == 0:
+                left[key] = bench.perplexity()
+    one_pass = statistics.median(seconds["pass", "prunekit"])
+    rows = []
+    for (method, provider), (passes, _) in every.items():
+        median = statistics.median(seconds[method, provider])
+        needed = passes * one_pass
+        rows.append(
+            {
+                "method": method,
+                "provider": provider,
+                "seconds": f"{median:.3f}",
+                "least_seconds": f"{min(seconds[method, provider]):.3f}",
+                "passes_needed": passes,
+                "of_passes": f"{median / needed:.3f}" if passes else "",
+                "beyond_seconds": f"{median - needed:.3f}",
+                "perplexity": f"{left[method, provider]:.3f}" if options.quality else "",
+                "rounds": options.rounds,
+            }
+        )
+    return rows
+
+
+def status(field: str) -> int:
+    """A memory field of this process, in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise SystemExit("--memory needs Linux's /proc")
+
+
+def measure_one_memory(options: argparse.Namespace) -> None:
+    """In a process of its own: print bytes of the model, of a block's sums, and added at the peak."""
+    bench = Bench(options)
+    with torch.inference_mode():
+        bench.model(bench.tokens[:1, :2])  # what libraries allocate on first use
+    gc.collect()
+    model = sum(parameter.nbytes for parameter in bench.model.parameters())
+    refs = list(bench.arch.weights(0))
+    method, settings = MEMORY[options.measured]
+    widths = {ref.input_group: ref.matrix.shape[1] for ref in refs}
+    hessian = isinstance(method, SparseGPT)
+    sums = sum(4 * width * width if hessian else 8 * width for width in widths.values())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+    before = status("VmRSS")
+    bench.pruned(method, **settings)
+    print(model, sums, status("VmHWM") - before)
+
+
+def measure_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row per method, each measured in a fresh process."""
+    rows = []
+    for name in MEMORY:
+        command = [sys.executable, *sys.argv, "--measured", name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        model, sums, added = map(int, done.stdout.split())
+        rows.append(
+            {
+                "method": name,
+                "model_bytes": model,
+                "block_statistics_bytes": sums,
+                "added_bytes": added,
+                "peak_of_model_and_statistics": f"{(model + added) / (model + sums):.3f}",
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure, print, write."""
+    options = arguments()
+    if options.measured:
+        measure_one_memory(options)
+        return
+    rows = measure_memory(options) if options.memory else measure(options)
+    context = {
+        "model": options.model,
+        "layers": options.layers or "all",
+        "text": Path(options.text).name,
+        "samples": options.samples,
+        "length": options.length,
+        "batch_size": options.batch_size,
+        **provenance(),
+    }
+    for row in rows:
+        print("  ".join(f"{value!s:>10}" for value in row.values()))
+    name = "prune_memory.csv" if options.memory else "prune.csv"
+    write_csv(options.output, name, [{**row, **context} for row in rows])
+
+
+if __name__ == "__main__":
+    main()
