@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import importlib
+import importlib.util
 import io
 import statistics
 import subprocess
@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -113,6 +113,9 @@ class Bench:
 def research_functions(bench: Bench, folder: Path) -> dict[str, Callable[[], None]]:
     """The research code's pruning loops, given what they expect of older transformers and a GPU."""
     sys.path.insert(0, str(folder / "intra-layer"))
+    if importlib.util.find_spec("datasets") is None:  # imported for its own text, not used here
+        sys.modules["datasets"] = ModuleType("datasets")
+        sys.modules["datasets"].load_dataset = None  # type: ignore[attr-defined]
     prune = importlib.import_module("lib.prune")
     tokens = [(sample[None], None) for sample in bench.tokens]
     prune.get_loaders = lambda *_, **__: (tokens, None)
@@ -214,7 +217,7 @@ def status(field: str) -> int:
 
 
 def measure_one_memory(options: argparse.Namespace) -> None:
-    """In a process of its own: print bytes of the model, of a block's sums, and added at the peak."""
+    """In a process of its own: print bytes of the model, of a block's sums, and of the peak."""
     bench = Bench(options)
     with torch.inference_mode():
         bench.model(bench.tokens[:1, :2])  # what libraries allocate on first use
