@@ -306,7 +306,8 @@ def merge_(model: PreTrainedModel) -> dict[str, str]:
         model: A model with packed layers of a supported architecture.
 
     Returns:
-        For each layer that is computed with others, by name, which ones.
+        For each layer that is computed with others, by name, which ones. Layers that accelerate
+        offloads stay apart: they are filled one by one when they run.
     """
     arch = Architecture(model)
     fused: dict[str, str] = {}
@@ -336,6 +337,7 @@ def _mergeable(parts: Sequence[Any]) -> bool:
     return (
         len({(part.format, part.dtype, part.in_features, part.bias is None) for part in parts}) == 1
         and len({part.weight.device for part in parts}) == 1
+        and first.weight.device.type != "meta"
         and not any(part.out_features % multiple for part in parts[:-1])
     )
 
@@ -351,6 +353,8 @@ def _fusable(mlp: Any) -> bool:
         and gate.bias is None
         and up.bias is None
         and (gate.out_features, gate.dtype) == (up.out_features, up.dtype)
+        and gate.weight.device == up.weight.device
+        and gate.weight.device.type != "meta"
     )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -22,6 +23,7 @@ from prunekit import former_layouts, packed
 from prunekit.errors import PrunekitError
 from prunekit.modeling import drop_blocks_, drop_sublayers_
 from prunekit.packed import PackedLinear, packed_layers
+from prunekit.swap import merge_
 
 FORMER = former_layouts.LAYOUTS
 
@@ -177,6 +179,19 @@ def test_bitmaps_come_back_exactly(tiny, tokenizer, tmp_path, token_ids, name):
     edit_weights(folder, **{f"{named}.starts": starts})
     with pytest.raises(PrunekitError, match=f"{named} is no valid packed weight"):
         pk.load(folder)
+
+
+def test_spread_over_devices_and_offloaded(saved, token_ids, tmp_path):
+    whole, _ = pk.load(saved)
+    want = logits(whole, token_ids)
+    spread, _ = pk.load(saved, device="auto")
+    assert torch.equal(logits(spread, token_ids), want)
+    offloaded = cpu_offload(
+        AutoModelForCausalLM.from_pretrained(saved).eval(), offload_buffers=True
+    )
+    assert {layer.weight.device.type for _, layer in packed_layers(offloaded)} == {"meta"}
+    assert merge_(offloaded) == {}
+    assert torch.allclose(logits(offloaded, token_ids), want, rtol=1e-5, atol=1e-5)
 
 
 def test_loading_in_another_type(saved):
