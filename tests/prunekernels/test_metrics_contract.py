@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from typing import Any
 
 import pytest
 import torch
+from allocations import Allocations
 from prunekernels import PairStats, eager, head_pair_stats, pair_stats, vector_stats
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 LOGITS = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
 CHANGED = LOGITS + 0.2 * torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(2))
@@ -109,51 +108,6 @@ def test_a_vocabulary_larger_than_a_tile_is_split() -> None:
     )
     kl = (p * (p.log() - q.log())).sum(-1)
     torch.testing.assert_close(stats.kl_base_other.double(), kl, rtol=1e-6, atol=0)
-
-
-class Allocations(TorchDispatchMode):
-    """Bytes of the storages that live Python tensors made under this mode hold."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[int, int]] = {}
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = {
-            tensor.untyped_storage().data_ptr()
-            for tensor in torch.utils._pytree.tree_leaves((args, kwargs))
-            if isinstance(tensor, Tensor)
-        }
-        for tensor in torch.utils._pytree.tree_leaves(result):
-            if not isinstance(tensor, Tensor) or not tensor.untyped_storage().nbytes():
-                continue
-            storage = tensor.untyped_storage()
-            pointer, size = storage.data_ptr(), storage.nbytes()
-            if pointer in given and pointer not in self.live:
-                continue
-            count, _ = self.live.get(pointer, (0, 0))
-            if count == 0:
-                self.now += size
-                self.peak = max(self.peak, self.now)
-            self.live[pointer] = (count + 1, size)
-            weakref.finalize(tensor, self.forget, pointer)
-        return result
-
-    def forget(self, pointer: int) -> None:
-        count, size = self.live[pointer]
-        if count == 1:
-            del self.live[pointer]
-            self.now -= size
-        else:
-            self.live[pointer] = (count - 1, size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,9 +55,10 @@ def test_matches_reference(vocab: int, kind: str, level: str) -> None:
 
 
 @pytest.mark.parametrize("level", ["core", "full"])
-def test_matches_reference_at_the_largest_vocabulary(level: str) -> None:
+@pytest.mark.parametrize("vocab", [151936, pytest.param(262144, marks=pytest.mark.slow)])
+def test_matches_reference_at_the_largest_vocabularies(vocab: int, level: str) -> None:
     for noise in (0.3, 0.005):
-        check(*rows("peaked", 151936, 3, noise), level=level)
+        check(*rows("peaked", vocab, 3, noise), level=level)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 0.7, 2.0])

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from allocations import Allocations
 from prunekernels import head_pair_stats, pair_stats, reference, vector_stats
 from prunekernels.runtime import interpreting
 from rows import adversarial, broad_against_certain
@@ -436,6 +437,29 @@ def test_heads(rows, width, vocab, dtype, options):
 
 def opcheck(name, *arguments):
     torch.library.opcheck(getattr(torch.ops.prunekernels, name).default, arguments)
+
+
+@interpreted
+def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
+    from prunekernels import tuning
+    from prunekernels.metrics import head_triton
+
+    width, vocab = 8, 1500
+    head, peaks = torch.randn(vocab, width), []
+    for rows in (128, 384):
+        assert tuning.head_fused(rows, width)
+        hidden = torch.randn(rows, width)
+        with Allocations() as memory:
+            head_triton.head_pair_stats(
+                *(hidden, hidden + 0.1, head, None, None, None, None, None),
+                *(1e-6, None, None, 1.0, 0, "core", "base"),
+            )
+        splits = tuning.head_splits(rows, vocab, tuning.head_config(rows, 4, False, (9, 0)))
+        state = 4 * 35 + 16  # bytes of a partial state's numbers and ids
+        peaks.append(memory.peak - rows * splits * state)
+    # normalised copies of the states, results and normalisers: nothing of the vocabulary
+    assert 0 < peaks[1] <= 384 * (2 * 4 * width + 200)
+    assert peaks[1] < 0.05 * 2 * 384 * vocab * 4
 
 
 @interpreted
