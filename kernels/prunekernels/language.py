@@ -84,6 +84,28 @@ def fma(a, b, c):
 
 
 @triton.jit
+def halves(words):
+    """The two bfloat16 in each int32, lower half first, as float32."""
+    low = (words << 16).to(tl.float32, bitcast=True)
+    return low, (words & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def larger_halves(x, y):
+    """Per half of int32 words the larger bfloat16, a number rather than a NaN (NVIDIA's only)."""
+    if INTERPRETED:
+        low_x, high_x = halves(x)
+        low_y, high_y = halves(y)
+        low = tl.where((low_y > low_x) | (low_x != low_x), low_y, low_x).to(tl.int32, bitcast=True)
+        high = tl.where((high_y > high_x) | (high_x != high_x), high_y, high_x)
+        return (high.to(tl.int32, bitcast=True) & -65536) | ((low >> 16) & 65535)
+    else:
+        return tl.inline_asm_elementwise(
+            "max.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE: tl.constexpr, FLOOR: tl.constexpr):
     """y, z and x of logits a and b; with FLOOR, y and z of −inf or nearly so are finite."""
     if PRECISE:

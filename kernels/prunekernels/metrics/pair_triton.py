@@ -54,6 +54,7 @@ def _pair_sums_kernel(
     ROW_TABLE: tl.constexpr,
     SHIFT: tl.constexpr,  # rows start at any element of an aligned vector of 4, alike for both
     PACKED: tl.constexpr,  # bf16 read two at a time, as 32-bit words
+    PAIRED: tl.constexpr,  # and their maxima found two at a time (NVIDIA)
     LANES: tl.constexpr,
     UNITS: tl.constexpr,
 ):
@@ -108,14 +109,35 @@ def _pair_sums_kernel(
         tile_b = ()
         from_a = base_ptr + (start_a + tl.cast(column, tl.int64) * stride_av)
         from_b = other_ptr + (start_b + tl.cast(column, tl.int64) * stride_bv)
-        for u in tl.static_range(UNITS):
-            tile_a = tile_a + _quarters(from_a, stride_av, u * WIDTH, LANES, PACKED)
-            tile_b = tile_b + _quarters(from_b, stride_bv, u * WIDTH, LANES, PACKED)
-        max_a = tile_a[0]
-        max_b = tile_b[0]
-        for u in tl.static_range(1, 4 * UNITS):
-            max_a = tl.maximum(max_a, tile_a[u])
-            max_b = tl.maximum(max_b, tile_b[u])
+        if PACKED:
+            words_a = ()
+            words_b = ()
+            for u in tl.static_range(UNITS):
+                words_a = words_a + _words(from_a, u * WIDTH, LANES)
+                words_b = words_b + _words(from_b, u * WIDTH, LANES)
+            for u in tl.static_range(2 * UNITS):
+                tile_a = tile_a + lib.halves(words_a[u])
+                tile_b = tile_b + lib.halves(words_b[u])
+        else:
+            for u in tl.static_range(UNITS):
+                tile_a = tile_a + _quarters(from_a, stride_av, u * WIDTH, LANES)
+                tile_b = tile_b + _quarters(from_b, stride_bv, u * WIDTH, LANES)
+        if PAIRED:
+            larger_a = words_a[0]
+            larger_b = words_b[0]
+            for u in tl.static_range(1, 2 * UNITS):
+                larger_a = lib.larger_halves(larger_a, words_a[u])
+                larger_b = lib.larger_halves(larger_b, words_b[u])
+            low, high = lib.halves(larger_a)
+            max_a = tl.maximum(low, high)
+            low, high = lib.halves(larger_b)
+            max_b = tl.maximum(low, high)
+        else:
+            max_a = tile_a[0]
+            max_b = tile_b[0]
+            for u in tl.static_range(1, 4 * UNITS):
+                max_a = tl.maximum(max_a, tile_a[u])
+                max_b = tl.maximum(max_b, tile_b[u])
         next_a = tl.maximum(next_a, tl.minimum(best_a, max_a))
         next_b = tl.maximum(next_b, tl.minimum(best_b, max_b))
         unit_a = tl.where(max_a > best_a, column, unit_a)
@@ -288,24 +310,21 @@ def _lead(best, runner_up, index):
 
 
 @triton.jit
-def _quarters(ptr, stride, skip, LANES: tl.constexpr, PACKED: tl.constexpr):
-    """Logits `skip` … `skip`+4·LANES as four float32 tensors; lane i has the columns 4i … 4i+3."""
-    if PACKED:
-        at = (ptr + skip).to(tl.pointer_type(tl.int32))
-        words = tl.load(at + tl.arange(0, 2 * LANES))
-        left, right = tl.split(tl.reshape(words, (LANES, 2)))
-        return (
-            (left << 16).to(tl.float32, bitcast=True),
-            (left & -65536).to(tl.float32, bitcast=True),
-            (right << 16).to(tl.float32, bitcast=True),
-            (right & -65536).to(tl.float32, bitcast=True),
-        )
-    else:
-        values = tl.load(ptr + (skip + tl.arange(0, 4 * LANES)) * stride)
-        even, odd = tl.split(tl.reshape(values, (LANES, 2, 2)))
-        q0, q2 = tl.split(even)
-        q1, q3 = tl.split(odd)
-        return (q0.to(tl.float32), q1.to(tl.float32), q2.to(tl.float32), q3.to(tl.float32))
+def _words(ptr, skip, LANES: tl.constexpr):
+    """Logits `skip` … `skip`+4·LANES as two tensors of pairs; lane i has the columns 4i … 4i+3."""
+    at = (ptr + skip).to(tl.pointer_type(tl.int32))
+    words = tl.load(at + tl.arange(0, 2 * LANES))
+    return tl.split(tl.reshape(words, (LANES, 2)))
+
+
+@triton.jit
+def _quarters(ptr, stride, skip, LANES: tl.constexpr):
+    """The same as four float32 tensors, whatever the type and the stride."""
+    values = tl.load(ptr + (skip + tl.arange(0, 4 * LANES)) * stride)
+    even, odd = tl.split(tl.reshape(values, (LANES, 2, 2)))
+    q0, q2 = tl.split(even)
+    q1, q3 = tl.split(odd)
+    return (q0.to(tl.float32), q1.to(tl.float32), q2.to(tl.float32), q3.to(tl.float32))
 
 
 @triton.jit(do_not_specialize=["N", "V", "S"])
@@ -450,6 +469,7 @@ def partial_state(
                 ROW_TABLE=rows.starts is not None,
                 SHIFT=rows.shift,
                 PACKED=rows.packed,
+                PAIRED=rows.packed and torch.version.hip is None,
                 LANES=config.lanes,
                 UNITS=config.units,
                 num_warps=config.num_warps,
@@ -556,12 +576,15 @@ def compile_cases() -> list[KernelCase]:
     pointers = ("base_ptr", "other_ptr")
     numbers = {"k": "fp32", "inverse_t": "fp32"}
     cases = []
-    for level, dtype, weights in (
-        ("core", "bf16", "base"),
-        ("core", "fp32", "base"),
-        ("core", "fp16", "other"),
-        ("precise", "bf16", "base"),
-        ("precise", "fp32", "other"),
+    nvidia, amd = (80, 89, 90), ("gfx942",)
+    for level, dtype, weights, archs in (
+        ("core", "bf16", "base", nvidia),
+        ("core", "bf16", "base", amd),
+        ("core", "fp32", "base", nvidia + amd),
+        ("core", "fp16", "other", nvidia + amd),
+        ("precise", "bf16", "base", nvidia),
+        ("precise", "bf16", "base", amd),
+        ("precise", "fp32", "other", nvidia + amd),
     ):
         outputs = {"floats_ptr": "*fp32", "ids_ptr": "*i64"}
         columns = config.lanes * 4 * config.units
@@ -589,6 +612,7 @@ def compile_cases() -> list[KernelCase]:
                     "ROW_TABLE": False,
                     "SHIFT": False,
                     "PACKED": dtype == "bf16",
+                    "PAIRED": dtype == "bf16" and archs == nvidia,
                     "LANES": config.lanes,
                     "UNITS": config.units,
                 },
@@ -599,7 +623,7 @@ def compile_cases() -> list[KernelCase]:
                 elements_per_iteration=columns // config.num_warps,
                 per_iteration=("MUFU.EX2", 2 * per_thread),
                 rare="DFMA",
-                archs=(80, 89, 90, "gfx942"),
+                archs=archs,
             )
         )
     cases.append(
