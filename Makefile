@@ -40,14 +40,17 @@ test: lint types  ## lint, types and the test suite (under ten minutes on two co
 test-all: $(READY)  ## the long sweeps that `make test` leaves out
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
 
-# RESEARCH=PATH adds the research code's own times, from a checkout of it (then longer).
+# RESEARCH=PATH adds the research code's own times, from a checkout of it; TEXT=FILE adds pruning,
+# calibrated on that text. With either it takes longer.
 BENCH = $(RUN) bench
-bench: $(READY)  ## CPU benchmarks, tables and plots in $(OUT)/bench (under ten minutes)
+THEIRS = $(if $(RESEARCH),--research $(RESEARCH))
+bench: $(READY)  ## CPU benchmarks: tables and plots in $(OUT)/bench (under ten minutes)
 	@$(BENCH)/model.py
-	@for part in sparse metrics model research $(if $(wildcard bench/bench_prune.py),prune); do \
-		$(BENCH)/bench_$$part.py --device cpu --output $(OUT)/bench $(BENCH_ARGS) \
-			$(if $(RESEARCH),--research $(RESEARCH)) || exit 1; done
-	@$(BENCH)/bench_layerwise.py --device cpu --output $(OUT)/bench $(if $(RESEARCH),--research $(RESEARCH))
+	@for part in sparse select metrics model research; do \
+		$(BENCH)/bench_$$part.py --device cpu --output $(OUT)/bench $(BENCH_ARGS) $(THEIRS) || exit 1; \
+	done
+	@$(BENCH)/bench_layerwise.py --device cpu --output $(OUT)/bench $(THEIRS)
+	@$(if $(TEXT),$(BENCH)/bench_prune.py --text $(TEXT) --output $(OUT)/bench $(THEIRS))
 	@$(BENCH)/plot.py $(OUT)/bench
 
 clean:  ## remove the virtual environment and caches

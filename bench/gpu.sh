@@ -11,7 +11,7 @@
 # without its repository, set BENCH_COMMIT. PYTHON is the interpreter (python3).
 set -u
 
-PARTS=(tests sparse24 metrics model bitmap prune)
+PARTS=(tests sparse24 metrics model bitmap select)
 UNFINISHED=75
 usage() { sed -n '2,12s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
@@ -59,9 +59,7 @@ part() {
     bitmap) benchmark bench_sparse.py --pattern unstructured ;;
     metrics) benchmark bench_metrics.py ;;
     model) benchmark bench_model.py ;;
-    prune)
-        if [ -f bench/bench_prune.py ]; then benchmark bench_prune.py; else echo "no bench_prune.py"; fi
-        ;;
+    select) benchmark bench_select.py ;;
     esac
 }
 

@@ -7,6 +7,7 @@ import csv
 import time
 from pathlib import Path
 
+import bench_select
 import bench_sparse
 import harness
 import metric_peers
@@ -230,6 +231,16 @@ def test_metric_peers_are_judged_by_float64():
     values[1] = values[0]  # the other direction
     verdict = metric_peers.judge(ours, inputs, tuple(values))
     assert not verdict.right and "reverse_kl" in verdict.note
+
+
+def test_a_mask_that_differs_from_the_definition_is_wrong(session, monkeypatch):
+    case = Case("rowwise_mask", "0.5", "float32", {"N": 8, "K": 32})
+    session.measure(case, bench_select.contenders(case, session))
+    monkeypatch.setattr(torch, "rand", lambda *size, **_: torch.ones(size))  # ties everywhere
+    session.measure(case, bench_select.contenders(case, session))
+    found = [(row["provider"], row["status"]) for row in rows(session)]
+    assert found[:3] == [(name, "ok") for name in bench_select.ways(case)]
+    assert [status for _, status in found[3:]] == ["ok", "ok", "wrong"]
 
 
 def test_a_missing_package_is_absent_with_what_installs_it():
