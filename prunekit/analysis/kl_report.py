@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prunekit import distributed
 from prunekit.analysis.spaces import Reader, check_pair
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.likelihood import text_ids
 from prunekit.evaluation.scoring import check_length, check_model, input_device, right_padded
 from prunekit.progress import track
 
@@ -54,12 +55,7 @@ def kl_report(
     """
     if context < 2:
         raise PrunekitError(f"context {context} is too short to predict anything: use 2 or more")
-    if not isinstance(text, str):
-        ids = list(text)
-    elif tokenizer is None:
-        raise PrunekitError("a text needs a tokenizer: pass one, or pass token ids")
-    else:
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = text_ids(tokenizer, text)
     if len(ids) < 2:
         raise PrunekitError(
             f"a text of {len(ids)} tokens has nothing to predict: pass a longer one"

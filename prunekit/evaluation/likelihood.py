@@ -211,12 +211,7 @@ def perplexity(
         raise PrunekitError(
             f"context {context} with stride {stride}: use context >= 2 and 1 <= stride <= context"
         )
-    if not isinstance(text, str):
-        ids = torch.as_tensor(text).flatten().tolist()
-    elif tokenizer is None:
-        raise PrunekitError("a text needs a tokenizer: pass one, or pass token ids")
-    else:
-        ids = list(tokenizer(text, verbose=False)["input_ids"])
+    ids = text_ids(tokenizer, text)
     if len(ids) < 2:
         raise PrunekitError(f"perplexity of {len(ids)} tokens is undefined: pass a longer text")
 
@@ -283,6 +278,21 @@ def sequence_nll(
     )
     totals = np.array([math.fsum(each) for each in nlls], dtype=np.float64)
     return SequenceNll(totals, np.array([len(each) for each in nlls], dtype=np.int64))
+
+
+def text_ids(
+    tokenizer: PreTrainedTokenizerBase | None, text: str | Sequence[int] | Tensor
+) -> list[int]:
+    """Token ids of a text, with the tokenizer's own special tokens; token ids stay as they are.
+
+    Raises:
+        PrunekitError: A text, and no tokenizer.
+    """
+    if not isinstance(text, str):
+        return [int(token) for token in torch.as_tensor(text).flatten()]
+    if tokenizer is None:
+        raise PrunekitError("a text needs a tokenizer: pass one, or pass token ids")
+    return list(tokenizer(text, verbose=False)["input_ids"])
 
 
 def _encode(
