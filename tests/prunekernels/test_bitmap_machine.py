@@ -33,11 +33,11 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interp
 @pytest.fixture
 def machine(monkeypatch):
     """Make `mma_bitmap.launch` run on a machine; returns a function that does so."""
-    from prunekernels.sparse import mma_bitmap
+    from prunekernels.sparse import launching, mma_bitmap
 
     kernel = mma_bitmap._bitmap_mma_fwd_kernel
     counter = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(mma_bitmap, "counters", lambda count, device: counter[:count])
+    monkeypatch.setattr(launching, "counters", lambda count, device: counter[:count])
 
     def launch(x, weight, bias, activation, config, arch=80, lazy=True):
         target = emulation.Machine(kernel, arch, lazy)

@@ -35,11 +35,11 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interp
 @pytest.fixture
 def machine(monkeypatch):
     """Make `mma24.launch` run on a machine; returns a function that does so."""
-    from prunekernels.sparse import mma24
+    from prunekernels.sparse import launching, mma24
 
     kernel = mma24._mma24_fwd_kernel
     counter = torch.zeros(64, dtype=torch.int32)
-    monkeypatch.setattr(mma24, "counters", lambda count, device: counter[:count])
+    monkeypatch.setattr(launching, "counters", lambda count, device: counter[:count])
 
     def launch(*arguments, arch=80, lazy=True):
         target = emulation.Machine(kernel, arch, lazy)

@@ -30,9 +30,9 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
-from prunekernels.sparse.counters import counters
 from prunekernels.sparse.format24 import ROWS, line_blocks, sparse24_pack, sparse24_unpack
 from prunekernels.sparse.fragments import finish, x_layout
+from prunekernels.sparse.launching import padded_rows, room_for_parts, split_columns
 from prunekernels.tuning import MmaConfig, sparse24_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
@@ -223,24 +223,13 @@ def launch(
     """`forward` with a given configuration."""
     tokens, columns = x.shape
     lines, units, tails = line_blocks(rows, columns)
-    padded = 256 * units + 64 * tails
-    if columns != padded:
-        x = torch.nn.functional.pad(x, (0, padded - columns))
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        # rows are copied in chunks of 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
-    per_split = max(1, -(-units // config.splits))
-    splits = max(1, -(-units // per_split))
-    lines_per_block = WARPS if up is not None else WARPS * config.row_tiles
-    blocks = triton.cdiv(lines, lines_per_block)
+    x = padded_rows(x, 256 * units + 64 * tails)
+    per_split, splits = split_columns(units, config.splits)
+    blocks = triton.cdiv(lines, WARPS if up is not None else WARPS * config.row_tiles)
     token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    parts = counter = y
-    if splits > 1:
-        wide = blocks * WARPS * config.row_tiles * ROWS
-        shape = (token_blocks, splits, 8 * config.token_tiles, wide)
-        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-        counter = counters(token_blocks * blocks, x.device)
+    block = 8 * config.token_tiles, WARPS * config.row_tiles * ROWS
+    parts, counter = room_for_parts(y, token_blocks, blocks, splits, *block)
     _mma24_fwd_kernel[(token_blocks, blocks, splits)](
         x.view(torch.int32),
         packed,

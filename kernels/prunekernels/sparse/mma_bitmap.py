@@ -31,16 +31,16 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
-from prunekernels.sparse.counters import counters
 from prunekernels.sparse.format_bitmap import ROWS, bitmap_pack, line_blocks
 from prunekernels.sparse.fragments import axis, finish, x_layout
+from prunekernels.sparse.launching import padded_rows, room_for_parts, split_columns
 from prunekernels.tuning import BitmapMmaConfig, bitmap_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
 CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
 WARPS = 4
-#: Columns of a stage, its blocks, and the bytes of its values if none is zero.
-STAGE_K, STAGE_BLOCKS, STAGE_BYTES = 128, 2, 4096
+#: Columns of a stage, and the bytes of its values if none is zero.
+STAGE_K, STAGE_BYTES = 128, 4096
 
 
 @gluon.constexpr_function
@@ -358,22 +358,13 @@ def launch(
     tokens, columns = x.shape
     lines, blocks = line_blocks(rows, columns)
     stages = triton.cdiv(columns, STAGE_K)
-    if columns != STAGE_K * stages:
-        x = torch.nn.functional.pad(x, (0, STAGE_K * stages - columns))
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        # rows are copied in chunks of 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
-    per_split = triton.cdiv(stages, config.splits)
-    splits = triton.cdiv(stages, per_split)
+    x = padded_rows(x, STAGE_K * stages)
+    per_split, splits = split_columns(stages, config.splits)
     row_blocks = triton.cdiv(lines, WARPS * config.row_tiles)
     token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    parts = counter = y
-    if splits > 1:
-        wide = row_blocks * WARPS * config.row_tiles * ROWS
-        shape = (token_blocks, splits, 8 * config.token_tiles, wide)
-        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-        counter = counters(token_blocks * row_blocks, x.device)
+    block = 8 * config.token_tiles, WARPS * config.row_tiles * ROWS
+    parts, counter = room_for_parts(y, token_blocks, row_blocks, splits, *block)
     _bitmap_mma_fwd_kernel[(token_blocks, row_blocks, splits)](
         x.view(torch.int32),
         bitmap,
