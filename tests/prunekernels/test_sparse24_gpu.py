@@ -56,6 +56,23 @@ def test_values_for_all_token_counts(impl, dtype, rows, columns):
         assert torch.equal(got, sparse24_linear(x, packed, bias, impl=impl))
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper only"
+)
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 4096), (130, 61), (4096, 1216)])
+def test_the_unproven_hopper_kernel(dtype, rows, columns):
+    weight = two_of_four(rows, columns, dtype)
+    packed = sparse24_pack(weight)
+    for tokens in (1, 100, 128, 300, 1024):
+        x = torch.randn(tokens, columns, device="cuda").to(dtype)
+        exact = F.linear(x.double(), weight.double())
+        got = sparse24_linear(x, packed, impl="wgmma_sp")
+        assert_as_good_as_eager(got, F.linear(x, weight), exact)
+        for _ in range(10):
+            assert torch.equal(got, sparse24_linear(x, packed, impl="wgmma_sp"))
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations(impl, activation):

@@ -50,7 +50,8 @@ class Dispatch:
         tensor_cores: Name of the implementation in inline assembly; its module has `CAPABILITIES`
             and `self_test(device)`.
         order: The table to choose from.
-        tested: Why the self-test failed, by device index; None where it passed.
+        unproven: Names of others like it that only run when asked for by name.
+        tested: Why the self-test failed, by name and device index; None where it passed.
     """
 
     op: str
@@ -58,7 +59,8 @@ class Dispatch:
     modules: dict[str, str]
     tensor_cores: str
     order: Order
-    tested: dict[int, str | None] = field(default_factory=dict)
+    unproven: tuple[str, ...] = ()
+    tested: dict[tuple[str, int], str | None] = field(default_factory=dict)
 
     @property
     def impls(self) -> tuple[str, ...]:
@@ -143,7 +145,7 @@ class Dispatch:
             return None
         if not triton_installed():
             return "Triton is not installed"
-        if name != self.tensor_cores:
+        if name not in (self.tensor_cores, *self.unproven):
             if x.device.type != "cuda" and not interpreting():
                 return f"tensors are on {x.device.type} and TRITON_INTERPRET=1 is not set"
             return None
@@ -156,29 +158,31 @@ class Dispatch:
         major, minor = torch.cuda.get_device_capability(x.device)
         if (major, minor) not in self.kernel(name).CAPABILITIES:
             return f"no {name} kernel for compute capability {major}.{minor}"
-        return self.self_test(x.device)
+        return self.self_test(x.device, name)
 
-    def self_test(self, device: torch.device) -> str | None:
-        """Compare the inline-assembly kernel with the expanded weight, once per device.
+    def self_test(self, device: torch.device, name: str | None = None) -> str | None:
+        """Compare an inline-assembly kernel with the expanded weight, once per device.
 
         Args:
             device: A CUDA device.
+            name: Its implementation; `tensor_cores` by default.
 
         Returns:
             None if it agrees, else what went wrong; a failure is also warned about, once.
         """
         index = device.index if device.index is not None else torch.cuda.current_device()
-        if index in self.tested:
-            return self.tested[index]
+        key = (name or self.tensor_cores, index)
+        if key in self.tested:
+            return self.tested[key]
         if torch.cuda.is_current_stream_capturing():
             return "the self-test cannot run during graph capture: call the layer once before"
         problem: str | None
         try:
             with torch.cuda.device(index):
-                problem = self.kernel(self.tensor_cores).self_test(device)
+                problem = self.kernel(key[0]).self_test(device)
         except Exception as error:  # a compiler or driver error must not take the model down
             problem = f"{type(error).__name__}: {error}".splitlines()[0]
-        self.tested[index] = problem
+        self.tested[key] = problem
         if problem is not None:
             warnings.warn(
                 f"prunekernels: the {self.what} tensor-core kernel failed its self-test on "

@@ -1,6 +1,7 @@
 """Which implementation multiplies with a packed 2:4 weight, and what it is expected to gain.
 
-`mma_sp` uses NVIDIA's sparse tensor cores through inline assembly; see `dispatch` for the rest.
+`mma_sp` uses NVIDIA's sparse tensor cores through inline assembly; `wgmma_sp`, Hopper's way, is not
+proven on hardware yet and only runs when asked for. See `dispatch` for the rest.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ DISPATCH = Dispatch(
     modules={
         "triton": "prunekernels.sparse.portable24",
         "mma_sp": "prunekernels.sparse.mma24",
+        "wgmma_sp": "prunekernels.sparse.wgmma24",
     },
     tensor_cores="mma_sp",
     order=sparse24_order,
+    unproven=("wgmma_sp",),
 )
 
 

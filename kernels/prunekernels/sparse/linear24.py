@@ -42,8 +42,9 @@ def sparse24_linear(
         w: Packed (N, K) weight.
         bias: (N,), like `x`, or None.
         activation: None, "silu", "gelu_tanh", "gelu" (erf) or "relu".
-        impl: "auto", "eager" (expand, then dense), "triton" (any GPU, and the interpreter) or
-            "mma_sp" (NVIDIA's sparse tensor cores).
+        impl: "auto", "eager" (expand, then dense), "triton" (any GPU, and the interpreter),
+            "mma_sp" (NVIDIA's sparse tensor cores) or "wgmma_sp" (Hopper's, not proven on hardware
+            yet: "auto" never takes it).
 
     Returns:
         (..., N), the type of `x`, contiguous.
