@@ -147,7 +147,8 @@ def linear(
     Args:
         kind: How the weight is kept: "dense", "int8", "24 mma" (sparse tensor cores), "24
             triton" (expanded in registers), "24 expand" (expanded in memory, then dense), "24
-            wgmma" (a library's kernel), "bitmap", "bitmap expand", "csr".
+            wgmma" (a library's kernel), "bitmap" (tensor cores), "bitmap triton" (the portable
+            kernel), "bitmap expand", "csr".
         M: Tokens.
         N: Rows of the weight, outputs.
         K: Columns of the weight, inputs.
@@ -170,10 +171,11 @@ def linear(
         return [Cost(packed24_bytes(N, K, itemsize) + dense), Cost(dense + ends, products)]
     if kind == "24 wgmma":
         return [Cost(packed24_bytes(N, K, itemsize) + ends, products / 2)]
-    if kind == "bitmap":
-        tile = 16 if M <= 16 else 32 if M <= 32 else 64
-        names = [f"bitmap/portable/bf16/m{size}/split" for size in (tile, 16)]
-        slots = slots_of(*names) * N * K
+    if kind in ("bitmap", "bitmap triton"):
+        tile = next((t for t in (16, 32) if t >= M), 64)
+        name = f"portable/bf16/m{tile}" if kind == "bitmap triton" else f"mma/bf16/t{tokens}"
+        per_weight = slots_of(f"bitmap/{name}/split", f"bitmap/{name}", f"bitmap/{name[:-2]}16")
+        slots = per_weight * N * K * -(-M // 64)
         return [Cost(bitmap_bytes(N, K, sparsity) + ends, mma_flop=padded, slots=slots)]
     if kind == "bitmap expand":
         return [Cost(bitmap_bytes(N, K, sparsity) + dense), Cost(dense + ends, products)]
@@ -187,7 +189,9 @@ def pair_stats(N: int, V: int, itemsize: int = 2, level: str = "core") -> list[C
     sums = "core" if level == "core" else "precise"
     slots = slots_of(f"pair_stats/{sums}/{kind}/base", f"pair_stats/{sums}/bf16/base")
     pairs = Cost(2.0 * N * V * itemsize, slots=slots * N * V)
-    again = pairs._replace(slots=slots_of(f"pair_stats/second_pass/{kind}") * N * V)
+    again = pairs._replace(
+        slots=slots_of(f"pair_stats/second_pass/{kind}", "pair_stats/second_pass/bf16") * N * V
+    )
     return [pairs, again] if level == "full" else [pairs]
 
 
@@ -217,6 +221,7 @@ LAYERS = {
     "8B down": (4096, 14336),
     "70B gate/up": (28672, 8192),
 }
+KINDS = ("dense", "24 mma", "24 triton", "24 expand", "bitmap", "bitmap triton")
 Row = tuple[str, str, str, list[Cost]]
 
 
@@ -225,7 +230,7 @@ def predictions() -> list[Row]:
     rows: list[Row] = []
     for name, (N, K) in LAYERS.items():
         for M in (1, 16, 64, 1024):
-            for kind in ("dense", "24 mma", "24 triton", "24 expand", "bitmap"):
+            for kind in KINDS:
                 rows.append((f"linear {name}", f"M={M} N={N} K={K}", kind, linear(kind, M, N, K)))
     for itemsize, dtype in ((2, "bf16"), (4, "fp32")):
         for level in ("core", "precise", "full"):
@@ -241,14 +246,14 @@ def print_predictions(write: Callable[[str], object] = print) -> None:
     """The table of bounds, in microseconds, with what sets each."""
     write("PREDICTED lower bounds in µs, from byte, product and instruction counts; nothing here")
     write("was measured. m: memory, x: matrix units, i: instruction issue sets the bound.")
-    head = f"{'op':18} {'shape':24} {'how':12}"
+    head = f"{'op':18} {'shape':24} {'how':14}"
     write(head + "".join(f"{name:>13}" for name in MACHINES))
     for op, shape, how, cost in predictions():
         cells = ""
         for on in MACHINES.values():
             found = bound(cost, on)
             cells += f"{1000 * found.ms:11.1f} {'x' if found.limit == 'matrix' else found.limit[0]}"
-        write(f"{op:18} {shape:24} {how:12}{cells}")
+        write(f"{op:18} {shape:24} {how:14}{cells}")
 
 
 def print_measured(path: Path, write: Callable[[str], object] = print) -> None:

@@ -123,7 +123,7 @@ FORMATS: dict[str, Any] = {
         prunekernels.bitmap_pack,
         prunekernels.bitmap_linear,
         linear_bitmap.DISPATCH.select,
-        {"eager": "bitmap expand", "else": "bitmap"},
+        {"eager": "bitmap expand", "triton": "bitmap triton", "else": "bitmap"},
     ),
 }
 

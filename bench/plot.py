@@ -36,6 +36,7 @@ COLORS = {
     "2:4 expand": "#999999",
     "bitmap auto": "#0072B2",
     "bitmap triton": "#8C6BB1",
+    "bitmap mma": "#009E73",
     "bitmap expand": "#56B4E9",
     "cuSPARSELt": "#009E73",
     "cuSPARSELt best": "#66C2A5",
