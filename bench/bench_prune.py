@@ -56,6 +56,12 @@ def arguments() -> argparse.Namespace:
         "--layers", type=int, help="only the model's first layers, for a quick look"
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument(
+        "--processor-time",
+        action="store_true",
+        help="count this process's time, not the clock's: on a busy machine, with one thread",
+    )
+    parser.add_argument("--only", nargs="*", help="some of the methods, beside the pass")
     parser.add_argument("--quality", action="store_true", help="also the perplexity it leaves")
     parser.add_argument("--scored", type=int, default=16384, help="tokens that are scored")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
@@ -168,7 +174,10 @@ def contenders(bench: Bench) -> dict[tuple[str, str], tuple[int, Callable[[], No
     if bench.options.research:
         for name, function in research_functions(bench, bench.options.research).items():
             found[name, "research"] = (2, function)
-    return found
+    if bench.options.only is None:
+        return found
+    wanted = {"pass", *bench.options.only}
+    return {key: value for key, value in found.items() if key[0] in wanted}
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -177,27 +186,34 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     dense = {name: value.clone() for name, value in bench.model.state_dict().items()}
     every = contenders(bench)
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in every}
+    processor: dict[tuple[str, str], list[float]] = {key: [] for key in every}
     left: dict[tuple[str, str], float] = {}
     for turn in range(options.rounds):
         for key, (_, function) in every.items():
             bench.model.load_state_dict(dense)
-            start = time.perf_counter()
+            start, busy = time.perf_counter(), time.process_time()
             function()
             seconds[key].append(time.perf_counter() - start)
-            print(f"{turn} {key}: {seconds[key][-1]:.2f} s", file=sys.stderr)
+            processor[key].append(time.process_time() - busy)
+            print(
+                f"{turn} {key}: {seconds[key][-1]:.2f} s, {processor[key][-1]:.2f} s busy",
+                file=sys.stderr,
+            )
             if options.quality and turn == 0:
                 left[key] = bench.perplexity()
-    one_pass = statistics.median(seconds["pass", "prunekit"])
+    clock = processor if options.processor_time else seconds
+    one_pass = statistics.median(clock["pass", "prunekit"])
     rows = []
     for (method, provider), (passes, _) in every.items():
-        median = statistics.median(seconds[method, provider])
+        median = statistics.median(clock[method, provider])
         needed = passes * one_pass
         rows.append(
             {
                 "method": method,
                 "provider": provider,
                 "seconds": f"{median:.3f}",
-                "least_seconds": f"{min(seconds[method, provider]):.3f}",
+                "least_seconds": f"{min(clock[method, provider]):.3f}",
+                "clock": "processor" if options.processor_time else "wall",
                 "passes_needed": passes,
                 "of_passes": f"{median / needed:.3f}" if passes else "",
                 "beyond_seconds": f"{median - needed:.3f}",
