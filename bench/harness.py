@@ -286,8 +286,8 @@ class Session:
             "bound_ms": f"{bound.ms:.6g}",
             "limit": bound.limit,
             "roof_pct": f"{100 * bound.ms / (1000 * seconds):.1f}",
-            "gb_s": f"{moved / seconds / 1e9:.2f}",
-            "tflop_s": f"{products / seconds / 1e12:.4f}" if products else "",
+            "gb_s": f"{moved / seconds / 1e9:.6g}",
+            "tflop_s": f"{products / seconds / 1e12:.6g}" if products else "",
         }
 
     def _row(self, case: Case, contender: Contender) -> dict[str, Any]:

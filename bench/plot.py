@@ -33,6 +33,7 @@ COLORS = {
     "2:4 auto": "#D55E00",
     "2:4 mma_sp": "#E69F00",
     "2:4 triton": "#CC79A7",
+    "2:4 wgmma_sp": "#7F3C00",
     "2:4 expand": "#999999",
     "bitmap auto": "#0072B2",
     "bitmap triton": "#8C6BB1",
@@ -88,8 +89,12 @@ def speedups(rows: Sequence[Row], base: str, *case: str) -> list[Row]:
     return found
 
 
-def look(provider: str, index: int) -> dict[str, Any]:
-    """Colour and marker of a provider."""
+_seen: dict[str, int] = {}  # providers in the order in which they were first drawn
+
+
+def look(provider: str) -> dict[str, Any]:
+    """Colour and marker of a provider, the same in every panel."""
+    index = _seen.setdefault(provider, len(_seen))
     grey = f"{0.35 + 0.06 * (index % 8):.2f}"
     return {"color": COLORS.get(provider, grey), "marker": MARKERS[index % len(MARKERS)]}
 
@@ -112,10 +117,10 @@ def panels(count: int, title: str, note: str) -> tuple[Figure, list[Axes]]:
 def lines(axis: Axes, rows: Sequence[Row], x: str, y: str = "speedup") -> None:
     """One line with its spread per provider over the column x."""
     order = list(dict.fromkeys(row["provider"] for row in rows))
-    for index, provider in enumerate(order):
+    for provider in order:
         own = sorted((row for row in rows if row["provider"] == provider), key=lambda r: r[x])
         places, values = [row[x] for row in own], [row[y] for row in own]
-        style = look(provider, index)
+        style = look(provider)
         axis.plot(places, values, label=provider, linewidth=1.4, markersize=4, **style)
         low, high = [row["low"] for row in own], [row["high"] for row in own]
         axis.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -230,8 +235,8 @@ def roofline(folder: Path) -> Path | None:
         ridge = sorted({*ends, min(max(top / bandwidth, ends[0]), ends[1])})
         roof = [min(place * bandwidth, top) for place in ridge]
         axis.plot(ridge, roof, color="0.5", linewidth=1, label="roof (copy, dense product)")
-        for index, ((provider,), points) in enumerate(groups(own, "provider").items()):
-            style = look(provider, index)
+        for (provider,), points in groups(own, "provider").items():
+            style = look(provider)
             x, y = [p["intensity"] for p in points], [p["rate"] for p in points]
             axis.scatter(x, y, s=14, label=provider, alpha=0.8, linewidths=0, **style)
         axis.set(title=mode, xlabel="FLOP per byte moved", ylabel="TFLOP/s", xscale="log")
@@ -267,7 +272,7 @@ def end_to_end(folder: Path) -> Path | None:
                 ],
             ]
             at = [place + (index - (len(providers) - 1) / 2) * width for place in places]
-            color = look(provider, index)["color"]
+            color = look(provider)["color"]
             axis.bar(
                 at, rate, width, yerr=spread, label=provider, color=color, error_kw={"lw": 0.8}
             )
