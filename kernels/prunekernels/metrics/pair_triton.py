@@ -626,12 +626,12 @@ def compile_cases() -> list[KernelCase]:
                 archs=archs,
             )
         )
-    cases.append(
+    cases += [
         KernelCase(
-            name="pair_stats/second_pass/bf16",
+            name=f"pair_stats/second_pass/{dtype}",
             kernel=_pair_full_kernel,
             signature={
-                **dict.fromkeys(pointers, "*bf16"),
+                **dict.fromkeys(pointers, f"*{dtype}"),
                 **integers,
                 **strides,
                 **numbers,
@@ -651,5 +651,6 @@ def compile_cases() -> list[KernelCase]:
             elements_per_iteration=1024 // 4,
             archs=(80, 89, 90, "gfx942"),
         )
-    )
+        for dtype in ("bf16", "fp32")
+    ]
     return cases
