@@ -164,7 +164,10 @@ class WeightRef:
             PrunekitError: The weight is packed.
         """
         if own_layer(self.module) is not None:
-            raise PrunekitError(f"{self.name} is packed: unswap_ the model before changing it")
+            raise PrunekitError(
+                f"{self.name} is packed: make the model dense first (unswap_, or prunekit swap "
+                "--format dense)"
+            )
         stored: Tensor = getattr(self.module, self.parameter).data
         if self.expert is not None:
             return stored[self.expert]

@@ -7,6 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from prunekit.architectures import SUBLAYERS, Architecture, base_model_type
+from prunekit.packed import weight_count
 
 
 def versions() -> dict[str, str | None]:
@@ -37,5 +38,5 @@ def describe(arch: Architecture) -> dict[str, Any]:
         "dropped": absent_sublayers(arch),
         "hidden": arch.head.weight.shape[1],
         "vocabulary": arch.head.weight.shape[0],
-        "parameters": sum(parameter.numel() for parameter in arch.model.parameters()),
+        "parameters": weight_count(arch.model),
     }

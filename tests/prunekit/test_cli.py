@@ -364,6 +364,16 @@ def test_swap_packs_and_turns_back(wide, tmp_path, capsys):
     assert facts["parameter_bytes"] == found["parameters_bytes"]
     assert facts["parameters"] == sum(t.numel() for t in weights_of(pruned).values())
 
+    prune = f"prune {packed} --method magnitude --output {dense}"
+    assert cli.main(prune.split()) == 2
+    assert "is packed: make the model dense first" in capsys.readouterr().err
+    line = f"compare {wide} {packed} --no-choices --limit 1 --max-new-tokens 3 --layerwise-steps 1"
+    assert cli.main([*line.split(), "--output", str(tmp_path / "study"), "--quiet"]) == 0
+    study = json.loads((tmp_path / "study" / "study.json").read_text())
+    counts = [study["meta"]["models"][name]["parameters"] for name in ("dense", "pruned")]
+    assert counts[0] == counts[1]
+    capsys.readouterr()
+
     assert cli.main(["swap", packed, "--format", "dense", "--output", dense]) == 0
     shown = capsys.readouterr().out
     assert "output head" in shown

@@ -298,7 +298,7 @@ def test_an_interruption_leaves_the_model_dense(tiny_24, monkeypatch, token_ids)
 def test_packed_weights_are_not_pruned_again(tiny_24):
     model = tiny_24("llama")
     pk.swap_(model)
-    with pytest.raises(PrunekitError, match="is packed: unswap_ the model"):
+    with pytest.raises(PrunekitError, match="is packed: make the model dense first"):
         pk.prune_(model, pk.Magnitude(sparsity=0.6))
     pk.unswap_(model)
     assert pk.unswap_(model) == []
