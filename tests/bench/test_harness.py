@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import time
 from pathlib import Path
 
 import bench_select
@@ -166,23 +165,37 @@ def test_times_are_percentiles():
     assert times.milliseconds() == pytest.approx({"p20_ms": 2000, "p50_ms": 3500, "p80_ms": 5000})
 
 
-def test_samples_go_round_the_sets_of_operands_and_are_times_per_run():
-    seen: list[int] = []
-    runs = [lambda i=i: (seen.append(i), time.sleep(1e-3)) for i in range(3)]
+class Clock:
+    """Time that passes only when a run says so: real clocks stall on busy machines."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(timers, "stopwatch", self.stopwatch)
+
+    def stopwatch(self, run, device):
+        start = self.now
+        run()
+        return self.now - start
+
+    def pass_(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_samples_go_round_the_sets_of_operands_and_are_times_per_run(monkeypatch):
+    clock, seen = Clock(monkeypatch), []
+    runs = [lambda i=i: (seen.append(i), clock.pass_(1e-3)) for i in range(3)]
     sample, how = timers.sampler(runs, CPU, least=2e-3)
     seen.clear()
-    assert 1e-3 <= sample() < 1e-2 and how == "host"
-    count = len(seen)
+    assert sample() == pytest.approx(1e-3) and how == "host"
     sample()  # goes on where the first stopped
-    assert 1 <= count <= 2 and seen == [i % 3 for i in range(2 * count)]
+    assert seen == [0, 1, 2, 0]
 
 
-def test_short_runs_are_repeated_until_the_clock_can_see_them():
-    seen: list[int] = []
-    sample, _ = timers.sampler([lambda: seen.append(0)], CPU, least=1e-3)
+def test_short_runs_are_repeated_until_the_clock_can_see_them(monkeypatch):
+    clock, seen = Clock(monkeypatch), []
+    sample, _ = timers.sampler([lambda: (seen.append(0), clock.pass_(1e-6))], CPU, least=1e-3)
     seen.clear()
-    sample()
-    assert len(seen) > 100
+    assert sample() == pytest.approx(1e-6) and len(seen) == 1000
 
 
 def test_operands_rotate_through_twice_the_cache():
