@@ -136,7 +136,7 @@ def plan(session: Session, options: argparse.Namespace) -> list[Case]:
     """Every model, cache and batch; reading once per batch, with the cache that grows."""
     on_gpu = session.device.type == "cuda"
     names = options.model or (["Llama-3-8B", "demo"] if on_gpu else ["demo"])
-    batches = options.batch or ((1, 4, 16, 64) if on_gpu else (1, 8))
+    batches = options.batch or ((1, 4, 16, 64) if on_gpu else (1,))
     prompt, new = (512, 32) if on_gpu else (64, 4)  # packed weights crawl on a CPU
     if session.quick:
         names = options.model or ["tiny"]

@@ -171,7 +171,7 @@ class Session:
         if options.fresh:
             path.unlink(missing_ok=True)
         seconds = None if options.minutes is None else 60 * options.minutes
-        rounds = options.rounds or (5 if options.quick else 20 if device.type == "cuda" else 10)
+        rounds = options.rounds or (20 if device.type == "cuda" and not options.quick else 5)
         return cls(path, device, rounds, options.quick, seconds)
 
     def roofs(self, dtype: str) -> tuple[float, float]:
@@ -200,7 +200,7 @@ class Session:
 
         A CPU's last cache may hold a small model whole, and packing many copies takes it long.
         """
-        most = 2 if self.quick else 64 if self.device.type == "cuda" else 8
+        most = 2 if self.quick else 64 if self.device.type == "cuda" else 4
         return timers.copies_needed(int(operand_bytes), self.device, most)
 
     def out_of_time(self) -> bool:
