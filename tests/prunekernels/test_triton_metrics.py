@@ -214,7 +214,10 @@ def worse_than_allowed(got, base, other, names=None, **options):
 
 
 @interpreted
-@pytest.mark.parametrize(("level", "temperature"), [("core", 1.0), ("precise", 0.5)])
+@pytest.mark.parametrize(
+    ("level", "temperature"),
+    [("core", 1.0), pytest.param("precise", 0.5, marks=pytest.mark.slow)],
+)
 def test_adversarial_rows(level, temperature):
     """Whole tiles and a masked rest; two rows more: the last equals itself to the last bit."""
     cases = adversarial(4096 + 200)
@@ -505,6 +508,7 @@ def test_bad_input_is_refused_before_any_kernel_runs():
 
 
 @interpreted
+@pytest.mark.slow
 def test_rows_further_apart_than_32_bits_reach(tmp_path):
     """A sparse file stands in for 4 GiB of logits: only the pages of two rows exist."""
     stride, vocab = 2**31 + 16, 5000
