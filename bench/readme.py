@@ -19,7 +19,7 @@ from typing import Any
 from model import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/pruning.md"))
 CPU = RESULTS / "cpu"
 
 
@@ -73,6 +73,23 @@ def against_research() -> str:
     return table(head, body) if body else "Not measured on this version yet."
 
 
+def pruning() -> str:
+    """Seconds of pruning a whole model, beside the calibration passes that it needs."""
+    body = [
+        [
+            row["method"],
+            row["provider"],
+            f"{float(row['seconds']):.1f} s",
+            row["passes_needed"],
+            row["of_passes"] and f"{float(row['of_passes']):.2f}",
+            f"{float(row['beyond_seconds']):.1f} s",
+        ]
+        for row in rows("prune.csv")
+    ]
+    head = ["method", "provider", "in all", "passes needed", "of the passes", "beyond them"]
+    return table(head, body)
+
+
 def models() -> str:
     """Whole models on a CPU: speed and weights."""
     if not (CPU / "model.csv").is_file():
@@ -123,6 +140,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "layerwise": layerwise,
     "research": against_research,
     "models": models,
+    "pruning": pruning,
 }
 
 
