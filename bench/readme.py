@@ -57,7 +57,7 @@ def layerwise() -> str:
 def against_research() -> str:
     """Everything that the research code does too, beside it."""
     found: dict[str, dict[str, dict[str, str]]] = {}
-    for file in ("research.csv", "metrics.csv", "prune.csv"):
+    for file in ("research.csv", "metrics.csv"):
         for row in rows(file) if (CPU / file).is_file() else []:
             name = f"{row['op']} {row['mode']}, {row['shape']}".replace("_", " ")
             if row.get("status", "ok") == "ok":
