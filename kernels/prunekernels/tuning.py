@@ -292,9 +292,8 @@ def bitmap_mma(tokens: int, rows: int, columns: int, processors: int) -> BitmapM
     return BitmapMmaConfig(1, token_tiles, 3, splits)
 
 
-#: Longest row whose keys one program holds on chip, and how much of a longer one each takes.
+#: Longest row whose keys one program holds on chip.
 ROW_ON_CHIP = 16384
-ROW_PART = 4096
 
 
 class RowConfig(NamedTuple):
@@ -310,6 +309,10 @@ def row_tile(width: int) -> RowConfig:
     while block < width:
         block *= 2
     return RowConfig(block, max(1, min(16, block // 512)))
+
+
+#: What each program takes of a longer row: a running count needs more registers per score.
+LONG_ROW = RowConfig(4096, 16)
 
 
 class NmConfig(NamedTuple):

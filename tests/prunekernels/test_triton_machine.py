@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interp
 #: Issue slots per pair of logits: METRICS ("Kernels") has 34.6 for 17 sums and 54.7 for precise;
 #: a bfloat16 pair may take 31 of an H200's before issue, and not memory, is what limits.
 SLOTS = {"core/bf16": 31.5, "core/fp32": 31.0, "core/fp16": 33.0}
-SLOTS |= {"precise/bf16": 53.5, "precise/fp32": 54.7}
+SLOTS |= {"precise/bf16": 54.0, "precise/fp32": 54.7}
 
 PAIR = {
     (case.name, arch): case
@@ -45,8 +45,9 @@ def _check_pair(name, arch):
     _, level, dtype, weights = name.split("/")
     budget = SLOTS[f"{level}/{dtype}"] + (3.0 if weights == "other" else 0.0)
     assert report.instructions_per_element < budget
-    # four programs of 128 threads on a multiprocessor's 65536 registers
-    assert report.registers <= (168 if name == "pair_stats/precise/fp32/other" else 128)
+    # four programs of 128 threads on a multiprocessor's 65536 registers; three for the largest
+    large = name == "pair_stats/precise/fp32/other" or (level == "precise" and arch == 80)
+    assert report.registers <= (168 if large else 128)
 
 
 @pytest.mark.parametrize("name", ["pair_stats/core/bf16/base", "pair_stats/precise/bf16/base"])

@@ -114,7 +114,7 @@ def check_long_rows(scores, sparsities):
 def _short_parts(monkeypatch):
     """Have rows of 101 scores and more shared between programs of 128."""
     monkeypatch.setattr(tuning, "ROW_ON_CHIP", 100)
-    monkeypatch.setattr(tuning, "ROW_PART", 128)
+    monkeypatch.setattr(tuning, "LONG_ROW", tuning.RowConfig(128, 1))
 
 
 @interpreted

@@ -357,7 +357,7 @@ def rowwise_mask(
                 num_warps=warps,
             )
         else:
-            block, warps = tuning.row_tile(tuning.ROW_PART)
+            block, warps = tuning.LONG_ROW
             grid = (triton.cdiv(width, block), count)
             counts = torch.zeros(4, count, 256, dtype=torch.int32, device=scores.device)
             ties = torch.empty(count, grid[0], dtype=torch.int32, device=scores.device)
@@ -405,7 +405,7 @@ def compile_cases() -> list[KernelCase]:
                 opcodes=("LDG.E.128",),
             )
         )
-    block, warps = tuning.row_tile(tuning.ROW_PART)
+    block, warps = tuning.LONG_ROW
     common = {"x_ptr": "*fp32", "counts_ptr": "*i32", "N": "i32", "K": "i32", "prune": "i32"}
     common |= strides
     fixed = {"norms_ptr": None, "stride_xk": 1, "ABS": True, "SCALED": False, "BLOCK": block}
