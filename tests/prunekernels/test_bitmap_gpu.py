@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from products import assert_tensor_cores_as_good_as_eager
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
 from prunekernels.sparse.linear_bitmap import DISPATCH, bitmap_linear, expand
@@ -26,13 +27,6 @@ def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return (torch.randn(rows, columns, device="cuda") * kept).to(dtype)
 
 
-def assert_as_good_as_eager(got, eager, exact):
-    assert got.dtype == eager.dtype and got.shape == eager.shape
-    assert not got.isnan().any()
-    error = (got.double() - exact).abs().max()
-    assert error <= 2 * (eager.double() - exact).abs().max() + 1e-6 * exact.abs().max()
-
-
 def test_the_self_test_passes():
     assert DISPATCH.self_test(torch.device("cuda", torch.cuda.current_device())) is None
 
@@ -49,7 +43,7 @@ def test_values_for_all_token_counts(impl, dtype, rows, columns):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         exact = F.linear(x.double(), weight.double(), bias.double())
         got = bitmap_linear(x, packed, bias, impl=impl)
-        assert_as_good_as_eager(got, F.linear(x, weight, bias), exact)
+        assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight, bias), exact)
         assert torch.equal(got, bitmap_linear(x, packed, bias, impl=impl))
 
 
@@ -61,7 +55,7 @@ def test_activations(impl, activation):
     act = ACTIVATIONS[activation]
     got = bitmap_linear(x, bitmap_pack(weight), None, activation, impl=impl)
     exact = act(x.double() @ weight.double().T)
-    assert_as_good_as_eager(got, act(F.linear(x, weight)), exact)
+    assert_tensor_cores_as_good_as_eager(got, act(F.linear(x, weight)), exact)
 
 
 @pytest.mark.parametrize("impl", ["triton", "mma"])
@@ -71,7 +65,7 @@ def test_every_sparsity(impl, density):
     weight = (torch.randn(512, 1024, device="cuda") * kept).to(torch.bfloat16)
     x = torch.randn(3, 1024, device="cuda").to(torch.bfloat16)
     got = bitmap_linear(x, bitmap_pack(weight), impl=impl)
-    assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+    assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
@@ -85,7 +79,7 @@ def test_every_configuration_of_the_tensor_core_kernel(token_tiles, splits):
     config = BitmapMmaConfig(1, token_tiles, 3, splits)
     arguments = (x, packed.bitmap, packed.starts, packed.values, 700, None, "none", config)
     got = mma_bitmap.launch(*arguments)
-    assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+    assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
     for _ in range(20):
         assert torch.equal(mma_bitmap.launch(*arguments), got)
 
@@ -128,4 +122,4 @@ def test_gradient_and_one_graph_compile():
     F.silu(F.linear(x2, weight)).float().sum().backward()
     x3 = x.detach().double().requires_grad_()
     F.silu(F.linear(x3, weight.double())).sum().backward()
-    assert_as_good_as_eager(x.grad, x2.grad, x3.grad)
+    assert_tensor_cores_as_good_as_eager(x.grad, x2.grad, x3.grad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from products import assert_as_good_as_eager
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
 from prunekernels.sparse.linear_bitmap import bitmap_linear
@@ -16,15 +17,6 @@ def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows of all sparsities, from empty to full."""
     density = torch.linspace(0, 1, rows)[torch.randperm(rows), None]
     return (torch.randn(rows, columns) * (torch.rand(rows, columns) < density)).to(dtype)
-
-
-def assert_as_good_as_eager(got, eager, exact):
-    """At most twice eager's own error against float64, plus one float32 rounding."""
-    assert got.dtype == eager.dtype and got.shape == eager.shape
-    if exact.numel():
-        floor = 1e-7 * exact.abs().max()
-        error = (got.double() - exact).abs().max()
-        assert error <= 2 * (eager.double() - exact).abs().max() + floor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

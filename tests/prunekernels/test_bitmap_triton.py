@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from interpreter import run_interpreted
+from products import assert_interpreted_as_good_as_eager
 from prunekernels.compilation import compile_case
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.format_bitmap import bitmap_pack
@@ -24,29 +22,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @compiled
 def test_in_the_interpreter():
-    """Triton decides at import whether kernels are interpreted, hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Rows of all sparsities, from empty to full."""
     density = torch.linspace(0, 1, rows)[torch.randperm(rows), None]
     return (torch.randn(rows, columns) * (torch.rand(rows, columns) < density)).to(dtype)
-
-
-def assert_as_good_as_eager(got, eager, exact):
-    # the interpreter cuts a float32 down to a bfloat16 where a GPU rounds: one ulp, not half
-    ulp = exact.abs() * 2.0**-7 if got.dtype == torch.bfloat16 else 0.0
-    floor = 1e-6 * exact.abs().max()
-    error = (got.double() - exact).abs()
-    assert (error <= 2 * (eager.double() - exact).abs().max() + ulp + floor).all()
 
 
 @interpreted
@@ -59,7 +41,9 @@ def test_portable_values(dtype, tokens, rows, columns):
     got = bitmap_linear(x, bitmap_pack(weight), impl="triton")
     assert got.shape == (tokens, rows)
     if tokens:
-        assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+        assert_interpreted_as_good_as_eager(
+            got, F.linear(x, weight), x.double() @ weight.double().T
+        )
 
 
 @interpreted
@@ -76,7 +60,7 @@ def test_portable_bias_activation_strides_and_splits(activation, splits):
     exact = act(F.linear(x.double(), weight.double(), bias.double()))
     parts = packed.bitmap, packed.starts, packed.values, 20, bias, activation, splits
     got = launch(x, *parts)
-    assert_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
+    assert_interpreted_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
     assert torch.equal(got, launch(x, *parts))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from products import assert_as_good_as_eager
 from prunekernels.sparse.format24 import Sparse24, sparse24_pack
 from prunekernels.sparse.linear24 import ACTIVATIONS, sparse24_gate_up, sparse24_linear
 
@@ -16,15 +17,6 @@ def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     rank = torch.rand(rows, groups, 4).argsort(2).argsort(2)
     kept = rank < torch.randint(0, 3, (rows, groups, 1))
     return (torch.randn(rows, groups, 4) * kept).view(rows, -1)[:, :columns].to(dtype)
-
-
-def assert_as_good_as_eager(got, eager, exact):
-    """At most twice eager's own error against float64, plus one float32 rounding."""
-    assert got.dtype == eager.dtype and got.shape == eager.shape
-    if exact.numel():
-        floor = 1e-7 * exact.abs().max()
-        error = (got.double() - exact).abs().max()
-        assert error <= 2 * (eager.double() - exact).abs().max() + floor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

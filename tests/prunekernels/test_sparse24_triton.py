@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
+from interpreter import run_interpreted
+from products import assert_interpreted_as_good_as_eager
 from prunekernels.compilation import compile_case
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.format24 import sparse24_pack
@@ -22,15 +20,7 @@ compiled = pytest.mark.skipif(interpreting(), reason="kernels are being interpre
 
 @compiled
 def test_in_the_interpreter():
-    """Triton decides at import whether kernels are interpreted, hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -38,14 +28,6 @@ def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     rank = torch.rand(rows, groups, 4).argsort(2).argsort(2)
     kept = rank < torch.randint(0, 3, (rows, groups, 1))
     return (torch.randn(rows, groups, 4) * kept).view(rows, -1)[:, :columns].to(dtype)
-
-
-def assert_as_good_as_eager(got, eager, exact):
-    # the interpreter cuts a float32 down to a bfloat16 where a GPU rounds: one ulp, not half
-    ulp = exact.abs() * 2.0**-7 if got.dtype == torch.bfloat16 else 0.0
-    floor = 1e-6 * exact.abs().max()
-    error = (got.double() - exact).abs()
-    assert (error <= 2 * (eager.double() - exact).abs().max() + ulp + floor).all()
 
 
 @interpreted
@@ -60,7 +42,7 @@ def test_portable_values(dtype, tokens, rows, columns):
     assert got.shape == (tokens, rows)
     if tokens:
         exact = x.double() @ weight.double().T
-        assert_as_good_as_eager(got, F.linear(x, weight), exact)
+        assert_interpreted_as_good_as_eager(got, F.linear(x, weight), exact)
 
 
 @interpreted
@@ -72,7 +54,7 @@ def test_portable_bias_activation_and_strides(activation):
     act = ACTIVATIONS[activation]
     exact = act(F.linear(x.double(), weight.double(), bias.double()))
     got = sparse24_linear(x, sparse24_pack(weight), bias, activation, impl="triton")
-    assert_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
+    assert_interpreted_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
     again = sparse24_linear(x, sparse24_pack(weight), bias, activation, impl="triton")
     assert torch.equal(got, again)
 
@@ -95,7 +77,7 @@ def test_portable_gate_up():
     exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
     eager = F.silu(F.linear(x, gate)) * F.linear(x, up)
     got = sparse24_gate_up(x, sparse24_pack(gate), sparse24_pack(up), impl="triton")
-    assert_as_good_as_eager(got, eager, exact)
+    assert_interpreted_as_good_as_eager(got, eager, exact)
 
 
 def _cases(module: str):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from allocations import Allocations
+from interpreter import run_interpreted
 from prunekernels import head_pair_stats, pair_stats, reference, vector_stats
 from prunekernels.runtime import interpreting
 from rows import adversarial, broad_against_certain
@@ -21,27 +18,15 @@ compiled = pytest.mark.skipif(interpreting(), reason="already in the interpreter
 INF = float("inf")
 
 
-def _run_interpreted(*marker):
-    """Triton decides at import whether kernels are interpreted, hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *marker, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
 @compiled
 def test_in_the_interpreter():
-    _run_interpreted()
+    run_interpreted(__file__)
 
 
 @compiled
 @pytest.mark.slow
 def test_slow_ones_in_the_interpreter():
-    _run_interpreted("-m", "slow")
+    run_interpreted(__file__, "-m", "slow")
 
 
 # Absolute floors where float32 sums limit what a value near zero can be (METRICS: error table),

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
+from interpreter import run_interpreted
 from prunekernels import (
     nm_mask,
     nm_prune_,
@@ -34,27 +31,15 @@ def awkward(*shape):
     return AWKWARD[torch.randint(len(AWKWARD), shape)]
 
 
-def _run_interpreted(*marker):
-    """Triton decides at import whether kernels are interpreted, hence a process of its own."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *marker, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
 @compiled
 def test_in_the_interpreter():
-    _run_interpreted()
+    run_interpreted(__file__)
 
 
 @compiled
 @pytest.mark.slow
 def test_slow_ones_in_the_interpreter():
-    _run_interpreted("-m", "slow")
+    run_interpreted(__file__, "-m", "slow")
 
 
 def check_groups(keep, of):

@@ -38,3 +38,12 @@ def room_for_parts(
     shape = (token_blocks, splits, tokens, row_blocks * rows)
     parts = torch.empty(shape, dtype=torch.float32, device=y.device)
     return parts, counters(token_blocks * row_blocks, y.device)
+
+
+def difference(got: Tensor, x: Tensor, weight: Tensor) -> str | None:
+    """None if `got` equals x·Wᵀ of small integers (all sums are exact), else what differs."""
+    wanted = (x.cpu().double() @ weight.cpu().double().T).to(got.dtype)
+    wrong = int((got.cpu() != wanted).sum())
+    if not wrong:
+        return None
+    return f"{wrong} of {wanted.numel()} results differ ({got.dtype}, {len(x)} tokens)"

@@ -32,7 +32,7 @@ from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
 from prunekernels.sparse.format24 import ROWS, line_blocks, sparse24_pack, sparse24_unpack
 from prunekernels.sparse.fragments import finish, x_layout
-from prunekernels.sparse.launching import padded_rows, room_for_parts, split_columns
+from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.tuning import MmaConfig, sparse24_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
@@ -279,10 +279,8 @@ def self_test(device: torch.device) -> str | None:
         config = MmaConfig(2, 1 if tokens <= 8 else 4, 4, splits)
         got = launch(x, packed, None, 200, None, "none", config)
         dense = sparse24_unpack(packed, 200, 1088, dtype)
-        wanted = (x.cpu().double() @ dense.cpu().double().T).to(dtype)
-        wrong = int((got.cpu() != wanted).sum())
-        if wrong:
-            return f"{wrong} of {wanted.numel()} results differ ({dtype}, {tokens} tokens)"
+        if problem := difference(got, x, dense):
+            return problem
     return None
 
 

@@ -33,7 +33,7 @@ from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
 from prunekernels.sparse.format_bitmap import ROWS, bitmap_pack, line_blocks
 from prunekernels.sparse.fragments import axis, finish, x_layout
-from prunekernels.sparse.launching import padded_rows, room_for_parts, split_columns
+from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.tuning import BitmapMmaConfig, bitmap_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
@@ -413,10 +413,8 @@ def self_test(device: torch.device) -> str | None:
         packed = bitmap_pack(weight)
         config = BitmapMmaConfig(1, 1 if tokens <= 8 else 4, 3, splits)
         parts = packed.bitmap, packed.starts, packed.values, 200, None, "none", config
-        wanted = (x.cpu().double() @ weight.cpu().double().T).to(dtype)
-        wrong = int((launch(x, *parts).cpu() != wanted).sum())
-        if wrong:
-            return f"{wrong} of {wanted.numel()} results differ ({dtype}, {tokens} tokens)"
+        if problem := difference(launch(x, *parts), x, weight):
+            return problem
     return None
 
 

@@ -28,6 +28,7 @@ from prunekernels.compilation import KernelCase
 from prunekernels.gluon_compat import barrier
 from prunekernels.sparse.format24 import ROWS, line_blocks, sparse24_pack
 from prunekernels.sparse.fragments import finish
+from prunekernels.sparse.launching import difference
 
 #: Compute capabilities that have the instruction.
 CAPABILITIES = ((9, 0),)
@@ -215,9 +216,8 @@ def self_test(device: torch.device) -> str | None:
         x = torch.randint(-3, 4, (tokens, columns), generator=random)
         packed = sparse24_pack(weight.to(device, dtype)).packed
         got = forward(x.to(device, dtype), packed, None, 200, None, "none")
-        wrong = int((got.cpu() != (x @ weight.T).to(dtype)).sum())
-        if wrong:
-            return f"{wrong} of {got.numel()} results differ ({dtype}, {tokens} tokens)"
+        if problem := difference(got, x, weight):
+            return problem
     return None
 
 

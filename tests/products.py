@@ -1,0 +1,34 @@
+"""How far a linear layer with a packed weight may be from float64 truth."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def assert_as_good_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """At most twice eager's own error against float64, plus one float32 rounding."""
+    assert got.dtype == eager.dtype and got.shape == eager.shape
+    if exact.numel():
+        floor = 1e-7 * exact.abs().max()
+        error = (got.double() - exact).abs().max()
+        assert error <= 2 * (eager.double() - exact).abs().max() + floor
+
+
+def assert_tensor_cores_as_good_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """At most twice eager's own error against float64, plus what another order of sums leaves."""
+    assert got.dtype == eager.dtype and got.shape == eager.shape
+    assert not got.isnan().any()
+    error = (got.double() - exact).abs().max()
+    assert error <= 2 * (eager.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+
+
+def assert_interpreted_as_good_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """The same of an interpreted kernel, by element.
+
+    The interpreter cuts a float32 down to a bfloat16 where a GPU rounds: one ulp, not half.
+    """
+    ulp = exact.abs() * 2.0**-7 if got.dtype == torch.bfloat16 else 0.0
+    floor = 1e-6 * exact.abs().max()
+    error = (got.double() - exact).abs()
+    assert (error <= 2 * (eager.double() - exact).abs().max() + ulp + floor).all()
