@@ -29,8 +29,9 @@ import torch
 from harness import RESULTS, provenance, write_csv
 
 from prunekit import calibration, checkpoint
-from prunekit.architectures import SUBLAYERS, Architecture
+from prunekit.architectures import Architecture
 from prunekit.evaluation.likelihood import perplexity
+from prunekit.layouts import SUBLAYERS
 from prunekit.pruning import Magnitude, Method, SparseGPT, Wanda, prune_
 from prunekit.pruning.cosines import BLOCK, mean_cosines
 from prunekit.pruning.stream import Stream

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from prunekit.commands import COMMANDS, Command
 from prunekit.commands.configuration import apply_config
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, one_line
 
 _EPILOG = """\
 examples:
@@ -163,11 +163,6 @@ def explain(error: BaseException) -> tuple[int, str]:
         f"internal error: {type(error).__name__}: {one_line(error)} "
         "(this is a bug in prunekit: set PRUNEKIT_TRACEBACK=1 to see the traceback, and report it)"
     )
-
-
-def one_line(error: BaseException) -> str:
-    """The message of `error` without line breaks."""
-    return " ".join(str(error).split())
 
 
 def _speaks() -> bool:

@@ -34,8 +34,9 @@ from transformers.conversion_mapping import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from prunekit.architectures import MODEL_TYPE_PREFIX, SUPPORTED, Architecture, base_model_type
+from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
+from prunekit.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type
 from prunekit.packed_checkpoint import PACKED_FIELD, install_skeletons_
 
 DROP_LISTS = {"attn": "drop_attn_list", "mlp": "drop_mlp_list"}
@@ -145,7 +146,7 @@ def _fit_cache_to_(model: PreTrainedModel) -> None:
     if not hasattr(decoder, "kept_cache_entries"):
         decoder.register_forward_pre_hook(_fit_cache, with_kwargs=True)
     kept = [index for index, attention in enumerate(arch.attentions()) if attention is not None]
-    # With no attention left, one entry counts tokens (architectures.AbsentAttention).
+    # With no attention left, one entry counts tokens (absent.AbsentAttention).
     decoder.kept_cache_entries = tuple(kept or [0])  # type: ignore[assignment]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prunekit.architectures import Architecture, is_fused_experts
+from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
 from prunekit.packed import (
     FORMATS,
@@ -30,6 +30,7 @@ from prunekit.packed import (
 )
 from prunekit.progress import track
 from prunekit.pruning.report import align
+from prunekit.weight_refs import is_fused_experts
 
 # Saving less than a tenth is not worth a layer that may be slower.
 _WORTHWHILE = 0.9

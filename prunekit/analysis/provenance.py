@@ -6,7 +6,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
-from prunekit.architectures import SUBLAYERS, Architecture, base_model_type
+from prunekit.architectures import Architecture
+from prunekit.layouts import SUBLAYERS, base_model_type
 from prunekit.packed import weight_count
 
 

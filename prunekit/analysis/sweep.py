@@ -16,9 +16,9 @@ from prunekit.analysis import scores
 from prunekit.analysis.decoding import decode
 from prunekit.analysis.grid import interval_to_dict
 from prunekit.analysis.sharing import gather_decoding
-from prunekit.architectures import SUBLAYERS
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
+from prunekit.layouts import SUBLAYERS
 from prunekit.modeling import drop_sublayers_
 
 # Metrics of the teacher-forced grid that a row carries.

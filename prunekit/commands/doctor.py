@@ -69,8 +69,8 @@ def _facts() -> dict[str, Any]:
     from prunekernels import runtime
     from prunekernels.sparse import dispatch24, linear_bitmap
 
+    from prunekit.checkpoint.gguf_reader import demo_file
     from prunekit.errors import PrunekitError
-    from prunekit.gguf_reader import demo_file
 
     try:
         demo = str(demo_file())

@@ -38,9 +38,10 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 def _facts(source: str, model: Any) -> dict[str, Any]:
     from prunekit import packed
     from prunekit.analysis.provenance import absent_sublayers
-    from prunekit.architectures import Architecture, base_model_type
+    from prunekit.architectures import Architecture
+    from prunekit.checkpoint.manifest import MANIFEST, read_json
     from prunekit.commands import measures
-    from prunekit.manifest import MANIFEST, read_json
+    from prunekit.layouts import base_model_type
 
     arch = Architecture(model)
     cache = measures.cache_size(model)

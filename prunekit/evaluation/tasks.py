@@ -16,7 +16,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import distributed
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, one_line
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,9 @@ def run_tasks(
             "with `lm-eval ls tasks`, or give the folder that defines yours"
         ) from error
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())
         raise PrunekitError(
-            f"lm-eval could not run {', '.join(tasks)} ({reason}): check the network, the task's "
-            "data set and the packages that it needs"
+            f"lm-eval could not run {', '.join(tasks)} ({one_line(error)}): check the network, "
+            "the task's data set and the packages that it needs"
         ) from error
     return _scores(found)
 

@@ -11,9 +11,10 @@ from prunekernels import vector_stats
 from torch import Tensor
 
 from prunekit import blocks, distributed
-from prunekit.architectures import SUBLAYERS, Architecture
+from prunekit.architectures import Architecture
 from prunekit.blocks import Keywords
 from prunekit.errors import PrunekitError
+from prunekit.layouts import SUBLAYERS
 from prunekit.progress import track
 from prunekit.pruning.stream import Stream
 

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit.architectures import SUBLAYERS, Architecture
+from prunekit.architectures import Architecture
 from prunekit.calibration import CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
+from prunekit.layouts import SUBLAYERS
 from prunekit.modeling import drop_blocks_, drop_sublayers_
 from prunekit.pruning.cosines import BLOCK, Part, mean_cosines, parts
 from prunekit.pruning.report import align

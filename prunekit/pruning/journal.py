@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunekit import distributed
-from prunekit.architectures import WeightRef
 from prunekit.atomic import replaced_file
 from prunekit.errors import PrunekitError
 from prunekit.pruning.report import MatrixReport
+from prunekit.weight_refs import WeightRef
 
 FORMAT = 1
 _RUN, _TOKENS = "run.json", "calibration.safetensors"

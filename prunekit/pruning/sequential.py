@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit import blocks, distributed
-from prunekit.architectures import Architecture, WeightRef
+from prunekit.architectures import Architecture
 from prunekit.calibration import Calibration, CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
 from prunekit.progress import track
@@ -23,6 +23,7 @@ from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
 from prunekit.pruning.report import MatrixReport, PruneReport
 from prunekit.pruning.statistics import InputStatistics, LayerCollector
 from prunekit.pruning.stream import Stream
+from prunekit.weight_refs import WeightRef
 
 _NO_TOKENS = "no calibration token reached it: scored by magnitude"
 _SILENT = "its calibration inputs are all zero: scored by magnitude"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from prunekit import distributed
-from prunekit.architectures import WeightRef, is_fused_experts
 from prunekit.errors import PrunekitError
 from prunekit.pruning import sparsegpt
+from prunekit.weight_refs import WeightRef, is_fused_experts
 
 _SQUARED_TOGETHER = 64  # rows whose squares a CPU forms at once
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from prunekit import architectures, blocks
+from prunekit import blocks, layouts, weight_refs
 from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
 
@@ -51,7 +51,7 @@ def test_every_matrix_of_the_layers_is_found_once(architecture, tiny):
     for module in arch.layers.modules():
         if isinstance(module, nn.Linear | Conv1D):
             expected += module.weight.numel()
-        elif architectures.is_fused_experts(module):
+        elif weight_refs.is_fused_experts(module):
             expected += module.gate_up_proj.numel() + module.down_proj.numel()
     assert found == expected > 0
     for ref in refs:
@@ -96,7 +96,7 @@ def test_head_gives_the_models_logits(architecture, tiny, token_ids):
 def test_silenced_sublayer_contributes_nothing(architecture, tiny, token_ids):
     arch = Architecture(tiny(architecture))
     inputs = blocks.capture(arch, token_ids)
-    for sublayer in architectures.SUBLAYERS:
+    for sublayer in layouts.SUBLAYERS:
         for index in (0, 1):
             args = (index, sublayer, inputs.hidden, inputs.kwargs[index])
             assert arch.contribution(*args).abs().max() > 0
@@ -111,7 +111,7 @@ def test_unknown_architecture_lists_what_is_missing():
     with pytest.raises(
         PrunekitError, match=r"'bert' is not supported: prunekit lacks its layout.*llama"
     ):
-        architectures.check_supported(AutoConfig.for_model("bert"))
+        layouts.check_supported(AutoConfig.for_model("bert"))
 
 
 def test_post_norm_opt_is_refused(tiny):

@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from prunekit import atomic, checkpoint
 from prunekit.architectures import Architecture
+from prunekit.checkpoint import sources
 from prunekit.errors import PrunekitError
 from prunekit.modeling import drop_blocks_, drop_sublayers_
 
@@ -300,7 +301,7 @@ def test_sharded_weights_load(tiny, tokenizer, token_ids, tmp_path):
 
 @pytest.mark.parametrize("source", ["./nothing", "/no/such/folder", "a/b/c", "with space/x"])
 def test_missing_paths_never_reach_the_network(source, monkeypatch):
-    monkeypatch.setattr(checkpoint, "snapshot_download", lambda *a, **k: pytest.fail("network"))
+    monkeypatch.setattr(sources, "snapshot_download", lambda *a, **k: pytest.fail("network"))
     with pytest.raises(PrunekitError, match="doesn't exist: give a folder"):
         checkpoint.load(source)
 
@@ -314,7 +315,7 @@ def test_hub_ids_go_through_the_hub(saved, monkeypatch):
             raise LocalEntryNotFoundError("no network\nand more")
         return str(saved)
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(sources, "snapshot_download", download)
     model, _ = checkpoint.load("somebody/model")
     assert model.config.name_or_path == "somebody/model"
     with pytest.raises(PrunekitError, match="nobody/offline is neither a folder") as caught:

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from transformers import Qwen2ForCausalLM as Qwen2
 
 from prunekit import checkpoint, cli
+from prunekit.checkpoint import writing
 from prunekit.commands import COMMANDS
 from prunekit.errors import PrunekitError
 
@@ -262,7 +263,7 @@ def test_ctrl_c_leaves_the_old_output(moment, here, tmp_path, capfd, monkeypatch
     if moment == "pruning":
         monkeypatch.setattr(prunekit.pruning, "prune_", interrupt)
     else:
-        monkeypatch.setattr(checkpoint, "write_manifest", interrupt)
+        monkeypatch.setattr(writing, "write_manifest", interrupt)
     line = f"prune dense --method magnitude --overwrite --output {old}"
     assert cli.main(line.split()) == 130
     out, err = capfd.readouterr()

@@ -10,9 +10,10 @@ import torch
 from torch.nn import functional as F
 
 from prunekit import blocks, modeling
-from prunekit.architectures import SUBLAYERS, Architecture
+from prunekit.architectures import Architecture
 from prunekit.calibration import Calibration
 from prunekit.errors import PrunekitError
+from prunekit.layouts import SUBLAYERS
 from prunekit.pruning import Drop, cosines, drop_, dropping
 
 LAYERS = 4

@@ -10,7 +10,8 @@ import pytest
 import torch
 from tokenizers import pre_tokenizers
 
-from prunekit import checkpoint, gguf_reader
+from prunekit import checkpoint
+from prunekit.checkpoint import gguf_reader
 from prunekit.errors import PrunekitError
 
 TOKENS = [

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from prunekit import modeling
-from prunekit.architectures import SUBLAYERS, SUPPORTED, Architecture
+from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
+from prunekit.layouts import SUBLAYERS, SUPPORTED
 from prunekit.modeling import drop_blocks_, drop_sublayers_
 
 EVERY = (0, 1, 2, 3)

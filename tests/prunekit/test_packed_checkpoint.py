@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
 import prunekit as pk
-from prunekit import former_layouts, packed
+from prunekit import packed
+from prunekit.checkpoint import former_layouts
 from prunekit.errors import PrunekitError
 from prunekit.modeling import drop_blocks_, drop_sublayers_
 from prunekit.packed import PackedLinear, packed_layers

@@ -517,7 +517,7 @@ def test_rows_for_the_error_are_spread_over_all_batches():
 
 
 def _linear_refs(width, out):
-    from prunekit.architectures import WeightRef
+    from prunekit.weight_refs import WeightRef
 
     global collector_module
     collector_module = nn.Linear(width, out)

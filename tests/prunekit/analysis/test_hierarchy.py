@@ -10,9 +10,10 @@ import torch
 
 from prunekit.analysis.hierarchy import accumulated, layerwise
 from prunekit.analysis.spaces import METRICS
-from prunekit.architectures import SUBLAYERS, Architecture
+from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
 from prunekit.generation import Rollout
+from prunekit.layouts import SUBLAYERS
 from prunekit.modeling import drop_blocks_, drop_sublayers_
 
 ZERO = (

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, one_line
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 _LAYER_TENSORS = {
@@ -87,9 +87,8 @@ def read_gguf(
     except PrunekitError:
         raise
     except (ValueError, LookupError, OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise PrunekitError(
-            f"{path} couldn't be read as GGUF ({reason}): get the file again"
+            f"{path} couldn't be read as GGUF ({one_line(error)}): get the file again"
         ) from error
 
 

@@ -1,0 +1,35 @@
+"""Models without weights: what a configuration describes, for tensors to be put in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+
+from prunekit import modeling
+from prunekit.layouts import base_model_type
+from prunekit.packed_checkpoint import PACKED_FIELD
+
+
+def skeleton_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model of `config`'s class on the meta device."""
+    name = base_model_type(config)
+    own = isinstance(config, modeling.CONFIG_CLASSES[name])
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return (modeling.model_class(name) if own else modeling.stock_class(name))(config)
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def make_packed_config_(config: PretrainedConfig, packed: Mapping[str, Any]) -> None:
+    """Turn a configuration into that of a `prunekit_<base>` model with packed layers."""
+    setattr(config, PACKED_FIELD, packed)
+    vars(config).pop("model_type", None)
+    config.__class__ = modeling.CONFIG_CLASSES[base_model_type(config)]
+    for field in modeling.DROP_LISTS.values():
+        setattr(config, field, getattr(config, field, []))

@@ -1,0 +1,145 @@
+"""Write a model and its tokenizer into a folder, whole or not at all."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from prunekit import modeling
+from prunekit.architectures import Architecture
+from prunekit.atomic import replaced_folder
+from prunekit.checkpoint.former_layouts import LAYOUTS, former_state
+from prunekit.checkpoint.manifest import MANIFEST, write_manifest
+from prunekit.checkpoint.skeletons import make_packed_config_, skeleton_of
+from prunekit.errors import PrunekitError, one_line
+from prunekit.layouts import SUBLAYERS, base_model_type
+from prunekit.packed import packed_layers
+from prunekit.packed_checkpoint import dense_state, describe_packed, is_packed, packed_state
+from prunekit.progress import quiet_transformers
+
+FORMATS = ("auto", "dense", "zeroed", *LAYOUTS)
+
+
+def save(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: str | Path,
+    *,
+    format: str = "auto",
+    overwrite: bool = False,
+    report: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a model and its tokenizer into a folder that `load` reads, whole or not at all.
+
+    Args:
+        model: Stock, pruned or dropped.
+        tokenizer: Its tokenizer.
+        folder: Where to; its parents are created.
+        format: "auto" leaves dropped tensors out and keeps packed layers packed (see the table
+            above). "dense" writes packed layers as dense zeros, which takes the memory of the dense
+            model meanwhile. "zeroed" writes a stock, dense model that computes the same: dropped
+            sublayers return as zeros. "sparse-24-bitmask" and "sparse-bitmask" are layouts that
+            readers of compressed-tensors up to 0.9 know.
+        overwrite: Whether to replace a checkpoint that is there. It survives until the new one is
+            complete.
+        report: What the pruning run reported, JSON-serialisable, kept in prunekit.json.
+
+    Returns:
+        The folder.
+
+    Raises:
+        PrunekitError: Unknown format, or the folder is not empty or can't be written.
+    """
+    check_format(format)
+    arch = Architecture(model)
+    dropped = {
+        sublayer: [i for i in range(len(arch.layers)) if arch.is_dropped(i, sublayer)]
+        for sublayer in SUBLAYERS
+    }
+    replaceable = ("config.json", MANIFEST)
+    with (
+        replaced_folder(folder, overwrite=overwrite, replaceable=replaceable) as new,
+        quiet_transformers(),
+    ):
+        try:
+            if format == "zeroed" and any(dropped.values()):
+                _with_zeros(arch).save_pretrained(new)
+            elif format in LAYOUTS:
+                _write_former(arch, new, format)
+            elif not is_packed(model):
+                model.save_pretrained(new)
+            else:
+                _write_packed(model, new, packed=format == "auto")
+            tokenizer.save_pretrained(new)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise PrunekitError(f"{folder} can't be written: {one_line(error)}") from error
+        facts = {
+            "format": format,
+            "base_model_type": base_model_type(model.config),
+            "dropped": dropped,
+            "kept_blocks": arch.original_layers,
+            "packed": sorted({layer.format for _, layer in packed_layers(model)})
+            if format == "auto"
+            else [],
+            "report": report,
+        }
+        write_manifest(new, facts)
+    return Path(folder)
+
+
+def check_format(format: str) -> None:
+    """Raise a PrunekitError unless `format` is one that `save` writes."""
+    if format not in FORMATS:
+        raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+
+
+def _write_packed(model: PreTrainedModel, folder: Path, *, packed: bool) -> None:
+    """Write a model with packed layers, as they are or dense."""
+    config = copy.deepcopy(model.config)
+    if packed:
+        make_packed_config_(config, describe_packed(model))
+    _write(model, config, packed_state(model) if packed else dense_state(model), folder)
+
+
+def _write_former(arch: Architecture, folder: Path, layout: str) -> None:
+    """Write a model in a layout of `former_layouts`."""
+    config = copy.deepcopy(arch.model.config)
+    state, quantization = former_state(arch, layout)
+    config.quantization_config = quantization
+    _write(arch.model, config, state, folder)
+
+
+def _write(
+    model: PreTrainedModel, config: PretrainedConfig, state: dict[str, Tensor], folder: Path
+) -> None:
+    """Write `state` as a model of `config`'s class."""
+    skeleton = skeleton_of(config, model.dtype)  # what is written says its type
+    skeleton.generation_config = model.generation_config
+    skeleton.save_pretrained(folder, state_dict=state)
+
+
+def _with_zeros(arch: Architecture) -> PreTrainedModel:
+    """A stock model that shares `arch`'s tensors; its dropped sublayers are zeros, norms ones."""
+    name = base_model_type(arch.model.config)
+    config = copy.deepcopy(arch.model.config)
+    for field in modeling.DROP_LISTS.values():
+        delattr(config, field)
+    config.__class__ = CONFIG_MAPPING[name]
+    with torch.device("meta"):
+        skeleton = modeling.stock_class(name)(config)
+    state = dense_state(arch.model)
+    for path, tensor in skeleton.state_dict().items():
+        if path not in state:
+            owner = type(skeleton.get_submodule(path.rpartition(".")[0])).__name__
+            fill = torch.ones if owner.endswith("Norm") and path.endswith("weight") else torch.zeros
+            state[path] = fill(tensor.shape, dtype=arch.model.dtype)
+    model: PreTrainedModel = type(skeleton).from_pretrained(None, config=config, state_dict=state)
+    return model
