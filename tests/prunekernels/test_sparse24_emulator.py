@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prunekernels.sparse.format24 import line_blocks, sparse24_pack
+from prunekernels.sparse.format24 import sparse24_pack
+from prunekernels.sparse.layout24 import line_blocks
 
 _spec = importlib.util.spec_from_file_location(
     "ptx_emulation", Path(__file__).with_name("ptx_emulation.py")

@@ -6,13 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunekernels.sparse.format24 import (
-    Sparse24,
-    packed_shape,
-    sparse24_cat,
-    sparse24_pack,
-    sparse24_split,
-)
+from prunekernels.sparse import expand24
+from prunekernels.sparse.format24 import Sparse24, sparse24_cat, sparse24_pack, sparse24_split
+from prunekernels.sparse.layout24 import packed_shape
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 INTEGERS = {2: torch.int16, 4: torch.int32}
@@ -92,7 +88,10 @@ def test_large_weights_go_through_in_chunks(monkeypatch, dtype):
     whole = sparse24_pack(weight)
     monkeypatch.setattr("prunekernels.sparse.format24._CHUNK_ELEMENTS", 1)
     assert torch.equal(sparse24_pack(weight).packed, whole.packed)
-    assert torch.equal(as_bits(whole.to_dense()), without_negative_zero(weight))
+    for lines in (1, 3, 4, 7):
+        monkeypatch.setattr(expand24, "_CHUNK", 16 * 320 * lines)
+        monkeypatch.setattr(expand24, "_LINES", 1)
+        assert torch.equal(as_bits(whole.to_dense()), without_negative_zero(weight))
     weight[99, 0:3] = 1.0
     with pytest.raises(ValueError, match="row 99"):
         sparse24_pack(weight)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from products import assert_as_good_as_eager
+from prunekernels.sparse import expand24
 from prunekernels.sparse.format24 import Sparse24, sparse24_pack
 from prunekernels.sparse.linear24 import ACTIVATIONS, sparse24_gate_up, sparse24_linear
 
@@ -44,6 +45,25 @@ def test_gate_up_values(dtype, tokens, rows, columns):
     eager = F.silu(F.linear(x, gate)) * F.linear(x, up)
     got = sparse24_gate_up(x, sparse24_pack(gate), sparse24_pack(up))
     assert_as_good_as_eager(got, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [96, 103])
+def test_a_cpu_multiplies_some_lines_at_a_time(monkeypatch, dtype, rows):
+    weight, bias = two_of_four(rows, 330, dtype), torch.randn(rows).to(dtype)
+    packed, expanded, real = sparse24_pack(weight), [], expand24._expand
+    monkeypatch.setattr(expand24, "_CHUNK", 16 * 384 * 3)
+    monkeypatch.setattr(expand24, "_LINES", 1)
+    monkeypatch.setattr(
+        expand24, "_expand", lambda words, *rest: (expanded.append(len(words)), real(words, *rest))
+    )
+    for tokens in (0, 1, 5):
+        x = torch.randn(tokens, 330).to(dtype)
+        got = sparse24_linear(x, packed, bias)
+        assert expanded == ([3, 3] if rows == 96 else [3, 3, 1])
+        exact = F.linear(x.double(), weight.double(), bias.double())
+        assert_as_good_as_eager(got, F.linear(x, weight, bias), exact)
+        expanded.clear()
 
 
 def test_leading_dimensions_and_strides():

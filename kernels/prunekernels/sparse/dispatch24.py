@@ -11,7 +11,8 @@ from torch import Tensor
 
 from prunekernels.runtime import interpreting, triton_installed
 from prunekernels.sparse.dispatch import Dispatch, Expected
-from prunekernels.sparse.format24 import Sparse24, sparse24_unpack
+from prunekernels.sparse.expand24 import sparse24_unpack
+from prunekernels.sparse.format24 import Sparse24
 from prunekernels.tuning import sparse24_order
 
 DISPATCH = Dispatch(

@@ -1,24 +1,4 @@
-"""The packed 2:4 format: one copy of a weight that serves every architecture and batch size.
-
-A weight has N rows (outputs) and K columns (inputs); each group of four columns holds at most two
-non-zeros. Rows are padded to 16, columns to 64. The buffer holds one line per 16 rows: first the
-*units* of 256 columns, then what is left as *tails* of 64 columns. In 32-bit words, where V is the
-number of words that hold the two kept values of a group (16-bit values: 1, 32-bit values: 2):
-
-    unit  8 steps × V planes × 32 lanes × 4 value words, then 32 lanes × 4 metadata words
-    tail  2 steps × V planes × 32 lanes × 4 value words, then 32 lanes × 1 metadata word
-
-A step is 32 columns = 8 groups, in the order one `mma.sp.m16n8k32` reads. For lane = 4·g + t:
-value word 0 is row g, group t; word 1 is row g + 8; words 2 and 3 are the same rows, group t + 4.
-16-bit values stand two in a word, the first kept one in the low half; of 32-bit values plane 0
-holds the first kept ones and plane 1 the second. Metadata word j of lanes t = 0, 1 belongs to step
-2j and of lanes t = 2, 3 to step 2j + 1; its low half is row g, groups 4·(t mod 2) .. + 3, a nibble
-each (index of the first kept value | index of the second << 2), its high half row g + 8.
-
-Groups with fewer than two non-zeros keep explicit zeros. −0.0 is stored as 0.0; every other value,
-NaN included, comes back bit for bit. Size: 9/16 of a 16-bit weight, 17/32 of a 32-bit one.
-Source: PTX ISA, "Matrix fragments for sparse mma.m16n8k32 with .f16 and .bf16 types".
-"""
+"""A weight in the packed 2:4 format of `layout24`: packing, stacking, unpacking, storing."""
 
 from __future__ import annotations
 
@@ -28,45 +8,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VERSION = 1
-ROWS = 16
-STEP_K = 32
-UNIT_K, UNIT_STEPS = 256, 8
-TAIL_K, TAIL_STEPS = 64, 2
-
-#: Value types and their numbers in a stored header. 8- and 4-bit values take numbers from 3.
-VALUE_CODES: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-_VALUE_NAMES = "bfloat16, float16 or float32"
+from prunekernels.sparse.expand24 import sparse24_unpack
+from prunekernels.sparse.layout24 import (
+    ROWS,
+    TAIL_K,
+    TAIL_STEPS,
+    UNIT_K,
+    UNIT_STEPS,
+    VALUE_CODES,
+    VALUE_NAMES,
+    VERSION,
+    bits_type,
+    block_words,
+    line_blocks,
+    packed_shape,
+)
 
 # Elements handled at once: temporaries stay in cache, and small beside the weight.
 _CHUNK_ELEMENTS = 1 << 18
 
 
-def line_blocks(out_features: int, in_features: int) -> tuple[int, int, int]:
-    """Lines of 16 rows, and units and tails in each line, of a packed (N, K) weight."""
-    padded = -(-in_features // TAIL_K) * TAIL_K
-    return -(-out_features // ROWS), padded // UNIT_K, padded % UNIT_K // TAIL_K
-
-
-def value_words(dtype: torch.dtype) -> int:
-    """V: 32-bit words that hold the two kept values of a group."""
-    return dtype.itemsize // 2
-
-
-def block_words(steps: int, dtype: torch.dtype) -> int:
-    """32-bit words of a unit (8 steps) or a tail (2 steps): values and metadata."""
-    return steps * (128 * value_words(dtype) + 16)
-
-
-def packed_shape(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, int]:
-    """Shape of the int32 buffer that holds a packed (N, K) weight with values of `dtype`."""
-    lines, units, tails = line_blocks(out_features, in_features)
-    return lines, units * block_words(UNIT_STEPS, dtype) + tails * block_words(TAIL_STEPS, dtype)
-
-
 @dataclass(frozen=True, eq=False)
 class Sparse24:
-    """A 2:4 weight in the packed format of this module.
+    """A 2:4 weight in the packed format of `layout24`.
 
     Attributes:
         packed: The buffer, int32, shape `packed_shape(*shape, dtype)`, contiguous.
@@ -87,7 +51,7 @@ class Sparse24:
                 " upgrade prunekernels or pack the weight again"
             )
         if self.dtype not in VALUE_CODES:
-            raise ValueError(f"packed 2:4 values must be {_VALUE_NAMES}, not {self.dtype}")
+            raise ValueError(f"packed 2:4 values must be {VALUE_NAMES}, not {self.dtype}")
         wanted = packed_shape(*self.shape, self.dtype)
         if self.packed.dtype != torch.int32 or tuple(self.packed.shape) != wanted:
             raise ValueError(
@@ -120,7 +84,7 @@ class Sparse24:
             moved = Sparse24(self.packed.to(device), self.shape, self.dtype, self.version)
         if dtype is not None and dtype != self.dtype:
             if dtype not in VALUE_CODES:
-                raise ValueError(f"packed 2:4 values must be {_VALUE_NAMES}, not {dtype}")
+                raise ValueError(f"packed 2:4 values must be {VALUE_NAMES}, not {dtype}")
             moved = sparse24_pack(moved.to_dense().to(dtype))
         return moved
 
@@ -185,7 +149,7 @@ def sparse24_pack(weight: Tensor) -> Sparse24:
         )
     if weight.dtype not in VALUE_CODES:
         raise ValueError(
-            f"sparse24_pack takes {_VALUE_NAMES} values, not {weight.dtype}: convert the weight "
+            f"sparse24_pack takes {VALUE_NAMES} values, not {weight.dtype}: convert the weight "
             "first, for example weight.to(torch.bfloat16)"
         )
     weight = weight.detach()
@@ -257,34 +221,6 @@ def sparse24_split(weight: Sparse24, rows: Sequence[int]) -> list[Sparse24]:
     ]
 
 
-def sparse24_unpack(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense (rows, columns) weight held by a packed buffer.
-
-    Args:
-        packed: int32, shape `packed_shape(rows, columns, dtype)`.
-        rows: N.
-        columns: K.
-        dtype: Type of the values.
-
-    Returns:
-        A new contiguous tensor, on the buffer's device.
-    """
-    lines, units, tails = line_blocks(rows, columns)
-    dense = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    split, middle = units * UNIT_K, units * block_words(UNIT_STEPS, dtype)
-    per_chunk = max(1, _CHUNK_ELEMENTS // (ROWS * columns))
-    for first in range(0, lines, per_chunk):
-        last = min(first + per_chunk, lines)
-        part = packed[first:last]
-        full = _expand(part[:, :middle], units, UNIT_STEPS, dtype)
-        rest = _expand(part[:, middle:], tails, TAIL_STEPS, dtype)
-        target = dense[first * ROWS : last * ROWS].view(_bits(dtype))
-        count = target.shape[0]
-        target[:, :split] = full[:count, : min(split, columns)]
-        target[:, split:] = rest[:count, : max(columns - split, 0)]
-    return dense
-
-
 def _check_pattern(weight: Tensor, first_row: int) -> None:
     """Raise for the first group of four columns that holds three or four non-zeros."""
     missing = -weight.shape[1] % 4
@@ -300,11 +236,6 @@ def _check_pattern(weight: Tensor, first_row: int) -> None:
         )
 
 
-def _bits(dtype: torch.dtype) -> torch.dtype:
-    """The integer type as wide as a value."""
-    return torch.int16 if dtype.itemsize == 2 else torch.int32
-
-
 def _select(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Value words (rows, V, groups) and index nibbles (rows, groups), int32, of a padded weight."""
     columns = weight.view(weight.shape[0], -1, 4).permute(2, 0, 1).contiguous()
@@ -315,7 +246,7 @@ def _select(weight: Tensor) -> tuple[Tensor, Tensor]:
     upper = u2 | u3
     first_is_1, first_is_2 = u1 & upper & ~u0, upper & ~u1 & ~u0
     second_is_2 = u2 & ~u3 & (u0 | u1)
-    bits = _bits(weight.dtype)
+    bits = bits_type(weight.dtype)
     a, b, c, d = columns.view(bits)
     low = (a & _mask(u0, bits)) | (b & _mask(first_is_1, bits)) | (c & _mask(first_is_2 & u2, bits))
     high = (b & _mask(u1 & ~upper, bits)) | (c & _mask(second_is_2, bits)) | (d & _mask(u3, bits))
@@ -350,42 +281,3 @@ def _interleave(words: Tensor, nibbles: Tensor, steps: int) -> Tensor:
     count = steps * per_group * 128
     parts = values.reshape(lines, blocks, count), meta.reshape(lines, blocks, steps * 16)
     return torch.cat(parts, 2).reshape(lines, blocks * (count + steps * 16))
-
-
-def _expand(part: Tensor, blocks: int, steps: int, dtype: torch.dtype) -> Tensor:
-    """Bits of the dense values (16·lines, 32·steps·blocks): inverse of `_interleave`."""
-    lines, per_group = part.shape[0], value_words(dtype)
-    count = steps * per_group * 128
-    part = part.reshape(lines, blocks, count + steps * 16)
-    # (t, high, line, g, block, step, upper): the nibbles of a metadata word then are far apart,
-    # and every shift below is by one number
-    words = part[..., :count].reshape(lines, blocks, steps, per_group, 8, 4, 2, 2)
-    words = words.permute(3, 5, 7, 0, 4, 1, 2, 6).contiguous()
-    meta = part[..., count:].reshape(lines, blocks, 8, 2, 2, steps // 2)
-    meta = meta.permute(0, 2, 1, 5, 3, 4).reshape(words.shape[3:])
-    shifts = [[16 * high + 4 * t for high in range(2)] for t in range(4)]
-    nibbles = torch.stack([torch.stack([meta >> s for s in pair]) for pair in shifts])
-    dense = _place_16(words[0], nibbles) if per_group == 1 else _place_32(words, nibbles)
-    dense = dense.permute(2, 1, 3, 4, 5, 6, 0, 7).reshape(lines * ROWS, -1)
-    return dense.view(_bits(dtype))
-
-
-def _place_16(words: Tensor, nibbles: Tensor) -> Tensor:
-    """Groups (..., 1) of four 16-bit values as one 64-bit word."""
-    dense = (words & 0xFFFF).to(torch.int64) << ((nibbles & 3) << 4).to(torch.int64)
-    dense |= ((words >> 16) & 0xFFFF).to(torch.int64) << ((nibbles & 12) << 2).to(torch.int64)
-    return dense[..., None]
-
-
-def _place_32(words: Tensor, nibbles: Tensor) -> Tensor:
-    """Groups (..., 4) of four 32-bit values."""
-    low, high = words
-    first, second = nibbles & 3, (nibbles >> 2) & 3
-    dense = torch.empty((*low.shape, 4), dtype=torch.int32, device=low.device)
-    # the first kept value is never in column 3, the second never in column 0
-    dense[..., 0] = low & _mask(first == 0, torch.int32)
-    for column in (1, 2):
-        kept = low & _mask(first == column, torch.int32)
-        dense[..., column] = kept | (high & _mask(second == column, torch.int32))
-    dense[..., 3] = high & _mask(second == 3, torch.int32)
-    return dense

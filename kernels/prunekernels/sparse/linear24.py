@@ -1,8 +1,8 @@
 """y = activation(x·Wᵀ + bias) with W packed 2:4, and the fused pair SiLU(x·Wgᵀ)·(x·Wuᵀ).
 
-The eager implementation expands the weight for the duration of the call and uses the dense matrix
-multiplication: on a GPU that is also the path for many tokens. Kernels that read the packed buffer
-are chosen by `dispatch24.DISPATCH`.
+The eager implementation expands the weight for the duration of the call, on a CPU piece by piece,
+and uses the dense matrix multiplication: on a GPU that is also the path for many tokens. Kernels
+that read the packed buffer are chosen by `dispatch24.DISPATCH`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunekernels.sparse.dispatch24 import DISPATCH, expand
-from prunekernels.sparse.format24 import Sparse24, packed_shape
+from prunekernels.sparse.expand24 import product
+from prunekernels.sparse.format24 import Sparse24
 from prunekernels.sparse.layer import (
     ACTIVATIONS,
     check_epilogue,
@@ -22,6 +23,7 @@ from prunekernels.sparse.layer import (
     gradients,
     slope,
 )
+from prunekernels.sparse.layout24 import packed_shape
 
 
 def sparse24_linear(
@@ -110,8 +112,7 @@ def _linear_op(
     flat = x.reshape(-1, columns)
     choice = DISPATCH.select(flat, rows, impl)
     if choice.name == "eager" or flat.shape[0] == 0:
-        z = F.linear(flat, expand(packed, rows, columns, x.dtype), bias)
-        y = ACTIVATIONS[activation](z)
+        y = ACTIVATIONS[activation](_dense_product(flat, packed, rows, bias))
     else:
         parts = flat, packed, None, rows, bias, activation
         y = DISPATCH.call(choice.name, "forward", flat.device, *parts)
@@ -154,8 +155,8 @@ def _gate_up_op(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, im
     choice = DISPATCH.select(flat, rows, impl)
     if choice.name == "eager" or flat.shape[0] == 0:
         # one dense weight at a time
-        y = F.silu(F.linear(flat, expand(gate, rows, columns, x.dtype)))
-        y = y * F.linear(flat, expand(up, rows, columns, x.dtype))
+        y = F.silu(_dense_product(flat, gate, rows, None))
+        y = y * _dense_product(flat, up, rows, None)
     else:
         parts = flat, gate, up, rows, None, "silu"
         y = DISPATCH.call(choice.name, "forward", flat.device, *parts)
@@ -185,6 +186,13 @@ def _gate_up_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 _gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)
+
+
+def _dense_product(x: Tensor, packed: Tensor, rows: int, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b with the weight expanded: at once on a GPU, piece by piece on a CPU."""
+    if x.device.type == "cpu":
+        return product(x, packed, rows, bias)
+    return F.linear(x, expand(packed, rows, x.shape[1], x.dtype), bias)
 
 
 def _check_buffer(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> None:

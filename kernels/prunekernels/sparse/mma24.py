@@ -10,7 +10,7 @@ last to arrive adds the parts in their fixed order, so results are bitwise repea
 
 Triton has no sparse `dot`. Here one inline-assembly call is one instruction: the layout's last
 dimension is the four accumulators of a lane, and all operands have four registers per lane.
-Format: `format24`. Instruction: PTX ISA, `mma.sp::ordered_metadata.m16n8k32`.
+Format: `layout24`. Instruction: PTX ISA, `mma.sp::ordered_metadata.m16n8k32`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -30,9 +30,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
-from prunekernels.sparse.format24 import ROWS, line_blocks, sparse24_pack, sparse24_unpack
+from prunekernels.sparse.expand24 import sparse24_unpack
+from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.sparse.fragments import finish, x_layout
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
+from prunekernels.sparse.layout24 import ROWS, line_blocks
 from prunekernels.tuning import MmaConfig, sparse24_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.

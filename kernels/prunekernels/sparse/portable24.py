@@ -4,7 +4,7 @@
 
 One program makes BLOCK_M tokens × BLOCK_N rows and walks all of K in blocks of 64 columns, in
 order, so results are bitwise repeatable. Runs on every GPU that Triton supports and in the
-interpreter. Format: `format24`.
+interpreter. Format: `layout24`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -21,7 +21,7 @@ from torch import Tensor
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.epilogue import activate, operand
-from prunekernels.sparse.format24 import line_blocks, value_words
+from prunekernels.sparse.layout24 import line_blocks, value_words
 from prunekernels.tuning import PortableConfig, sparse24_portable
 
 

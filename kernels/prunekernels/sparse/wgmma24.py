@@ -8,7 +8,7 @@ where the instruction reads it through a descriptor. Triton gives no shared-memo
 inline assembly names the symbol `global_smem`: the ring must be the program's first allocation.
 It has not run on a GPU: the machine code is checked and emulated, the numerics are not proven.
 Hence `impl="auto"` never takes it: it runs when asked for by name, after the self-test.
-Format: `format24`. Instruction: PTX ISA, `wgmma.mma_async.sp`, A in registers.
+Format: `layout24`. Instruction: PTX ISA, `wgmma.mma_async.sp`, A in registers.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -26,9 +26,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from prunekernels.compilation import KernelCase
 from prunekernels.gluon_compat import barrier
-from prunekernels.sparse.format24 import ROWS, line_blocks, sparse24_pack
+from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.sparse.fragments import finish
 from prunekernels.sparse.launching import difference
+from prunekernels.sparse.layout24 import ROWS, line_blocks
 
 #: Compute capabilities that have the instruction.
 CAPABILITIES = ((9, 0),)
