@@ -16,9 +16,11 @@ import torch
 from prunekernels import (
     BitmapSparse,
     Sparse24,
+    bitmap_cat,
     bitmap_expected,
     bitmap_linear,
     bitmap_pack,
+    bitmap_split,
     sparse24_cat,
     sparse24_expected,
     sparse24_gate_up,
@@ -72,7 +74,7 @@ class Format:
         expected: (tokens, weight) -> expected speed-up over dense, implementation, reason.
         cat: Stacks weights along their rows; `split` undoes it. `row_multiple` is what the rows of
             all but the last must be multiples of. None: projections can't be merged.
-        gate_up: SiLU(x·Wgᵀ)·(x·Wuᵀ) in one kernel, or None.
+        gate_up: SiLU(x·Wgᵀ)·(x·Wuᵀ) in one kernel; None: gate and up are merged like projections.
     """
 
     name: str
@@ -118,6 +120,9 @@ FORMATS: dict[str, Format] = {
         BitmapSparse.from_state_dict,
         bitmap_linear,
         bitmap_expected,
+        cat=bitmap_cat,
+        split=bitmap_split,
+        row_multiple=16,
     ),
 }
 

@@ -314,20 +314,28 @@ def merge_(model: PreTrainedModel) -> dict[str, str]:
     fused: dict[str, str] = {}
     for index in range(len(arch.layers)):
         for names in list(arch.shared_projections(index)):
-            parts: list[Any] = [model.get_submodule(name) for name in names]
-            if _mergeable(parts):
-                owner = MergedLinear(parts).train(parts[0].training)
-                _replace_(model, names[0], owner)
-                for place, name in enumerate(names[1:], start=1):
-                    _replace_(model, name, MergedPart(owner, place))
-                fused |= dict.fromkeys(names, "+".join(n.rpartition(".")[2] for n in names))
+            fused |= _merge_(model, names)
         for path in list(arch.silu_mlps(index)):
             mlp: Any = model.get_submodule(path)
+            both = (f"{path}.gate_proj", f"{path}.up_proj")
             if _fusable(mlp):
                 _replace_(model, path, FusedGatedMLP(mlp).train(mlp.training))
-                both = (f"{path}.gate_proj", f"{path}.up_proj")
                 fused |= dict.fromkeys(both, "gate_proj+up_proj")
+            elif not isinstance(mlp, FusedGatedMLP):
+                fused |= _merge_(model, both)
     return fused
+
+
+def _merge_(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+    """Compute these projections of one input together, if they fit; what `merge_` returns."""
+    parts: list[Any] = [model.get_submodule(name) for name in names]
+    if not _mergeable(parts):
+        return {}
+    owner = MergedLinear(parts).train(parts[0].training)
+    _replace_(model, names[0], owner)
+    for place, name in enumerate(names[1:], start=1):
+        _replace_(model, name, MergedPart(owner, place))
+    return dict.fromkeys(names, "+".join(name.rpartition(".")[2] for name in names))
 
 
 def _mergeable(parts: Sequence[Any]) -> bool:

@@ -9,7 +9,9 @@ import warnings
 
 import pytest
 import torch
+from prunekernels.runtime import Choice
 from prunekernels.sparse import dispatch
+from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.linear_bitmap import DISPATCH
 from prunekernels.tuning import bitmap_mma, bitmap_order, bitmap_portable, bitmap_splits
 
@@ -91,6 +93,15 @@ def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so(monkeypatch):
     (row,) = DISPATCH.describe()
     assert row["op"] == "bitmap_linear" and row["impl"] == "eager"
     assert "not faster" in row["reason"]
+
+
+def test_without_the_tensor_cores_a_layer_is_expected_to_be_slower(monkeypatch):
+    w = bitmap_pack(torch.zeros(64, 64, dtype=torch.bfloat16))
+    for impl, faster in (("mma", True), ("triton", False), ("eager", False)):
+        choice = Choice(impl, "as on a GPU")
+        monkeypatch.setattr(dispatch.Dispatch, "select", lambda *_, choice=choice: choice)
+        speedup, chosen, reason = DISPATCH.expected(1, w)
+        assert (chosen, reason) == choice and (speedup > 1) == faster
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 4096])

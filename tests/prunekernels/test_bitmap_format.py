@@ -6,7 +6,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prunekernels.sparse.format_bitmap import BitmapSparse, bitmap_pack
+from prunekernels.sparse.format_bitmap import (
+    BitmapSparse,
+    bitmap_cat,
+    bitmap_pack,
+    bitmap_split,
+)
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 SPARSITIES = [0.0, 0.01, 0.3, 0.5, 0.6, 0.7, 0.9, 0.99, 0.999, 1.0]
@@ -143,6 +148,36 @@ def test_loads_of_a_warp_meet_few_banks_twice(sparsity, most):
     cost = wanted.view(-1, 32, 32).sum(1).amax(1).clamp_min(1).double().mean()
     print(f"{sparsity:.0%} zeros: {cost:.2f} passes for each load")
     assert cost <= most
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stacked_weights_equal_packing_the_stacked_dense(dtype):
+    # one part is empty, and tiles are filled up at the seams
+    sparsities = {32: 0.5, 16: 1.0, 48: 0.0, 21: 0.9}
+    parts = [sparse_bits(rows, 100, sparsity, dtype) for rows, sparsity in sparsities.items()]
+    stacked = bitmap_cat([bitmap_pack(part) for part in parts])
+    whole = bitmap_pack(torch.cat(parts))
+    assert stacked.shape == (117, 100)
+    assert torch.equal(stacked.bitmap, whole.bitmap) and torch.equal(stacked.starts, whole.starts)
+    kind = integers(dtype)
+    assert torch.equal(stacked.values.view(kind), whole.values.view(kind))
+    for part, dense in zip(bitmap_split(stacked, list(sparsities)), parts, strict=True):
+        assert_exact(part, dense)
+        BitmapSparse.from_state_dict(part.state_dict())
+        assert (
+            part.values.untyped_storage().data_ptr() == stacked.values.untyped_storage().data_ptr()
+        )
+    for wrong in ([32, 16, 48], [30, 87]):
+        with pytest.raises(ValueError, match="117 rows"):
+            bitmap_split(stacked, wrong)
+    a, b = bitmap_pack(parts[0]), bitmap_pack(parts[3])
+    with pytest.raises(ValueError, match="multiple of 16 rows, not 21"):
+        bitmap_cat([b, a])
+    other = torch.float16 if dtype != torch.float16 else torch.bfloat16
+    with pytest.raises(ValueError, match="pack them alike"):
+        bitmap_cat([a, b.to(dtype=other)])
+    with pytest.raises(ValueError, match="at least one"):
+        bitmap_cat([])
 
 
 def test_large_weights_go_through_in_chunks(monkeypatch):

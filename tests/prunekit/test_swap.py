@@ -68,6 +68,13 @@ def test_other_sparsities_are_packed_as_a_bitmap(tiny, token_ids, name):
     assert [r.name for r in report.left_dense] == ["lm_head"]
     assert report.bytes < 0.6 * report.dense_bytes
     assert_close(logits(model, token_ids), want)
+    fused = {r.fused for r in report.swapped} - {""}
+    llama = {"q_proj+k_proj+v_proj", "gate_proj+up_proj"}
+    assert fused == (llama if name == "llama" else set())
+    # packed as layers of their own, they compute the same as stacked ones
+    apart = {n: layer.weight.to_dense() for n, layer in packed_layers(model)}
+    assert apart.keys() == {r.name for r in report.swapped}
+    assert all(torch.equal(apart[n], before[n + ".weight"]) for n in apart if name == "llama")
     half = copy.deepcopy(model).to(torch.bfloat16)
     assert {layer.weight.dtype for _, layer in packed_layers(half)} == {torch.bfloat16}
     assert half(token_ids).logits.isfinite().all()
@@ -262,6 +269,8 @@ def test_small_and_wide_layers_gain_what_bytes_predict():
     assert 1 < small < 1.1 < 1.5 < large < 16 / 9
     half, seventy = speedup("mma", 1, 14336 * 4096), speedup("mma", 1, 14336 * 4096, 0.725)
     assert 1.2 < half < 1.4 < 1.6 < seventy < 2.0
+    # without the tensor cores a bitmap takes more instructions than the dense layer has time for
+    assert packed_speedup("triton", 1, 2 * 4096 * 4096, 9 * 4096 * 512, "bitmap") < 1
     assert speedup("eager", 1, 4096 * 4096) < 0.5
     assert speedup("eager", 4096, 4096 * 4096) < 1
 

@@ -122,7 +122,8 @@ class Dispatch:
         x = torch.empty((tokens, columns), dtype=w.dtype, device=w.device)
         choice = self.select(x, rows)
         dense = rows * columns * w.dtype.itemsize
-        return Expected(packed_speedup(choice.name, tokens, dense, w.nbytes), *choice)
+        speedup = packed_speedup(choice.name, tokens, dense, w.nbytes, self.what)
+        return Expected(speedup, *choice)
 
     def describe(self) -> list[dict[str, str]]:
         """What `auto` runs here for one token and for many, and why (runs the self-test)."""

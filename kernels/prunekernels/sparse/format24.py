@@ -23,6 +23,7 @@ from prunekernels.sparse.layout24 import (
     line_blocks,
     packed_shape,
 )
+from prunekernels.sparse.stacking import split_lines, stacked_rows
 
 # Elements handled at once: temporaries stay in cache, and small beside the weight.
 _CHUNK_ELEMENTS = 1 << 18
@@ -187,19 +188,7 @@ def sparse24_cat(weights: Sequence[Sparse24]) -> Sparse24:
     Raises:
         ValueError: If there are none, or they do not fit together.
     """
-    if not weights:
-        raise ValueError("sparse24_cat needs at least one packed weight")
-    first = weights[0]
-    for w in weights:
-        if (w.shape[1], w.dtype, w.device) != (first.shape[1], first.dtype, first.device):
-            raise ValueError(f"sparse24_cat: {w} does not fit {first}; pack them alike")
-    for w in weights[:-1]:
-        if w.shape[0] % ROWS:
-            raise ValueError(
-                f"sparse24_cat: all but the last weight need a multiple of {ROWS} rows, not "
-                f"{w.shape[0]}; concatenate the dense weights and pack the result"
-            )
-    rows = sum(w.shape[0] for w in weights)
+    rows, first = stacked_rows("sparse24_cat", weights), weights[0]
     return Sparse24(torch.cat([w.packed for w in weights]), (rows, first.shape[1]), first.dtype)
 
 
@@ -209,12 +198,7 @@ def sparse24_split(weight: Sparse24, rows: Sequence[int]) -> list[Sparse24]:
     Raises:
         ValueError: If the rows don't add up, or a part but the last is no multiple of 16.
     """
-    if sum(rows) != weight.shape[0] or any(count % ROWS for count in rows[:-1]):
-        raise ValueError(
-            f"sparse24_split: {list(rows)} are not parts of {weight.shape[0]} rows, all but the "
-            f"last multiples of {ROWS}"
-        )
-    lines = [-(-count // ROWS) for count in rows]
+    lines = split_lines("sparse24_split", weight.shape[0], rows)
     return [
         Sparse24(part, (count, weight.shape[1]), weight.dtype, weight.version)
         for part, count in zip(torch.split(weight.packed, lines), rows, strict=True)

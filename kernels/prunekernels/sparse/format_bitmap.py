@@ -19,14 +19,16 @@ Source: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from prunekernels.sparse.stacking import ROWS, split_lines, stacked_rows
+
 VERSION = 1
-ROWS, BLOCK_K, TILE = 16, 64, 1024
+BLOCK_K, TILE = 64, 1024
 UNIT = 8
 
 #: Value types and their numbers in a stored header.
@@ -236,12 +238,7 @@ def bitmap_pack(weight: Tensor) -> BitmapSparse:
         values.append(torch.nn.functional.pad(elements, (0, UNIT - 1))[chosen])
         units.append((counts + _filling(counts)) // UNIT)
     ends = torch.cat(units).cumsum(0)
-    if int(ends[-1]) >= 2**31:
-        raise ValueError(
-            f"bitmap_pack holds at most {2**31 * UNIT} non-zeros, not {UNIT * int(ends[-1])}: "
-            "split the weight by rows"
-        )
-    starts = torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
+    starts = _as_starts("bitmap_pack", ends, int(ends[-1]))
     return BitmapSparse(bitmap, starts, torch.cat(values), (rows, columns))
 
 
@@ -281,6 +278,60 @@ def bitmap_unpack(
         pairs = pairs.permute(0, 6, 3, 1, 2, 5, 4).reshape(-1, blocks * BLOCK_K // 2)
         target.copy_(pairs.view(values.dtype)[: target.shape[0], :columns])
     return dense
+
+
+def bitmap_cat(weights: Sequence[BitmapSparse]) -> BitmapSparse:
+    """Stack packed weights along their rows, as for merged query, key and value projections.
+
+    Equivalent to packing `torch.cat([w.to_dense() for w in weights])`, without unpacking.
+
+    Args:
+        weights: Packed weights with the same columns, value type and device; the rows of all but
+            the last are multiples of 16.
+
+    Returns:
+        The packed weight of all rows, in new tensors.
+
+    Raises:
+        ValueError: If there are none, they do not fit together, or hold too many non-zeros.
+    """
+    rows, first = stacked_rows("bitmap_cat", weights), weights[0]
+    before, ends = 0, []
+    for w in weights:
+        ends.append(w.starts[1:].long() + before)
+        before += w.values.shape[0] // UNIT
+    starts = _as_starts("bitmap_cat", torch.cat(ends), before)
+    bitmap, values = (torch.cat([getattr(w, n) for w in weights]) for n in ("bitmap", "values"))
+    return BitmapSparse(bitmap, starts, values, (rows, first.shape[1]), first.version)
+
+
+def bitmap_split(weight: BitmapSparse, rows: Sequence[int]) -> list[BitmapSparse]:
+    """Undo `bitmap_cat`: the lines that hold `rows[0]`, `rows[1]`, … rows; only `starts` is copied.
+
+    Raises:
+        ValueError: If the rows don't add up, or a part but the last is no multiple of 16.
+    """
+    lines = split_lines("bitmap_split", weight.shape[0], rows)
+    parts, line = [], 0
+    blocks = weight.bitmap.shape[1]
+    for bitmap, count in zip(torch.split(weight.bitmap, lines), rows, strict=True):
+        starts = weight.starts[line * blocks : (line + len(bitmap)) * blocks + 1]
+        begin, end = (int(starts[i]) for i in (0, -1))
+        values = weight.values[begin * UNIT : end * UNIT]
+        shape = (count, weight.shape[1])
+        parts.append(BitmapSparse(bitmap, starts - begin, values, shape, weight.version))
+        line += len(bitmap)
+    return parts
+
+
+def _as_starts(op: str, ends: Tensor, units: int) -> Tensor:
+    """`starts` of tiles that end at these units, the last of them at `units`."""
+    if units >= 2**31:
+        raise ValueError(
+            f"{op} holds at most {2**31 * UNIT} non-zeros, not {UNIT * units}: split the weight by "
+            "rows"
+        )
+    return torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
 
 
 def _names() -> str:

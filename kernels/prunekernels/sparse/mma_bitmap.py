@@ -31,9 +31,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
-from prunekernels.sparse.format_bitmap import ROWS, bitmap_pack, line_blocks
+from prunekernels.sparse.format_bitmap import bitmap_pack, line_blocks
 from prunekernels.sparse.fragments import axis, finish, x_layout
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
+from prunekernels.sparse.stacking import ROWS
 from prunekernels.tuning import BitmapMmaConfig, bitmap_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
