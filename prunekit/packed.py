@@ -71,6 +71,7 @@ class Format:
         rebuild: The weight from the tensors of its `state_dict`, shape and type, unchecked header.
         load: The weight from its `state_dict`; ValueError if it is not valid.
         linear: y = x·Wᵀ + bias.
+        values: Tensors that hold every value which is not zero (sharing memory).
         expected: (tokens, weight) -> expected speed-up over dense, implementation, reason.
         cat: Stacks weights along their rows; `split` undoes it. `row_multiple` is what the rows of
             all but the last must be multiples of. None: projections can't be merged.
@@ -82,6 +83,7 @@ class Format:
     rebuild: Callable[[Mapping[str, Tensor], Shape, torch.dtype], Any]
     load: Callable[[Mapping[str, Tensor]], Any]
     linear: Callable[[Tensor, Any, Tensor | None], Tensor]
+    values: Callable[[Any], Sequence[Tensor]]
     expected: Callable[[int, Any], Any]
     cat: Callable[[Sequence[Any]], Any] | None = None
     split: Callable[[Any, Sequence[int]], Sequence[Any]] | None = None
@@ -107,6 +109,7 @@ FORMATS: dict[str, Format] = {
         _rebuild24,
         Sparse24.from_state_dict,
         sparse24_linear,
+        Sparse24.kept_values,
         sparse24_expected,
         cat=sparse24_cat,
         split=sparse24_split,
@@ -119,6 +122,7 @@ FORMATS: dict[str, Format] = {
         _rebuild_bitmap,
         BitmapSparse.from_state_dict,
         bitmap_linear,
+        lambda weight: [weight.values],
         bitmap_expected,
         cat=bitmap_cat,
         split=bitmap_split,
@@ -182,6 +186,10 @@ class PackedLinear(nn.Module):
         tensors = {name: getattr(self, name) for name in self.tensor_names}
         shape = (self.out_features, self.in_features)
         return FORMATS[self.format].rebuild(tensors, shape, self.dtype)
+
+    def kept_values(self) -> Sequence[Tensor]:
+        """Tensors that hold every weight which is not zero, in no order (sharing memory)."""
+        return FORMATS[self.format].values(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""

@@ -28,6 +28,7 @@ from prunekit.packed import (
     PackedLinear,
     packed_layers,
 )
+from prunekit.packed_checkpoint import is_packed
 from prunekit.progress import track
 from prunekit.pruning.report import align
 from prunekit.weight_refs import is_fused_experts
@@ -214,6 +215,7 @@ def swap_(
             else:
                 decisions[name] = _pack_(model, name, module, chosen, least, tokens)
         fused = merge_(model) if merge else {}
+        refuse_save_pretrained_(model)
     except BaseException:
         unswap_(model)
         raise
@@ -338,6 +340,22 @@ def _merge_(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     return dict.fromkeys(names, "+".join(name.rpartition(".")[2] for name in names))
 
 
+class _Refusal:
+    """Stands for `save_pretrained` of one model whose layers are packed."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise PrunekitError(
+            "save_pretrained would write packed layers under names that no stock model has: use "
+            "prunekit.save(model, tokenizer, folder), or unswap_(model) first"
+        )
+
+
+def refuse_save_pretrained_(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` of this model, if it has packed layers, raise and name the way."""
+    if is_packed(model):
+        vars(model)["save_pretrained"] = _Refusal()
+
+
 def _mergeable(parts: Sequence[Any]) -> bool:
     first = parts[0]
     if not all(type(part) is PackedLinear for part in parts) or FORMATS[first.format].cat is None:
@@ -376,6 +394,7 @@ def unswap_(model: nn.Module) -> list[str]:
     Returns:
         Names of the layers that are dense now.
     """
+    vars(model).pop("save_pretrained", None)
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedGatedMLP):
             _replace_(model, name, module.original)

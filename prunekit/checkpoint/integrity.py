@@ -78,8 +78,8 @@ def check_complete(folder: Path, model: PreTrainedModel, found: Mapping[str, Any
 
 def check_finite(model: nn.Module) -> None:
     """Raise a PrunekitError that names the first weight of `model` with a NaN or an infinity."""
-    unpacked = ((name, layer.weight.to_dense()) for name, layer in packed_layers(model))
-    for name, tensor in itertools.chain(model.named_parameters(), unpacked):
+    packed = ((name, part) for name, layer in packed_layers(model) for part in layer.kept_values())
+    for name, tensor in itertools.chain(model.named_parameters(), packed):
         if not tensor.isfinite().all():
             raise PrunekitError(
                 f"{name} holds NaN or infinite values: get the checkpoint again, or load it in "

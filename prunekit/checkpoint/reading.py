@@ -30,7 +30,7 @@ from prunekit.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, chec
 from prunekit.packed import packed_layers
 from prunekit.packed_checkpoint import PACKED_FIELD, check_packed
 from prunekit.progress import quiet_transformers
-from prunekit.swap import merge_
+from prunekit.swap import merge_, refuse_save_pretrained_
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -139,6 +139,7 @@ def _finish_packed_(folder: Path, model: PreTrainedModel, dtype: torch.dtype | N
         for _, layer in packed_layers(model):
             layer.to(dtype)
     merge_(model)
+    refuse_save_pretrained_(model)
 
 
 def _read_config(folder: Path) -> tuple[PretrainedConfig, bool]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -12,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from prunekernels import BitmapSparse, Sparse24
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
+import prunekit as pk
 from prunekit import atomic, checkpoint
 from prunekit.architectures import Architecture
 from prunekit.checkpoint import sources
@@ -329,6 +332,24 @@ def test_check_finite(tiny):
     model.model.layers[2].mlp.up_proj.weight.data[3, 1] = float("nan")
     with pytest.raises(PrunekitError, match=r"layers\.2\.mlp\.up_proj\.weight holds NaN"):
         checkpoint.check_finite(model)
+
+
+@pytest.mark.parametrize(("format", "columns"), [("2:4", 64), ("2:4", 320), ("bitmap", 64)])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_check_finite_looks_into_packed_layers(tiny, monkeypatch, format, columns, value):
+    model = tiny("llama", hidden_size=64, intermediate_size=columns)
+    pk.prune_(model, pk.Magnitude(pattern="2:4"))
+    broken = copy.deepcopy(model)
+    weight = broken.model.layers[2].mlp.down_proj.weight
+    row, column = weight.nonzero()[-1].tolist()  # of the last block
+    weight.data[row, column] = value
+    for each in (model, broken):
+        assert pk.swap_(each, formats=[format]).swapped
+    for packed in (BitmapSparse, Sparse24):
+        monkeypatch.setattr(packed, "to_dense", None)
+    checkpoint.check_finite(model)
+    with pytest.raises(PrunekitError, match=r"layers\.2\.mlp\.down_proj holds NaN or infinite"):
+        checkpoint.check_finite(broken)
 
 
 def test_loading_leaves_the_verbosity_alone(saved):

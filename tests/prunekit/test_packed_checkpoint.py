@@ -86,6 +86,18 @@ def test_packed_models_come_back_exactly(tiny_24, tokenizer, architecture, tmp_p
     assert sum(isinstance(m, PackedLinear) for m in auto.modules()) == len(report.swapped)
 
 
+def test_packed_models_are_saved_by_the_one_way_that_works(saved, tmp_path, token_ids):
+    loaded, _ = pk.load(saved)
+    with pytest.raises(PrunekitError, match=r"use prunekit\.save"):
+        loaded.save_pretrained(tmp_path / "refused")
+    # what transformers itself opened keeps its configuration's list, so its own way is right
+    auto = AutoModelForCausalLM.from_pretrained(saved)
+    auto.save_pretrained(tmp_path / "auto")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "auto")
+    assert torch.equal(logits(again.eval(), token_ids), logits(auto.eval(), token_ids))
+    assert again.state_dict().keys() == auto.state_dict().keys()
+
+
 @pytest.mark.parametrize("format", ["dense", "zeroed", *FORMER])
 @pytest.mark.parametrize("swapped", [True, False])
 def test_other_formats_hold_the_same_model(

@@ -194,6 +194,21 @@ def test_gradients_reach_what_lies_before(tiny_24, token_ids):
     assert all(p.requires_grad for p in model.parameters())
 
 
+def test_save_pretrained_is_refused_while_layers_are_packed(tiny_24, tmp_path):
+    model = tiny_24("llama")
+    pk.swap_(model, min_speedup=2.0)
+    model.save_pretrained(tmp_path / "nothing packed")
+    pk.swap_(model)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(PrunekitError, match=r"use prunekit\.save.*unswap_\(model\) first"):
+            each.save_pretrained(tmp_path / "packed")
+        assert not (tmp_path / "packed").exists()
+        pk.unswap_(each)
+        each.save_pretrained(tmp_path / "dense")
+        again = type(model).from_pretrained(tmp_path / "dense").state_dict()
+        assert all(torch.equal(tensor, again[name]) for name, tensor in each.state_dict().items())
+
+
 def test_what_stays_dense_and_why(tiny_24):
     model = tiny_24("llama", tie_word_embeddings=True)
     layers = model.model.layers

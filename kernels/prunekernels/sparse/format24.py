@@ -76,6 +76,19 @@ class Sparse24:
         """The dense (N, K) weight: a new tensor of `dtype`."""
         return sparse24_unpack(self.packed, self.shape[0], self.shape[1], self.dtype)
 
+    def kept_values(self) -> list[Tensor]:
+        """Views of the buffer that hold its values, the zeros of emptier groups among them."""
+        _, units, tails = line_blocks(*self.shape)
+        views, start = [], 0
+        for blocks, steps in ((units, UNIT_STEPS), (tails, TAIL_STEPS)):
+            words = block_words(steps, self.dtype)
+            part = self.packed[:, start : start + blocks * words].view(
+                len(self.packed), blocks, words
+            )
+            views.append(part[..., : -16 * steps].view(self.dtype))
+            start += blocks * words
+        return views
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Sparse24:
