@@ -14,7 +14,7 @@ from prunekernels import checks
 from prunekernels.pair_sums import take_rows
 
 _LONG_ROW = 1 << 16  # scores from which a sample brackets the cut
-_SAMPLE = 1 << 13
+_SAMPLE = 1 << 11
 
 
 def nm_mask(

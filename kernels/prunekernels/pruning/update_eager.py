@@ -25,7 +25,8 @@ def sparsegpt_update(
     # Transposed: a visited column of all rows is contiguous.
     columns = weight.t().clone(memory_format=torch.contiguous_format)
     errors = torch.zeros_like(columns)
-    kept = torch.ones(columns.shape, dtype=torch.bool, device=weight.device)
+    # as numbers: torch vectorises products with floats, and not those with bools
+    kept = torch.empty_like(columns)
     if mask is not None:
         kept.copy_(mask.t())
     scale = upper.diagonal().reciprocal()[:, None]
@@ -43,7 +44,7 @@ def sparsegpt_update(
                 kept[first:last] = masks_eager.rank_columns(scores, keep)
             _visit(columns, by_column, scale, kept, errors, first, last)
     columns.mul_(kept)
-    return columns.t(), errors.t(), kept.t()
+    return columns.t(), errors.t(), kept.bool().t()
 
 
 def _propagate(
@@ -64,11 +65,15 @@ def _visit(
     first: int,
     last: int,
 ) -> None:
-    """Visit columns first..last, all earlier errors being taken out of them already."""
-    factors = (scale[first:last] * kept[first:last].logical_not()).unbind(0)
-    visited, wrong = columns[first:last].unbind(0), errors[first:last]
-    for index, (column, error) in enumerate(zip(visited, wrong.unbind(0), strict=True)):
-        if index:
-            factor = by_column[first + index, first : first + index]
-            column.addmv_(wrong[:index].t(), factor, alpha=-1)
-        torch.mul(column, factors[index], out=error)
+    """Visit columns first..last, all earlier errors being taken out of them already.
+
+    A product with all of their errors: those of columns to come are still zero, and slicing them
+    off would take longer.
+    """
+    factors = (scale[first:last] * (1 - kept[first:last])).unbind(0)
+    wrong = errors[first:last]
+    upper = by_column[first:last, first:last].unbind(0)
+    visited = zip(columns[first:last].unbind(0), factors, upper, wrong.unbind(0), strict=True)
+    for column, factor, row, error in visited:
+        column.addmv_(wrong.t(), row, alpha=-1)
+        torch.mul(column, factor, out=error)
