@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunekernels.layout import LEVELS, WEIGHTS
+from prunekernels.layout import FULL_FLOATS, LABEL_FLOATS, LEVELS, WEIGHTS
 from prunekernels.runtime import check_impl
+from prunekernels.selection import FIELDS
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -105,6 +106,28 @@ def pair_options(
             f"{op}: subset must be a non-empty list of token ids, got shape {tuple(subset.shape)}"
         )
     return subset.long()
+
+
+def pair_fields(op: str, fields: Sequence[str] | None, level: str, labels: bool) -> str:
+    """Check the fields asked for; their names in the order of a result, "" for all of them."""
+    if fields is None:
+        return ""
+    if isinstance(fields, str) or not fields:
+        raise ValueError(
+            f"{op}: fields must be a sequence of names, got {fields!r}; leave it out for all"
+        )
+    for name in fields:
+        if name not in FIELDS:
+            raise ValueError(
+                f"{op}: fields holds {name!r}, which is not one of {', '.join(FIELDS)}"
+            )
+        if name in LABEL_FLOATS and not labels:
+            raise ValueError(f"{op}: fields holds {name!r}, which needs labels=")
+        if name in FULL_FLOATS and level != "full":
+            raise ValueError(
+                f"{op}: fields holds {name!r}, which needs level='full', got {level!r}"
+            )
+    return ",".join(name for name in FIELDS if name in fields)
 
 
 def integers(op: str, name: str, tensor: Tensor, device: torch.device) -> None:

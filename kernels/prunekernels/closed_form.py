@@ -18,8 +18,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunekernels import layout
-
 SUMS = (
     *("W0", "W1", "W2", "Wy", "V0", "V1", "V2", "Vy", "R0", "R1", "R2", "S0", "S1", "S2"),
     *("C0", "Pw", "P2", "U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2"),
@@ -42,6 +40,7 @@ def pair_fields(
 
     Args:
         sums: one float64 `(N,)` tensor per name in `SUMS`; the KLs come from `PHI_SUMS` if given.
+            Of sums that were left out (zeros), the fields that need them mean nothing.
         alpha: `(N,)` float64, the reference of base (its maximum).
         beta: `(N,)` float64, the reference of other.
         temperature: T.
@@ -130,9 +129,9 @@ def pack(
     label_logits: Tensor | None,
     *,
     temperature: float,
-    level: str,
+    names: tuple[str, ...],
 ) -> list[Tensor]:
-    """Add the fields that need single tokens, and pack all as `layout` says.
+    """Add the fields that need single tokens, and pack those asked for as `layout` says.
 
     Args:
         fields: what `pair_fields` returned.
@@ -141,7 +140,7 @@ def pack(
         ids: `(2, N)` int64 first indices of the largest.
         label_logits: `(2, N)` float64 logits of the labels, or None.
         temperature: T.
-        level: "core", "precise" or "full".
+        names: float fields to pack, in order.
 
     Returns:
         Floats, ids and flags; NaN, −1 and False where a row is broken.
@@ -152,10 +151,11 @@ def pack(
         nll_other = fields["lse_other"] - label_logits[1] / temperature
         fields["nll_base"], fields["nll_other"] = nll_base, nll_other
         fields["prob_delta"] = torch.exp(-nll_other) - torch.exp(-nll_base)
-    names = layout.pair_floats(level, label_logits is not None)
     broken = ~torch.isfinite(tops)  # NaN, +inf, or nothing but −inf
     any_broken = broken.any(0)
-    floats = torch.stack([fields[name] for name in names]).float()
+    floats = tops.new_empty(len(names), tops.shape[1], dtype=torch.float32)
+    for row, name in zip(floats, names, strict=True):
+        row.copy_(fields[name])
     floats.masked_fill_(any_broken, float("nan"))
     ids = ids.masked_fill(broken, -1)
     flags = torch.stack([ids[0] != ids[1], (margins == 0).any(0), fields["estimate_valid"]])

@@ -26,9 +26,11 @@ def pair_stats(
     topk: int,
     level: str,
     weights: str,
+    fields: str = "",
 ) -> list[Tensor]:
-    """Packed statistics of `(…, V)` logits."""
-    return _pair_sums(base, other, labels, subset, temperature, topk, level, weights).result()
+    """Packed statistics of `(…, V)` logits; `fields` as `layout.pair_floats` takes it."""
+    options = (labels, subset, temperature, topk, level, weights, fields)
+    return _pair_sums(base, other, *options).result()
 
 
 def pair_state(
@@ -39,13 +41,16 @@ def pair_state(
     level: str,
     weights: str,
     offset: int,
+    fields: str = "",
 ) -> Tensor:
     """Mergeable state `(N, F)` of `(…, V)` logits whose first column has id `offset`."""
     if labels is None:
-        return _pair_sums(base, other, None, None, temperature, 0, level, weights).state(offset)
+        tail = (temperature, 0, level, weights, fields)
+        return _pair_sums(base, other, None, None, *tail).state(offset)
     here = labels.reshape(-1) - offset
     held = (here >= 0) & (here < base.shape[-1])
-    options = (here.clamp(0, base.shape[-1] - 1), None, temperature, 0, level, weights)
+    known = here.clamp(0, base.shape[-1] - 1)
+    options = (known, None, temperature, 0, level, weights, fields)
     sums = _pair_sums(base, other, *options)
     sums.label_logits.masked_fill_(~held, 0.0)
     return sums.state(offset)
@@ -60,10 +65,11 @@ def _pair_sums(
     topk: int,
     level: str,
     weights: str,
+    fields: str,
 ) -> PairSums:
     vocab = base.shape[-1]
     rows = base.numel() // vocab
-    options = (labels, subset, temperature, topk, level, weights)
+    options = (labels, subset, temperature, topk, level, weights, fields)
     sums = PairSums(rows, vocab, base.device, base.dtype, *options)
     step = sums.group_rows if flattens(base) and flattens(other) else sums.block_rows
     for start in range(0, rows, step):
@@ -88,11 +94,12 @@ def head_pair_stats(
     topk: int,
     level: str,
     weights: str,
+    fields: str = "",
 ) -> list[Tensor]:
     """Packed statistics of the logits of `(…, D)` hidden states, computed a few rows at a time."""
     vocab, width = head_weight.shape
     rows = base_hidden.numel() // width
-    options = (labels, subset, temperature, topk, level, weights)
+    options = (labels, subset, temperature, topk, level, weights, fields)
     sums = PairSums(rows, vocab, base_hidden.device, torch.float32, *options)
     heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
     hidden = (base_hidden, other_hidden)

@@ -4,10 +4,12 @@ Exponents are in base 2: w = 2^y, v = 2^z with y = k·a−A, z = k·b−B, k = l
 takes each by one fused multiply-add, so that a rounded reference A shifts a row but never bends
 it, and x = z−y. The precise level's references are logits, α and β: y = k·(a−α), z = k·(b−β), and
 x = ((b−β)−(a−α))/T, which is exact where it matters. ρ = v−w, d = b−a. A bundle of sums is a tuple:
-    W0 W1 W2 Wy V0 V1 Vy R0 S0 C0 Q1 Q2 Pw P2 U1 U2 L1 Z2 Zd D2 ZZ B2 n [A Φp Φq] [V2]
+    W0 W1 W2 Wy V0 V1 Vy R0 S0 C0 Q1 Q2 Pw P2 U1 U2 L1 Z2 Zd D2 ZZ B2 n A Φp Φq V2
 named as in `closed_form` (y and z in base-2 units, x too unless precise); Q1, Q2 = Σ{x, x²}·w², or
-·v² if the estimates are weighted by the other row, which also adds V2 = Σv·x²; the precise level
-adds A = Σρ, Φp = Σw·φ(t), Φq = Σv·φ(−t), with t = x and φ(t) = eᵗ−1−t (METRICS, "One pass").
+·v² if the estimates are weighted by the other row, which alone has V2 = Σv·x²; the precise level
+alone has A = Σρ, Φp = Σw·φ(t), Φq = Σv·φ(−t), with t = x, φ(t) = eᵗ−1−t (METRICS, "One pass").
+A constant SUMS has bit i set where sum i is wanted; the others stay 0, and the compiler drops them
+with all that only they need. W0, W1, V0 and V1 are always wanted.
 Where nothing is masked, four sums are left to `complete`, which takes them from the others, and
 `thin` says where that would cancel.
 """
@@ -19,6 +21,7 @@ Where nothing is masked, four sums are left to `complete`, which takes them from
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import triton
 import triton.language as tl
@@ -48,12 +51,20 @@ BUNDLE: tuple[str, ...] = (
     "Pw",
     "P2",
 )
-BUNDLE += ("U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2", "n")
+BUNDLE += ("U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2", "n", "A", "Fp", "Fq", "V2")
+#: Names of `closed_form` that share a place.
+_SHARED = {"R1": "Q1", "S1": "Q1", "R2": "Q2", "S2": "Q2"}
 
 
-def bundle(precise: bool, other: bool) -> tuple[str, ...]:
-    """Names of the sums in the order of their tuple."""
-    return BUNDLE + (("A", "Fp", "Fq") if precise else ()) + (("V2",) if other else ())
+def wanted(sums: Iterable[str]) -> int:
+    """The constant SUMS for names of `closed_form`."""
+    names = {_SHARED.get(name, name) for name in (*sums, "W0", "W1", "V0", "V1")}
+    return sum(1 << i for i, name in enumerate(BUNDLE) if name in names)
+
+
+def bundle(sums: int) -> tuple[str, ...]:
+    """Names of the sums that a constant SUMS wants, in order."""
+    return tuple(name for i, name in enumerate(BUNDLE) if sums >> i & 1)
 
 
 @triton.jit
@@ -66,11 +77,35 @@ def add(left, right):
 
 
 @triton.jit
-def zeros(SHAPE: tl.constexpr, DTYPE: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr):
+def zeros(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
     """An empty bundle."""
     out = ()
-    for _ in tl.static_range(23 + 3 * PRECISE + OTHER):
+    for _ in tl.static_range(27):
         out = out + (tl.zeros(SHAPE, DTYPE),)
+    return out
+
+
+@triton.jit
+def choose(old, new, SUMS: tl.constexpr):
+    """The sums of `new` that are wanted, and the rest of `old`."""
+    out = ()
+    for i in tl.static_range(len(old)):
+        if (SUMS >> i) & 1:
+            out = out + (new[i],)
+        else:
+            out = out + (old[i],)
+    return out
+
+
+@triton.jit
+def add_columns(s, terms, SUMS: tl.constexpr):
+    """Add to each wanted sum of rows what a block of terms (rows, columns) makes."""
+    out = ()
+    for i in tl.static_range(len(s)):
+        if (SUMS >> i) & 1:
+            out = out + (s[i] + tl.sum(terms[i], 1),)
+        else:
+            out = out + (s[i],)
     return out
 
 
@@ -137,6 +172,7 @@ def accumulate(
     whole_a,
     whole_b,
     keep,
+    SUMS: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
@@ -165,6 +201,8 @@ def accumulate(
     elif OTHER:
         s0 = s0 + v * v
     rho = v - w
+    phi_p = rho
+    phi_q = rho
     if PRECISE:
         t = x
         t2 = t * t
@@ -179,13 +217,11 @@ def accumulate(
         phi_p = tl.where(near, wphi, rho - wt)
         phi_q = tl.where(near, v * (even - odd), v * t - rho)
     wx = w * x
+    vx = v * x
     if OTHER:
-        vx = v * x
-        v1 = s[5] + vx
         q1 = s[10] + vx * v
         q2 = s[11] + vx * vx
     else:
-        v1 = s[5] + v * x
         q1 = s[10] + wx * w
         q2 = s[11] + wx * wx
     n = s[22]
@@ -197,7 +233,7 @@ def accumulate(
         s[2] + wx * x,
         s[3] + w * y,
         s[4] + v,
-        v1,
+        s[5] + vx,
         s[6] + v * z,
         s[7] + w * w,
         s0,
@@ -215,16 +251,16 @@ def accumulate(
         zz,
         b2,
         n,
+        s[23] + rho,
+        s[24] + phi_p,
+        s[25] + phi_q,
+        s[26] + vx * x,
     )
-    if PRECISE:
-        out = out + (s[23] + rho, s[24] + phi_p, s[25] + phi_q)
-    if OTHER:
-        out = out + (s[len(s) - 1] + vx * x,)
-    return out
+    return choose(s, out, SUMS)
 
 
 @triton.jit
-def complete(s, OTHER: tl.constexpr):
+def complete(s, SUMS: tl.constexpr, OTHER: tl.constexpr):
     """The sums that unmasked blocks leave out: Σv², Σwv, Σab and Σb² from those with ρ and d."""
     s0 = s[8]
     if not OTHER:
@@ -241,7 +277,7 @@ def complete(s, OTHER: tl.constexpr):
             out = out + (s[17] + 2.0 * s[18] + s[19],)
         else:
             out = out + (s[i],)
-    return out
+    return choose(s, out, SUMS)
 
 
 @triton.jit
@@ -279,7 +315,9 @@ def moves(old_a, new_a, old_b, new_b, unit, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def rebase(s, m, DTYPE: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr):
+def rebase(
+    s, m, DTYPE: tl.constexpr, SUMS: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr
+):
     """A bundle relative to new references; `m` from `moves`, broadcastable to the sums."""
     da = m[0].to(DTYPE)
     db = m[1].to(DTYPE)
@@ -320,16 +358,12 @@ def rebase(s, m, DTYPE: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr
         s[20],
         s[21],
         s[22],
+        e * s[0] + rb * s[23],
+        ra * s[24] + m[6].to(DTYPE) * s[0] + e * s[23],
+        rb * s[25] + m[7].to(DTYPE) * s[0] - rb * m[8].to(DTYPE) * s[23],
+        rb * (s[26] - x * (2.0 * s[5] - x * s[4])),
     )
-    if PRECISE:
-        out = out + (
-            e * s[0] + rb * s[23],
-            ra * s[24] + m[6].to(DTYPE) * s[0] + e * s[23],
-            rb * s[25] + m[7].to(DTYPE) * s[0] - rb * m[8].to(DTYPE) * s[23],
-        )
-    if OTHER:
-        out = out + (rb * (s[len(s) - 1] - x * (2.0 * s[5] - x * s[4])),)
-    return out
+    return choose(s, out, SUMS)
 
 
 @triton.jit
@@ -367,7 +401,7 @@ def angles(z2, zd, d2, zz, b2):
 
 
 @triton.jit
-def count(s, elements):
+def count(s, elements, SUMS: tl.constexpr):
     """Add to n, the elements that each lane has seen."""
     out = ()
     for i in tl.static_range(len(s)):
@@ -375,4 +409,4 @@ def count(s, elements):
             out = out + (s[i] + elements,)
         else:
             out = out + (s[i],)
-    return out
+    return choose(s, out, SUMS)

@@ -67,11 +67,23 @@ VECTOR_FLOATS = (
 )
 
 
-def pair_floats(level: str, labels: bool) -> tuple[str, ...]:
-    """Names of the float rows of a pair result, in packed order."""
+def pair_floats(level: str, labels: bool, fields: str = "") -> tuple[str, ...]:
+    """Names of the float rows of a pair result, in packed order.
+
+    Args:
+        level: "core", "precise" or "full".
+        labels: whether there are labels.
+        fields: names asked for, with commas between them; "" for all.
+    """
     names: tuple[str, ...] = PAIR_FLOATS
     if labels:
         names += LABEL_FLOATS
     if level == "full":
         names += FULL_FLOATS
-    return names
+    return chosen(names, fields)
+
+
+def chosen(names: tuple[str, ...], fields: str) -> tuple[str, ...]:
+    """Those of `names` that `fields` asks for, in their own order."""
+    asked = set(fields.split(","))
+    return tuple(name for name in names if not fields or name in asked)

@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from prunekernels import layout, top_tokens
+from prunekernels import layout, selection, top_tokens
 from prunekernels.closed_form import PHI_SUMS, SUMS, pack, pair_fields
 from prunekernels.partial import SUM_FIELDS
 
@@ -43,6 +43,7 @@ class PairSums:
         topk: k.
         level: "core", "precise" or "full".
         weights: "base" or "other".
+        fields: names asked for, with commas between them ("" for all): what they need is summed.
     """
 
     def __init__(
@@ -57,9 +58,14 @@ class PairSums:
         topk: int,
         level: str,
         weights: str,
+        fields: str = "",
     ) -> None:
         self.temperature, self.topk, self.level, self.weights = temperature, topk, level, weights
         self.labels = None if labels is None else labels.reshape(-1)
+        self.names = layout.pair_floats(level, labels is not None, fields)
+        flags = layout.chosen(layout.PAIR_FLAGS, fields)
+        self.needed = selection.sums((*self.names, *flags), weights=weights, precise=False)
+        self.full = not set(layout.FULL_FLOATS).isdisjoint(self.names)
         self.work = torch.float32 if level == "core" else torch.float64
         tile = _tile_elements(rows * vocab, self.work, dtype, device)
         self.columns = min(vocab, tile)
@@ -87,7 +93,7 @@ class PairSums:
         if subset is not None:
             size = subset.numel()
             self.inner = PairSums(
-                rows, size, device, dtype, None, None, temperature, 0, level, weights
+                rows, size, device, dtype, None, None, temperature, 0, level, weights, fields
             )
 
     def add(self, start: int, base: Tensor, other: Tensor) -> None:
@@ -125,7 +131,7 @@ class PairSums:
             self.masked = True
             total = self._first_pass(rows, base, other)
         self.sums[:, rows] = total
-        if self.level == "full":
+        if self.full:
             self._second_pass(rows, base, other)
         if self.topk:
             self._top_tokens(rows, base, other)
@@ -165,11 +171,16 @@ class PairSums:
         slots = dict(zip(SUMS, part, strict=True))
         product: Tensor
 
+        def needs(*names: str) -> bool:
+            return not self.needed.isdisjoint(names)
+
         def add(name: str, value: Tensor) -> None:
-            torch.sum(value, -1, out=slots[name])
+            if name in self.needed:
+                torch.sum(value, -1, out=slots[name])
 
         def dot(name: str, left: Tensor, right: Tensor) -> None:
-            torch.sum(torch.mul(left, right, out=product), -1, out=slots[name])
+            if name in self.needed:
+                torch.sum(torch.mul(left, right, out=product), -1, out=slots[name])
 
         for tile_a, tile_b in zip(
             torch.split(base, self.columns, 1), torch.split(other, self.columns, 1), strict=True
@@ -179,11 +190,13 @@ class PairSums:
             xa, xb, w, v = self._powers(rows, a, b)
             x = self._buffer("x", a.shape)
             slots["n"].fill_(a.shape[1])
+            holes = None
             if self.masked:
                 a, b, holes = self._without_holes(a, b, xa, xb, slots)
-                torch.sub(xb, xa, out=x).masked_fill_(holes, 0.0)
-            else:
+            if needs("V1", "W1", "W2", "V2", "R1", "S1", "U1"):
                 torch.sub(xb, xa, out=x)
+                if holes is not None:
+                    x.masked_fill_(holes, 0.0)
             add("U1", x)
             dot("U2", x, x)
             add("W0", w)
@@ -194,27 +207,29 @@ class PairSums:
             dot("R0", w, w)
             dot("S0", v, v)
             dot("C0", w, v)
-            weighted = torch.mul(w, x, out=xa)
-            add("W1", weighted)
-            dot("W2", weighted, x)
-            if self.weights == "base":
+            if needs("W1", "W2", "R1"):
+                weighted = torch.mul(w, x, out=xa)
+                add("W1", weighted)
+                dot("W2", weighted, x)
                 dot("R1", weighted, w)
                 dot("R2", weighted, weighted)
-            else:
-                torch.mul(v, x, out=weighted)
+            if needs("V2", "S1"):
+                weighted = torch.mul(v, x, out=xa)
                 dot("V2", weighted, x)
                 dot("S1", weighted, v)
                 dot("S2", weighted, weighted)
-            rho = torch.sub(v, w, out=xb)
-            dot("Pw", w, rho)
-            dot("P2", rho, rho)
-            difference = torch.sub(b, a, out=x)
-            dot("Z2", a, a)
-            dot("Zd", a, difference)
-            dot("D2", difference, difference)
-            add("L1", difference.abs_())
-            dot("ZZ", a, b)
-            dot("B2", b, b)
+            if needs("Pw"):
+                rho = torch.sub(v, w, out=xb)
+                dot("Pw", w, rho)
+                dot("P2", rho, rho)
+            if needs("Z2", "D2", "L1"):
+                dot("Z2", a, a)
+                dot("ZZ", a, b)
+                dot("B2", b, b)
+                difference = torch.sub(b, a, out=x)
+                dot("Zd", a, difference)
+                dot("D2", difference, difference)
+                add("L1", difference.abs_())
             total += part
         return total
 
@@ -279,7 +294,7 @@ class PairSums:
         held = torch.zeros_like(self.sums[:1])  # known to the op
         named = dict(zip(SUMS, self.sums, strict=True))
         rows = [*torch.cat([*head, held]), *(named[name] for name in SUM_FIELDS if name in named)]
-        if self.level != "core":  # float64 sums: nothing cancels
+        if self.level != "core" and "W1" in self.needed:  # float64 sums: nothing cancels
             t1, t2 = named["W1"] / self.temperature, named["V1"] / self.temperature
             gap = named["V0"] - named["W0"]
             rows += [gap, gap - t1, t2 - gap]
@@ -294,7 +309,7 @@ class PairSums:
             *self.references,
             temperature=self.temperature,
             weights=self.weights,
-            full=self.level == "full",
+            full=self.full,
         )
         packed = pack(
             fields,
@@ -303,7 +318,7 @@ class PairSums:
             self.ids,
             None if self.labels is None else self.label_logits,
             temperature=self.temperature,
-            level=self.level,
+            names=self.names,
         )
         if self.inner is not None:
             packed += self.inner.result()

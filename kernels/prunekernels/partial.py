@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prunekernels.closed_form import PHI_SUMS, SUMS, pack, pair_fields
+from prunekernels.layout import pair_floats
 
 HEAD_FIELDS = (
     *("alpha", "beta", "top_base", "top_other", "second_base", "second_other"),
@@ -89,12 +90,12 @@ def _moved(
 
 
 def finish(
-    state: Tensor, *, temperature: float, level: str, weights: str, labels: bool
+    state: Tensor, *, temperature: float, level: str, weights: str, labels: bool, fields: str
 ) -> list[Tensor]:
     """Floats, ids and flags of a state `(N, F)` of whole rows, as `layout` packs them."""
     named = dict(zip(FIELDS, state.unbind(-1), strict=True))
     sums = {name: named[name] for name in SUM_FIELDS if level != "core" or name not in PHI_SUMS}
-    fields = pair_fields(
+    found = pair_fields(
         sums, named["alpha"], named["beta"], temperature=temperature, weights=weights, full=False
     )
 
@@ -103,11 +104,11 @@ def finish(
 
     lost = named["held"] != 1  # a label that no part holds, or more than one
     return pack(
-        fields,
+        found,
         pair("top"),
         pair("top") - pair("second"),
         pair("id").long(),
         pair("label").masked_fill(lost, float("nan")) if labels else None,
         temperature=temperature,
-        level=level,
+        names=pair_floats(level, labels, fields),
     )

@@ -144,11 +144,11 @@ def test_opcheck(options: dict[str, Any]) -> None:
     ops = torch.ops.prunekernels
     head = (HIDDEN, OTHER_HIDDEN, HEAD, None, None, None)
     torch.library.opcheck(
-        ops.pair_stats.default, (LOGITS, CHANGED, labels, subset, *tail, "base", "auto")
+        ops.pair_stats.default, (LOGITS, CHANGED, labels, subset, *tail, "base", "", "auto")
     )
     torch.library.opcheck(
         ops.head_pair_stats.default,
-        (*head, labels, subset, 1e-6, None, None, *tail, "other", "auto"),
+        (*head, labels, subset, 1e-6, None, None, *tail, "other", "", "auto"),
     )
     torch.library.opcheck(ops.vector_stats.default, (LOGITS, CHANGED, "auto"))
 

@@ -146,7 +146,7 @@ def test_no_rows_and_opcheck_and_fullgraph() -> None:
     base, other = torch.randn(2, 40), torch.randn(2, 40)
     torch.library.opcheck(
         torch.ops.prunekernels.pair_state.default,
-        (base, other, torch.tensor([3, 41]), 1.0, "precise", "other", 7, "auto"),
+        (base, other, torch.tensor([3, 41]), 1.0, "precise", "other", 7, "", "auto"),
     )
 
     def both(a: Tensor, b: Tensor) -> dict[str, Tensor]:

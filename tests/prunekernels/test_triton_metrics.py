@@ -306,27 +306,26 @@ def test_swapping_the_rows_swaps_the_fields(level):
 def test_splits_agree():
     from prunekernels.metrics import merge_triton, pair_triton
 
+    kind = merge_triton.Kind(1.0, "precise", "base", True, "")
     base, other = pair(1, 37 * 4096 // 4 + 99)
     base[0, 9000], other[0, 20000] = 15.0, 16.0
     labels = torch.tensor([30000])
     exact = reference.pair_stats(base.double(), other.double(), labels=labels)
     for splits in (1, 7, 37):
-        state = pair_triton.partial_state(
-            base, other, labels, 1.0, "precise", "base", splits=splits
-        )
-        (floats, ids, flags), _ = state.finish("precise")
+        state = pair_triton.partial_state(base, other, labels, kind, splits=splits)
+        (floats, ids, flags), _, _ = state.finish()
         assert ids.tolist() == [exact["argmax_base"].tolist(), exact["argmax_other"].tolist()]
         torch.testing.assert_close(floats[0].double(), exact["kl_base_other"], rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(floats[-3].double(), exact["nll_base"], rtol=1e-6, atol=1e-6)
         assert flags[0].tolist() == exact["flipped"].tolist()
     halves = [
-        pair_triton.partial_state(part_a, part_b, labels, 1.0, "precise", "base", first_id=first)
+        pair_triton.partial_state(part_a, part_b, labels, kind, first_id=first)
         for first, part_a, part_b in (
             (0, base[:, :11111], other[:, :11111]),
             (11111, base[:, 11111:], other[:, 11111:]),
         )
     ]
-    (floats, ids, _), _ = merge_triton.merge_states(halves).finish("precise")
+    (floats, ids, _), _, _ = merge_triton.merge_states(halves).finish()
     assert ids.tolist() == [exact["argmax_base"].tolist(), exact["argmax_other"].tolist()]
     torch.testing.assert_close(floats[0].double(), exact["kl_base_other"], rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(floats[-3].double(), exact["nll_base"], rtol=1e-6, atol=1e-6)
@@ -432,11 +431,10 @@ def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
     from prunekernels import tuning
     from prunekernels.metrics import head_triton
 
-    width, vocab = 8, 1500
-    head, peaks = torch.randn(vocab, width), []
-    for rows in (128, 384):
+    width, peaks = 8, {}
+    for rows, vocab in ((64, 200), (64, 400), (128, 200)):
         assert tuning.head_fused(rows, width)
-        hidden = torch.randn(rows, width)
+        hidden, head = torch.randn(rows, width), torch.randn(vocab, width)
         with Allocations() as memory:
             head_triton.head_pair_stats(
                 *(hidden, hidden + 0.1, head, None, None, None, None, None),
@@ -444,17 +442,18 @@ def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
             )
         splits = tuning.head_splits(rows, vocab, tuning.head_config(rows, 4, False, (9, 0)))
         state = 4 * 35 + 16  # bytes of a partial state's numbers and ids
-        peaks.append(memory.peak - rows * splits * state)
+        peaks[rows, vocab] = memory.peak - rows * splits * state
     # normalised copies of the states, results and normalisers: nothing of the vocabulary
-    assert 0 < peaks[1] <= 384 * (2 * 4 * width + 200)
-    assert peaks[1] < 0.05 * 2 * 384 * vocab * 4
+    assert peaks[64, 200] == peaks[64, 400]
+    assert 0 < peaks[128, 200] - peaks[64, 200] <= 64 * (2 * 4 * width + 200)
+    assert peaks[128, 200] <= 128 * (2 * 4 * width + 200)
 
 
 @interpreted
 def test_ops_pass_opcheck():
     base, other = pair(2, 40)
     labels = torch.tensor([1, 2])
-    opcheck("pair_stats", base, other, labels, None, 1.0, 2, "core", "base", "triton")
+    opcheck("pair_stats", base, other, labels, None, 1.0, 2, "core", "base", "", "triton")
     opcheck("vector_stats", base, other, "triton")
 
 
@@ -463,8 +462,8 @@ def test_ops_pass_opcheck():
 def test_all_ops_pass_opcheck_and_fullgraph():
     base, other = pair(2, 40)
     labels, head = torch.tensor([1, 2]), torch.randn(30, 40)
-    opcheck("pair_state", base, other, labels, 1.0, "precise", "other", 7, "triton")
-    more = (1e-6, 4.0, None, 1.0, 0, "core", "base", "triton")
+    opcheck("pair_state", base, other, labels, 1.0, "precise", "other", 7, "", "triton")
+    more = (1e-6, 4.0, None, 1.0, 0, "core", "base", "", "triton")
     opcheck("head_pair_stats", base, other, head, None, None, None, labels, None, *more)
 
     def everything(a, b):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,21 +14,44 @@ from prunekernels import layout
 _Self = TypeVar("_Self", bound="_Fields")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class _Fields:
-    """Tensors, or nested groups of tensors, or None for what was not asked for."""
+    """Tensors, or nested groups of tensors; None, or not there, for what was not asked for."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            # Called for what is not there: a choice of `fields` leaves the others unset.
+            kind = type(self).__name__
+            if name in self.__dataclass_fields__:
+                raise AttributeError(
+                    f"this {kind} has no {name}: it holds {', '.join(vars(self))}; "
+                    f"ask for it with fields=(…, {name!r})"
+                )
+            raise AttributeError(f"{kind!r} object has no attribute {name!r}")
+
+    @classmethod
+    def of(cls: type[_Self], values: dict[str, Any]) -> _Self:
+        """A result that holds these fields, and no others."""
+        made = object.__new__(cls)
+        for name, value in values.items():
+            object.__setattr__(made, name, value)
+        return made
+
+    def __repr__(self) -> str:
+        held = (f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({', '.join(held)})"
 
     def map(self: _Self, fn: Callable[[Tensor], Tensor]) -> _Self:
         """Apply `fn` to every tensor, nested groups included."""
         changed: dict[str, Any] = {}
-        for field in fields(self):
-            value = getattr(self, field.name)
+        for name, value in vars(self).items():
             if isinstance(value, Tensor):
                 value = fn(value)
             elif isinstance(value, _Fields):
                 value = value.map(fn)
-            changed[field.name] = value
-        return type(self)(**changed)
+            changed[name] = value
+        return self.of(changed)
 
     def __getitem__(self: _Self, index: Any) -> _Self:
         """Index the leading dimensions of every tensor alike."""
@@ -55,19 +78,19 @@ class _Fields:
             dim: leading dimension along which the rows are put one after the other.
         """
         joined: dict[str, Any] = {}
-        for field in fields(cls):
-            values = [getattr(part, field.name) for part in parts]
+        for name in vars(parts[0]):
+            values = [getattr(part, name) for part in parts]
             if isinstance(values[0], Tensor):
-                joined[field.name] = torch.cat(values, dim)
+                joined[name] = torch.cat(values, dim)
             elif isinstance(values[0], _Fields):
-                joined[field.name] = type(values[0]).cat(values, dim)
-        return cls(**joined)
+                joined[name] = type(values[0]).cat(values, dim)
+        return cls.of(joined)
 
     def as_dict(self) -> dict[str, Tensor]:
         """Every tensor by name; those of a nested group as "topk.…" and "subset.…"."""
         flat: dict[str, Tensor] = {}
         for field in fields(self):
-            value = getattr(self, field.name)
+            value = getattr(self, field.name, None)
             if isinstance(value, Tensor):
                 flat[field.name] = value
             elif isinstance(value, _Fields):
@@ -75,7 +98,7 @@ class _Fields:
         return flat
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TopKStats(_Fields):
     """The likeliest tokens of both rows (k of each, equal logits in the order of their ids).
 
@@ -117,7 +140,7 @@ class TopKStats(_Fields):
     kl_other_base: Tensor
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PairStats(_Fields):
     """How two rows of logits a (base) and b (other) differ, per row.
 
@@ -202,7 +225,7 @@ class PairStats(_Fields):
     subset: PairStats | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class VectorStats(_Fields):
     """How two vectors h (base) and h+Δ (other) differ, per row; float32, the leading shape.
 
@@ -228,12 +251,12 @@ class VectorStats(_Fields):
 
 
 def packed_like(
-    like: Tensor, rows: int, *, level: str, labels: bool, subset: bool, topk: int
+    like: Tensor, rows: int, *, level: str, labels: bool, subset: bool, topk: int, fields: str
 ) -> list[Tensor]:
     """Uninitialised tensors of the shapes that a pair op returns (for `register_fake`)."""
     packed = []
     for has_labels in (labels, False)[: 1 + subset]:
-        floats = len(layout.pair_floats(level, has_labels))
+        floats = len(layout.pair_floats(level, has_labels, fields))
         packed.append(like.new_empty(floats, rows, dtype=torch.float32))
         packed.append(like.new_empty(len(layout.PAIR_IDS), rows, dtype=torch.int64))
         packed.append(like.new_empty(len(layout.PAIR_FLAGS), rows, dtype=torch.bool))
@@ -245,13 +268,20 @@ def packed_like(
 
 
 def unpack_pair(
-    packed: list[Tensor], lead: torch.Size, *, level: str, labels: bool, subset: bool, topk: int
+    packed: list[Tensor],
+    lead: torch.Size,
+    *,
+    level: str,
+    labels: bool,
+    subset: bool,
+    topk: int,
+    fields: str,
 ) -> PairStats:
     """Name the rows of a pair op's packed result and give them their leading shape."""
-    named = _name_pair(packed[:3], lead, layout.pair_floats(level, labels))
+    named = _name_pair(packed[:3], lead, level, labels, fields)
     if subset:
-        inner = _name_pair(packed[3:6], lead, layout.pair_floats(level, False))
-        named["subset"] = PairStats(**inner)
+        inner = _name_pair(packed[3:6], lead, level, False, fields)
+        named["subset"] = PairStats.of(inner) if fields else PairStats(**inner)
     if topk:
         floats, rows, ids = packed[-3:]
         top = {
@@ -261,12 +291,17 @@ def unpack_pair(
         }
         top |= {name: row.reshape(lead) for name, row in zip(layout.TOPK_ROWS, rows, strict=True)}
         named["topk"] = TopKStats(**top)
-    return PairStats(**named)
+    return PairStats.of(named) if fields else PairStats(**named)
 
 
-def _name_pair(packed: list[Tensor], lead: torch.Size, floats: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        name: row.reshape(lead)
-        for names, block in zip((floats, layout.PAIR_IDS, layout.PAIR_FLAGS), packed, strict=True)
-        for name, row in zip(names, block, strict=True)
-    }
+def _name_pair(
+    packed: list[Tensor], lead: torch.Size, level: str, labels: bool, fields: str
+) -> dict[str, Any]:
+    floats, *rest = packed
+    names = layout.pair_floats(level, labels, fields)
+    named = {name: row.reshape(lead) for name, row in zip(names, floats, strict=True)}
+    for names, block in zip((layout.PAIR_IDS, layout.PAIR_FLAGS), rest, strict=True):
+        asked = layout.chosen(names, fields)
+        rows = zip(names, block, strict=True)
+        named |= {name: row.reshape(lead) for name, row in rows if name in asked}
+    return named

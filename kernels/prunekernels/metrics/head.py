@@ -29,6 +29,7 @@ def _head_pair_stats_op(
     topk: int,
     level: str,
     weights: str,
+    fields: str,
     impl: str,
 ) -> list[Tensor]:
     checks.token_ids("head_pair_stats", head_weight.shape[0], labels, subset)
@@ -50,6 +51,7 @@ def _head_pair_stats_op(
         topk,
         level,
         weights,
+        fields,
     )
 
 
@@ -70,6 +72,7 @@ def _(
     topk: int,
     level: str,
     weights: str,
+    fields: str,
     impl: str,
 ) -> list[Tensor]:
     return packed_like(
@@ -79,6 +82,7 @@ def _(
         labels=labels is not None,
         subset=subset is not None,
         topk=topk,
+        fields=fields,
     )
 
 
@@ -99,6 +103,7 @@ def head_pair_stats(
     topk: int = 0,
     level: str = "core",
     weights: str = "base",
+    fields: Sequence[str] | None = None,
     impl: str = "auto",
 ) -> PairStats:
     """Compare the logits that two hidden states lead to.
@@ -126,6 +131,7 @@ def head_pair_stats(
         topk: how many of the likeliest tokens to report.
         level: "core", "precise" or "full", as in `pair_stats`.
         weights: "base" or "other", as in `pair_stats`.
+        fields: names of the fields to report, as in `pair_stats`.
         impl: "auto", "triton" or "eager".
 
     Returns:
@@ -187,6 +193,7 @@ def head_pair_stats(
         weights=weights,
         impl=impl,
     )
+    asked = checks.pair_fields(op, fields, level, labels is not None)
     packed = _head_pair_stats_op(
         base_hidden,
         other_hidden,
@@ -203,6 +210,7 @@ def head_pair_stats(
         topk,
         level,
         weights,
+        asked,
         impl,
     )
     return unpack_pair(
@@ -212,4 +220,5 @@ def head_pair_stats(
         labels=labels is not None,
         subset=subset is not None,
         topk=topk,
+        fields=asked,
     )

@@ -22,11 +22,11 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels import language as lib
-from prunekernels import tuning
+from prunekernels import layout, tuning
 from prunekernels.compilation import KernelCase
 from prunekernels.eager import logit_blocks, rms_normalised
 from prunekernels.metrics import merge_triton, pair_triton
-from prunekernels.metrics.merge_triton import State
+from prunekernels.metrics.merge_triton import Kind, State
 from prunekernels.runtime import interpreting, on
 
 
@@ -38,7 +38,7 @@ def _head_pair_kernel(
     other_head_ptr,  # (V, D), with TWO_HEADS
     bias_ptr,  # (V,), with BIAS
     labels_ptr,  # (N,) int64, with LABELS
-    floats_ptr,  # (N, S, FIELDS) fp32: `merge_triton.state_fields`
+    floats_ptr,  # (N, S, F) fp32: `merge_triton.HEAD`, then the sums
     ids_ptr,  # (N, S, 2) int64
     N,
     V,
@@ -52,6 +52,7 @@ def _head_pair_kernel(
     inverse_t,  # 1/T
     logit_scale,
     softcap,
+    SUMS: tl.constexpr,  # the sums that are wanted: see `language`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     TWO_HEADS: tl.constexpr,
@@ -60,7 +61,6 @@ def _head_pair_kernel(
     CAP: tl.constexpr,
     LABELS: tl.constexpr,
     UPCAST: tl.constexpr,  # multiply in fp32: operands of two dtypes, or interpreted
-    FIELDS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -84,7 +84,7 @@ def _head_pair_kernel(
     first = (tiles * split // S).to(tl.int32)
     last = (tiles * (split + 1) // S).to(tl.int32)
 
-    s = lib.zeros((BLOCK_N,), tl.float32, PRECISE, OTHER)
+    s = lib.zeros((BLOCK_N,), tl.float32)
     zero = tl.zeros((BLOCK_N,), tl.float32)
     ref_a = zero + minus_inf
     ref_b = zero + minus_inf
@@ -170,7 +170,7 @@ def _head_pair_kernel(
         new_b = tl.where(moved, new_b, ref_b)
         new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
         moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float32)
-        s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
+        s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
         ref_a = new_a
         ref_b = new_b
 
@@ -185,11 +185,10 @@ def _head_pair_kernel(
         none = ()
         for _ in tl.static_range(len(s)):
             none = none + (0.0,)
-        terms = lib.accumulate(none, a, b, y, z, x, whole_a, whole_b, keep, True, PRECISE, OTHER)
-        total = ()
-        for i in tl.static_range(len(s)):
-            total = total + (tl.sum(terms[i], 1),)
-        s = lib.add(s, total)
+        terms = lib.accumulate(
+            none, a, b, y, z, x, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER
+        )
+        s = lib.add_columns(s, terms, SUMS)
 
     head_fields = (
         ref_a,
@@ -205,8 +204,11 @@ def _head_pair_kernel(
         ((oddities >> 2) & 1).to(tl.float32),
         ((oddities >> 3) & 1).to(tl.float32),
     )
-    fields = head_fields + s
-    out = floats_ptr + (rows * S + split) * FIELDS
+    fields = head_fields
+    for i in tl.static_range(len(s)):
+        if (SUMS >> i) & 1:
+            fields = fields + (s[i],)
+    out = floats_ptr + (rows * S + split) * len(fields)
     for i in tl.static_range(len(fields)):
         tl.store(out + i, fields[i], mask=inside)
     at = ids_ptr + (rows * S + split) * 2
@@ -235,9 +237,7 @@ def partial_state(
     labels: Tensor | None,
     softcap: float | None,
     logit_scale: float | None,
-    temperature: float,
-    level: str,
-    weights: str,
+    kind: Kind,
     splits: int | None = None,
 ) -> State:
     """Launch the fused kernel on normalised, contiguous `(N, D)` states."""
@@ -245,15 +245,12 @@ def partial_state(
     head, other_head = heads
     rows, width = base.shape
     vocab = head.shape[0]
-    precise, by_other = level != "core", weights == "other"
     mixed = not base.dtype == head.dtype == other_head.dtype
     capability = torch.cuda.get_device_capability(base.device) if base.is_cuda else (9, 0)
-    config = tuning.head_config(rows, 4 if mixed else base.element_size(), precise, capability)
+    config = tuning.head_config(rows, 4 if mixed else base.element_size(), kind.precise, capability)
     if splits is None:
         splits = tuning.head_splits(rows, vocab, config)
-    state = merge_triton.empty_state(
-        base.device, rows, splits, temperature, precise, by_other, labels is not None
-    )
+    state = merge_triton.empty_state(base.device, rows, splits, kind)
     if rows:
         with on(base):
             _head_pair_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
@@ -271,19 +268,19 @@ def partial_state(
                 width,
                 *head.stride(),
                 *other_head.stride(),
-                state.scale,
-                1.0 / temperature,
+                kind.scale,
+                1.0 / kind.temperature,
                 1.0 if logit_scale is None else float(logit_scale),
                 1.0 if softcap is None else float(softcap),
-                PRECISE=precise,
-                OTHER=by_other,
+                SUMS=kind.sums,
+                PRECISE=kind.precise,
+                OTHER=kind.by_other,
                 TWO_HEADS=other_head is not head,
                 BIAS=bias is not None,
                 SCALE=logit_scale is not None,
                 CAP=softcap is not None,
                 LABELS=labels is not None,
                 UPCAST=mixed or interpreting(),
-                FIELDS=state.floats.shape[2],
                 BLOCK_N=config.block_n,
                 BLOCK_V=config.block_v,
                 BLOCK_D=config.block_d,
@@ -309,38 +306,41 @@ def head_pair_stats(
     topk: int,
     level: str,
     weights: str,
+    fields: str = "",
 ) -> list[Tensor]:
     """Packed statistics of the logits of hidden states (`eager.head_pair_stats` by Triton)."""
     width = head_weight.shape[1]
     rows = base_hidden.numel() // width
     heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
     labels = None if labels is None else labels.reshape(-1)
-    if level == "full" or topk or not tuning.head_fused(rows, width):
+    second = any(name in layout.FULL_FLOATS for name in layout.pair_floats(level, False, fields))
+    if second or topk or not tuning.head_fused(rows, width):
         hidden = (base_hidden, other_hidden)
         parts = []
         for start, a, b in logit_blocks(
             hidden, heads, bias, norm_weight, norm_eps, softcap, logit_scale
         ):
             some = None if labels is None else labels[start : start + a.shape[0]]
-            options = (some, subset, temperature, topk, level, weights)
+            options = (some, subset, temperature, topk, level, weights, fields)
             parts.append(pair_triton.pair_stats(a, b, *options))
         if parts:
             return [torch.cat(blocks, 1) for blocks in zip(*parts, strict=True)]
         none = head_weight.new_empty(0, head_weight.shape[0])
-        options = (labels, subset, temperature, topk, level, weights)
+        options = (labels, subset, temperature, topk, level, weights, fields)
         return pair_triton.pair_stats(none, none, *options)
     states = (
         rms_normalised(base_hidden.reshape(-1, width), norm_weight, norm_eps),
         rms_normalised(other_hidden.reshape(-1, width), norm_weight, norm_eps),
     )
-    shape = (softcap, logit_scale, temperature, level, weights)
-    packed, _ = partial_state(states, heads, bias, labels, *shape).finish(level)
+    shape = (softcap, logit_scale)
+    kind = Kind(temperature, level, weights, labels is not None, fields)
+    packed = partial_state(states, heads, bias, labels, *shape, kind).finish()[0]
     if subset is not None:
         few = heads[0].index_select(0, subset)
         few_other = few if other_head_weight is None else heads[1].index_select(0, subset)
         few_bias = None if bias is None else bias.index_select(0, subset)
-        inner, _ = partial_state(states, (few, few_other), few_bias, None, *shape).finish(level)
-        packed += inner
+        kind = kind._replace(labels=False)
+        packed += partial_state(states, (few, few_other), few_bias, None, *shape, kind).finish()[0]
     return packed
 
 
@@ -369,7 +369,7 @@ def compile_cases() -> list[KernelCase]:
             **{"other_head_ptr": None, "stride_hd": 1, "stride_ov": 1, "stride_od": 1},
             **{"PRECISE": level == "precise", "OTHER": False, "TWO_HEADS": False},
             **{"BIAS": True, "SCALE": True, "CAP": True, "LABELS": True, "UPCAST": False},
-            "FIELDS": len(merge_triton.state_fields(level == "precise", False)),
+            "SUMS": Kind(1.0, level, "base", True, "").sums,
             **{"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d},
         }
         cases.append(

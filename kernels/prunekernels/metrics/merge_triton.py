@@ -15,6 +15,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels import language as lib
-from prunekernels import layout, partial, tuning
+from prunekernels import layout, partial, selection, tuning
 from prunekernels.compilation import KernelCase
 from prunekernels.runtime import on
 
@@ -41,25 +42,21 @@ HEAD: tuple[str, ...] = (
 HEAD += ("only_a", "only_b", "broken_a", "broken_b")
 
 
-def state_fields(precise: bool, other: bool) -> tuple[str, ...]:
-    """Names of the numbers in a partial state, in order."""
-    return HEAD + lib.bundle(precise, other)
-
-
 @triton.jit(do_not_specialize=["N", "S"])
 def _pair_merge_kernel(
     floats_ptr,  # (N, S, FIELDS) partial states
     ids_ptr,  # (N, S, 2) int64
     out_ptr,  # (fields, N) fp32, `layout.pair_floats`
     out_ids_ptr,  # (2, N) int64
-    flags_ptr,  # (3, N) bool
+    flags_ptr,  # (4, N) bool: `layout.PAIR_FLAGS`, and whether NaN or infinity spoils the row
     norms_ptr,  # (4, N) float64: references of base and other (logits), ln W0, ln V0
     N,
     S,
     k,  # log2(e)/T as the sums used it
     temperature,  # T = temperature + temperature_rest
     temperature_rest,
-    FIELDS: tl.constexpr,
+    SUMS: tl.constexpr,  # the sums of a state: see `language`
+    FIELDS: tl.constexpr,  # the fields that are wanted: bits in the order of `layout`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     LABELS: tl.constexpr,
@@ -67,6 +64,7 @@ def _pair_merge_kernel(
     SPLITS: tl.constexpr,  # splits read at a time
 ):
     HEADS: tl.constexpr = 12
+    WIDTH: tl.constexpr = _width(SUMS)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
     minus_inf = float("-inf")
@@ -88,7 +86,7 @@ def _pair_merge_kernel(
         splits = start + tl.arange(0, SPLITS)
         mask = inside[:, None] & (splits < S)[None, :]
         at = rows[:, None] * S + splits[None, :]
-        state = floats_ptr + at * FIELDS
+        state = floats_ptr + at * WIDTH
         a = tl.load(state, mask=mask, other=minus_inf).to(tl.float64)
         b = tl.load(state + 1, mask=mask, other=minus_inf).to(tl.float64)
         block_a = tl.max(a, 1)
@@ -122,22 +120,24 @@ def _pair_merge_kernel(
     ref_b = ref_b * unit
     ref_b = tl.where((top_b * scale > ref_b + lib.FAR) | (ref_b == minus_inf), top_b * scale, ref_b)
 
-    s = lib.zeros((ROWS,), tl.float64, PRECISE, OTHER)
+    s = lib.zeros((ROWS,), tl.float64)
     for start in range(0, S, SPLITS):
         splits = start + tl.arange(0, SPLITS)
         mask = inside[:, None] & (splits < S)[None, :]
-        state = floats_ptr + (rows[:, None] * S + splits[None, :]) * FIELDS
+        state = floats_ptr + (rows[:, None] * S + splits[None, :]) * WIDTH
         a = tl.load(state, mask=mask, other=minus_inf).to(tl.float64) * unit
         b = tl.load(state + 1, mask=mask, other=minus_inf).to(tl.float64) * unit
         part = ()
-        for i in tl.static_range(FIELDS - HEADS):
-            part = part + (tl.load(state + HEADS + i, mask=mask, other=0.0).to(tl.float64),)
+        state += HEADS
+        for i in tl.static_range(len(s)):
+            if (SUMS >> i) & 1:
+                part = part + (tl.load(state, mask=mask, other=0.0).to(tl.float64),)
+                state += 1
+            else:
+                part = part + (tl.zeros((ROWS, SPLITS), tl.float64),)
         moves = lib.moves(a, ref_a[:, None], b, ref_b[:, None], 1.0, tl.float64)
-        part = lib.rebase(part, moves, tl.float64, PRECISE, OTHER)
-        total = ()
-        for i in tl.static_range(FIELDS - HEADS):
-            total = total + (tl.sum(part[i], 1),)
-        s = lib.add(s, total)
+        part = lib.rebase(part, moves, tl.float64, SUMS, PRECISE, OTHER)
+        s = lib.add_columns(s, part, SUMS)
 
     nan = float("nan")
     inf = float("inf")
@@ -169,7 +169,7 @@ def _pair_merge_kernel(
     square = nats * nats
     var_p = tl.where(only_b, inf, _at_least_0(s[2] / w0 - w1 * w1)) * square
     if OTHER:
-        var = tl.where(only_a, inf, _at_least_0(s[len(s) - 1] / v0 - v1 * v1)) * square
+        var = tl.where(only_a, inf, _at_least_0(s[26] / v0 - v1 * v1)) * square
         q0 = s[8]
         lost = only_a
     else:
@@ -220,9 +220,11 @@ def _pair_merge_kernel(
         nll_a = lse_a - label_a / t
         nll_b = lse_b - label_b / t
         fields = fields + (nll_a, nll_b, tl.exp(-nll_b) - tl.exp(-nll_a))
+    out = out_ptr + rows
     for i in tl.static_range(len(fields)):
-        value = tl.where(broken, nan, fields[i]).to(tl.float32)
-        tl.store(out_ptr + tl.cast(i, tl.int64) * N + rows, value, mask=inside)
+        if (FIELDS >> i) & 1:
+            tl.store(out, tl.where(broken, nan, fields[i]).to(tl.float32), mask=inside)
+            out += N
     id_a = tl.where(broken_a, -1, id_a)
     id_b = tl.where(broken_b, -1, id_b)
     tl.store(out_ids_ptr + rows, id_a, mask=inside)
@@ -232,6 +234,7 @@ def _pair_merge_kernel(
     tl.store(flags_ptr + N + rows, tie & ~broken, mask=inside)
     valid = (var_p <= 1.0) & ~one_sided & ~broken
     tl.store(flags_ptr + 2 * N + rows, valid, mask=inside)
+    tl.store(flags_ptr + 3 * N + rows, broken, mask=inside)
     tl.store(norms_ptr + rows, ref_a / scale, mask=inside)
     tl.store(norms_ptr + N + rows, ref_b / scale, mask=inside)
     tl.store(norms_ptr + 2 * N + rows, ln_w0, mask=inside)
@@ -258,45 +261,85 @@ def _at_least_0(x):
     return tl.where(x < 0.0, 0.0, x)
 
 
-@dataclass(frozen=True, eq=False)
-class State:
-    """Partial sums of N rows in S splits.
+@triton.constexpr_function
+def _width(sums):
+    """Numbers in a partial state."""
+    return len(HEAD) + sums.bit_count()
+
+
+class Kind(NamedTuple):
+    """What is asked of a pair of rows: which sums a state holds, and the fields that come of it.
 
     Attributes:
-        floats: `(N, S, fields)` float32, `state_fields`.
-        ids: `(N, S, 2)` int64, first ids of the largest logits.
         temperature: T.
-        precise: whether the sums of the precise level are there.
-        by_other: whether the second-order estimates are weighted by other.
+        level: "core", "precise" or "full".
+        weights: "base" or "other".
         labels: whether label logits are there.
+        fields: names asked for, as `layout.pair_floats` takes them.
     """
 
-    floats: Tensor
-    ids: Tensor
     temperature: float
-    precise: bool
-    by_other: bool
+    level: str
+    weights: str
     labels: bool
+    fields: str
+
+    @property
+    def precise(self) -> bool:
+        """Whether references are logits, and a small divergence keeps its digits."""
+        return self.level != "core"
+
+    @property
+    def by_other(self) -> bool:
+        """Whether the second-order estimates are weighted by other."""
+        return self.weights == "other"
 
     @property
     def scale(self) -> float:
         """k = log2(e)/T as the kernels see it."""
         return exponent_scale(self.temperature)
 
+    @property
+    def floats(self) -> tuple[str, ...]:
+        """Names of the float fields asked for."""
+        return layout.pair_floats(self.level, self.labels, self.fields)
+
+    @property
+    def sums(self) -> int:
+        """The constant SUMS of `language`."""
+        names = (*self.floats, *layout.chosen(layout.PAIR_FLAGS, self.fields))
+        return lib.wanted(selection.sums(names, weights=self.weights, precise=self.precise))
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Partial sums of N rows in S splits.
+
+    Attributes:
+        floats: `(N, S, F)` float32: `HEAD`, then the kind's sums.
+        ids: `(N, S, 2)` int64, first ids of the largest logits.
+        kind: what they are sums of.
+    """
+
+    floats: Tensor
+    ids: Tensor
+    kind: Kind
+
     def natural(self) -> Tensor:
         """The splits in the units of `partial`: `(N, S, F)` float64."""
-        names = state_fields(self.precise, self.by_other)
+        kind = self.kind
+        names = HEAD + lib.bundle(kind.sums)
         s = dict(zip(names, self.floats.double().unbind(-1), strict=True))
-        logits = 1.0 / self.scale  # per unit of an exponent
-        unit = self.temperature if self.precise else logits  # of x
-        reference = 1.0 if self.precise else logits
-        zero = torch.zeros_like(s["n"])
+        logits = 1.0 / kind.scale  # per unit of an exponent
+        unit = kind.temperature if kind.precise else logits  # of x
+        reference = 1.0 if kind.precise else logits
+        zero = torch.zeros_like(s["W0"])
         found = {name: s.get(name, zero) for name in partial.SUM_FIELDS}
-        squared = "S" if self.by_other else "R"
-        found |= {"Wy": logits * s["Wy"], "Vy": logits * s["Vy"]}
+        squared = "S" if kind.by_other else "R"
+        found |= {name: logits * found[name] for name in ("Wy", "Vy")}
         for power, moments in enumerate((("W1", "V1", "U1"), ("W2", "V2", "U2")), 1):
             found |= {name: unit**power * found[name] for name in moments}
-            found[f"{squared}{power}"] = unit**power * s[f"Q{power}"]
+            found[f"{squared}{power}"] = unit**power * s.get(f"Q{power}", zero)
         found["held"] = zero  # known to the op
         found |= {"only_base": s["only_a"], "only_other": s["only_b"]}
         found |= {"alpha": reference * s["ref_a"], "beta": reference * s["ref_b"]}
@@ -305,21 +348,26 @@ class State:
             found[f"top_{side}"] = s[f"top_{letter}"].masked_fill(broken, math.nan)
             found[f"second_{side}"] = s[f"second_{letter}"]
             found[f"id_{side}"] = self.ids[..., index].double()
-            found[f"label_{side}"] = s[f"label_{letter}"] if self.labels else zero
+            found[f"label_{side}"] = s[f"label_{letter}"] if kind.labels else zero
         return torch.stack([found[name] for name in partial.FIELDS], -1)
 
-    def finish(self, level: str) -> tuple[list[Tensor], Tensor]:
-        """Merge the splits; floats, ids and flags as `layout` packs them, and the norms."""
+    def finish(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Merge the splits.
+
+        Returns:
+            Floats, ids and flags as `layout` packs them (rows of the second pass left open); the
+            norms `(4, N)` that this needs; and whether NaN or infinity spoils a row, `(N,)`.
+        """
         rows, splits = self.ids.shape[:2]
-        names = layout.pair_floats(level, self.labels)
+        kind = self.kind
         device = self.floats.device
-        floats = torch.empty(len(names), rows, dtype=torch.float32, device=device)
+        floats = torch.empty(len(kind.floats), rows, dtype=torch.float32, device=device)
         ids = torch.empty(2, rows, dtype=torch.int64, device=device)
-        flags = torch.empty(3, rows, dtype=torch.bool, device=device)
+        flags = torch.empty(4, rows, dtype=torch.bool, device=device)
         norms = torch.empty(4, rows, dtype=torch.float64, device=device)
         if rows:
             config = tuning.merge_config(splits)
-            high = _to_float32(self.temperature)
+            high = _to_float32(kind.temperature)
             with on(self.floats):
                 _pair_merge_kernel[(triton.cdiv(rows, config.rows),)](
                     self.floats,
@@ -330,35 +378,28 @@ class State:
                     norms,
                     rows,
                     splits,
-                    self.scale,
+                    kind.scale,
                     high,
-                    self.temperature - high,
-                    FIELDS=self.floats.shape[2],
-                    PRECISE=self.precise,
-                    OTHER=self.by_other,
-                    LABELS=self.labels,
+                    kind.temperature - high,
+                    SUMS=kind.sums,
+                    FIELDS=_bits(kind.floats),
+                    PRECISE=kind.precise,
+                    OTHER=kind.by_other,
+                    LABELS=kind.labels,
                     ROWS=config.rows,
                     SPLITS=config.splits,
                     num_warps=config.num_warps,
                     num_stages=1,
                 )
-        return [floats, ids, flags], norms
+        return [floats, ids, flags[:3]], norms, flags[3]
 
 
-def empty_state(
-    device: torch.device,
-    rows: int,
-    splits: int,
-    temperature: float,
-    precise: bool,
-    by_other: bool,
-    labels: bool,
-) -> State:
+def empty_state(device: torch.device, rows: int, splits: int, kind: Kind) -> State:
     """Room for the partial sums of `rows` rows in `splits` splits."""
-    fields = len(state_fields(precise, by_other))
-    floats = torch.empty(rows, splits, fields, dtype=torch.float32, device=device)
+    width = len(HEAD) + kind.sums.bit_count()
+    floats = torch.empty(rows, splits, width, dtype=torch.float32, device=device)
     ids = torch.empty(rows, splits, 2, dtype=torch.int64, device=device)
-    return State(floats, ids, temperature, precise, by_other, labels)
+    return State(floats, ids, kind)
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -368,6 +409,12 @@ def merge_states(states: Sequence[State]) -> State:
         floats=torch.cat([state.floats for state in states], 1),
         ids=torch.cat([state.ids for state in states], 1),
     )
+
+
+def _bits(floats: Sequence[str]) -> int:
+    """The constant FIELDS of the merge kernel."""
+    order = layout.PAIR_FLOATS + layout.LABEL_FLOATS
+    return sum(1 << i for i, name in enumerate(order) if name in floats)
 
 
 def exponent_scale(temperature: float) -> float:
@@ -382,8 +429,13 @@ def _to_float32(value: float) -> float:
 def compile_cases() -> list[KernelCase]:
     """Many rows of one split, and one row of many."""
     cases = []
-    for precise, by_other, splits in ((False, False, 1), (False, False, 64), (True, True, 1)):
+    for level, weights, splits in (
+        ("core", "base", 1),
+        ("core", "base", 64),
+        ("precise", "other", 1),
+    ):
         config = tuning.merge_config(splits)
+        kind = Kind(1.0, level, weights, True, "")
         signature = {
             **dict.fromkeys(("floats_ptr", "out_ptr"), "*fp32"),
             **dict.fromkeys(("ids_ptr", "out_ids_ptr"), "*i64"),
@@ -392,13 +444,14 @@ def compile_cases() -> list[KernelCase]:
         }
         cases.append(
             KernelCase(
-                name=f"pair_stats/merge/{'precise' if precise else 'core'}/{splits}",
+                name=f"pair_stats/merge/{level}/{splits}",
                 kernel=_pair_merge_kernel,
                 signature=signature,
                 constants={
-                    "FIELDS": len(state_fields(precise, by_other)),
-                    "PRECISE": precise,
-                    "OTHER": by_other,
+                    "SUMS": kind.sums,
+                    "FIELDS": _bits(kind.floats),
+                    "PRECISE": kind.precise,
+                    "OTHER": kind.by_other,
                     "LABELS": True,
                     "ROWS": config.rows,
                     "SPLITS": config.splits,

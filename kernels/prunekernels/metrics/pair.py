@@ -21,11 +21,12 @@ def _pair_stats_op(
     topk: int,
     level: str,
     weights: str,
+    fields: str,
     impl: str,
 ) -> list[Tensor]:
     checks.token_ids("pair_stats", base.shape[-1], labels, subset)
     run = runtime.run("pair_stats", eager.pair_stats, (base, other), impl)
-    return run(base, other, labels, subset, temperature, topk, level, weights)
+    return run(base, other, labels, subset, temperature, topk, level, weights, fields)
 
 
 @_pair_stats_op.register_fake
@@ -38,6 +39,7 @@ def _(
     topk: int,
     level: str,
     weights: str,
+    fields: str,
     impl: str,
 ) -> list[Tensor]:
     return packed_like(
@@ -47,6 +49,7 @@ def _(
         labels=labels is not None,
         subset=subset is not None,
         topk=topk,
+        fields=fields,
     )
 
 
@@ -60,6 +63,7 @@ def pair_stats(
     topk: int = 0,
     level: str = "core",
     weights: str = "base",
+    fields: Sequence[str] | None = None,
     impl: str = "auto",
 ) -> PairStats:
     """Compare two rows of logits in every way that pruning studies report, reading each once.
@@ -84,6 +88,9 @@ def pair_stats(
             pass over the rows).
         weights: whose distribution, "base" or "other", weighs `kl_estimate` and
             `one_minus_cos_prob_estimate`.
+        fields: names of the fields to report, None for all that `level` and `labels` give. Only the
+            sums that they need are summed: the KLs, normalisers, NLLs, argmaxes and margins alone
+            take four of eighteen. Other fields are then not there, and say so when asked.
         impl: "auto", "triton" or "eager".
 
     Returns:
@@ -92,8 +99,8 @@ def pair_stats(
 
     Raises:
         ValueError: for mismatched or unsupported tensors, an empty vocabulary, a temperature that
-            is not above 0, token ids out of range or given twice, k above V, or an `impl` that
-            cannot run here. The message names both values.
+            is not above 0, token ids out of range or given twice, k above V, unknown fields, or
+            an `impl` that cannot run here. The message names both values.
     """
     checks.floats("pair_stats", base=base, other=other)
     checks.alike("pair_stats", base=base, other=other)
@@ -111,9 +118,10 @@ def pair_stats(
         weights=weights,
         impl=impl,
     )
+    asked = checks.pair_fields("pair_stats", fields, level, labels is not None)
     labels = None if labels is None else labels.long()
     packed = _pair_stats_op(
-        base, other, labels, subset, float(temperature), topk, level, weights, impl
+        base, other, labels, subset, float(temperature), topk, level, weights, asked, impl
     )
     return unpack_pair(
         packed,
@@ -122,4 +130,5 @@ def pair_stats(
         labels=labels is not None,
         subset=subset is not None,
         topk=topk,
+        fields=asked,
     )

@@ -10,6 +10,7 @@ time, with both normalisers known.
 """
 
 
+# ruff: noqa: RUF005  (Triton compiles no starred tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="misc, var-annotated, assignment"
 
@@ -22,9 +23,9 @@ from torch import Tensor
 
 from prunekernels import language as lib
 from prunekernels import layout, partial, top_tokens, tuning
-from prunekernels.compilation import KernelCase
+from prunekernels.compilation import Arch, KernelCase
 from prunekernels.metrics import merge_triton
-from prunekernels.metrics.merge_triton import State
+from prunekernels.metrics.merge_triton import Kind, State
 from prunekernels.metrics.rows import PairRows
 from prunekernels.pair_sums import take_rows
 from prunekernels.runtime import on
@@ -36,7 +37,7 @@ def _pair_sums_kernel(
     other_ptr,  # logits b
     starts_ptr,  # (2, N) int64 first element of each row, with ROW_TABLE
     labels_ptr,  # (N,) int64, with LABELS
-    floats_ptr,  # (N, S, FIELDS) fp32: `merge_triton.state_fields`
+    floats_ptr,  # (N, S, F) fp32: `merge_triton.HEAD`, then the sums
     ids_ptr,  # (N, S, 2) int64
     N,
     V,
@@ -48,6 +49,7 @@ def _pair_sums_kernel(
     first_id,  # id of the first column
     k,  # log2(e)/T
     inverse_t,  # 1/T
+    SUMS: tl.constexpr,  # the sums that are wanted: see `language`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     LABELS: tl.constexpr,
@@ -93,7 +95,7 @@ def _pair_sums_kernel(
     last = head + (whole.to(tl.int64) * (split + 1) // S).to(tl.int32) * TILE
 
     minus_inf = float("-inf")
-    s = lib.zeros((LANES,), tl.float32, PRECISE, OTHER)
+    s = lib.zeros((LANES,), tl.float32)
     ref_a = tl.full((), minus_inf, tl.float32)
     ref_b = tl.full((), minus_inf, tl.float32)
     best_a = tl.full((LANES,), minus_inf, tl.float32)
@@ -162,19 +164,19 @@ def _pair_sums_kernel(
                 new_b = tl.load(from_b + found * stride_bv).to(tl.float32) * unit
             new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
             moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
-            s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
+            s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
             ref_a = new_a
             ref_b = new_b
         for u in tl.static_range(4 * UNITS):
             a = tile_a[u]
             b = tile_b[u]
             y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, False)
-            s = lib.accumulate(s, a, b, y, z, x, None, None, None, False, PRECISE, OTHER)
-        s = lib.count(s, 4 * UNITS)
+            s = lib.accumulate(s, a, b, y, z, x, None, None, None, SUMS, False, PRECISE, OTHER)
+        s = lib.count(s, 4 * UNITS, SUMS)
 
-    # −inf, NaN or +inf make Σx, Σwy or Σvz non-finite: sum the split again, looking at each.
-    s = lib.complete(s, OTHER)
-    sign = tl.sum(s[14] + s[3] + s[6], 0)
+    # −inf, NaN or +inf make Σwx or Σvx non-finite: sum the split again, looking at each.
+    s = lib.complete(s, SUMS, OTHER)
+    sign = tl.sum((s[1] + s[5]) + (s[14] + s[3] + s[6]), 0)
     again = ((sign - sign) != 0.0) | lib.thin(s)
     from_column = tl.where(split == 0, 0, first)
     to_column = tl.where(split == S - 1, end, last)
@@ -182,7 +184,7 @@ def _pair_sums_kernel(
     heads = tl.where(again, tl.cdiv(to_column - from_column, WIDTH), heads)
     tails = tl.where((split == S - 1) & ~again, tl.cdiv(tl.maximum(end - last, 0), WIDTH), 0)
     if again:
-        s = lib.zeros((LANES,), tl.float32, PRECISE, OTHER)
+        s = lib.zeros((LANES,), tl.float32)
         ref_a = tl.full((), minus_inf, tl.float32)
         ref_b = tl.full((), minus_inf, tl.float32)
         best_a = tl.full((LANES,), minus_inf, tl.float32)
@@ -234,7 +236,7 @@ def _pair_sums_kernel(
                 new_b = tl.max(tl.where(lanes == found, b, minus_inf), 0) * unit
             new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
             moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
-            s = lib.rebase(s, moves, tl.float32, PRECISE, OTHER)
+            s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
             ref_a = new_a
             ref_b = new_b
         y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, True)
@@ -243,7 +245,7 @@ def _pair_sums_kernel(
         a = tl.where(whole_a, a, 0.0)
         b = tl.where(whole_b, b, 0.0)
         keep = whole_a | whole_b
-        s = lib.accumulate(s, a, b, y, z, x, whole_a, whole_b, keep, True, PRECISE, OTHER)
+        s = lib.accumulate(s, a, b, y, z, x, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER)
 
     # Each lane reads its best unit again, for the first index of its maximum and the runner-up.
     index_a = tl.full((LANES,), -1, tl.int32)
@@ -291,11 +293,14 @@ def _pair_sums_kernel(
         tl.sum(broken_a, 0),
         tl.sum(broken_b, 0),
     )
-    out = floats_ptr + pid * (len(head_fields) + len(s))
-    for i in tl.static_range(len(head_fields)):
-        tl.store(out + i, head_fields[i])
+    sums = ()
     for i in tl.static_range(len(s)):
-        tl.store(out + len(head_fields) + i, tl.sum(s[i], 0))
+        if (SUMS >> i) & 1:
+            sums = sums + (tl.sum(s[i], 0),)
+    fields = head_fields + sums
+    out = floats_ptr + pid * len(fields)
+    for i in tl.static_range(len(fields)):
+        tl.store(out + i, fields[i])
     tl.store(ids_ptr + pid * 2, id_a.to(tl.int64) + first_id)
     tl.store(ids_ptr + pid * 2 + 1, id_b.to(tl.int64) + first_id)
 
@@ -432,9 +437,7 @@ def partial_state(
     base: Tensor,
     other: Tensor,
     labels: Tensor | None,
-    temperature: float,
-    level: str,
-    weights: str,
+    kind: Kind,
     first_id: int = 0,
     splits: int | None = None,
 ) -> State:
@@ -442,10 +445,7 @@ def partial_state(
     rows = PairRows(base, other)
     if splits is None:
         splits = tuning.pair_splits(rows.count, rows.width)
-    precise, by_other = level != "core", weights == "other"
-    state = merge_triton.empty_state(
-        base.device, rows.count, splits, temperature, precise, by_other, labels is not None
-    )
+    state = merge_triton.empty_state(base.device, rows.count, splits, kind)
     if rows.count:
         config = tuning.pair_config()
         with on(base):
@@ -461,10 +461,11 @@ def partial_state(
                 splits,
                 *rows.strides,
                 first_id,
-                state.scale,
-                1.0 / temperature,
-                PRECISE=precise,
-                OTHER=by_other,
+                kind.scale,
+                1.0 / kind.temperature,
+                SUMS=kind.sums,
+                PRECISE=kind.precise,
+                OTHER=kind.by_other,
                 LABELS=labels is not None,
                 ROW_TABLE=rows.starts is not None,
                 SHIFT=rows.shift,
@@ -515,19 +516,19 @@ def pair_stats(
     topk: int,
     level: str,
     weights: str,
+    fields: str = "",
 ) -> list[Tensor]:
     """Packed statistics of `(…, V)` logits (`eager.pair_stats` by Triton kernels)."""
-    state = partial_state(
-        base, other, None if labels is None else labels.reshape(-1), temperature, level, weights
-    )
-    packed, norms = state.finish(level)
-    broken = packed[0][0].isnan()
-    if level == "full":
-        extra = second_pass(base, other, norms, temperature)
-        packed[0][-3:] = extra.masked_fill_(broken, float("nan"))
+    labels = None if labels is None else labels.reshape(-1)
+    kind = Kind(temperature, level, weights, labels is not None, fields)
+    packed, norms, broken = partial_state(base, other, labels, kind).finish()
+    asked = [row for row, name in enumerate(layout.FULL_FLOATS) if name in kind.floats]
+    if asked:
+        extra = second_pass(base, other, norms, temperature)[asked]
+        packed[0][-len(asked) :] = extra.masked_fill_(broken, float("nan"))
     if subset is not None:
         few_a, few_b = (x.index_select(-1, subset) for x in (base, other))
-        packed += pair_stats(few_a, few_b, None, None, temperature, 0, level, weights)
+        packed += pair_stats(few_a, few_b, None, None, temperature, 0, level, weights, fields)
     if topk:
         packed += _top_tokens(base, other, norms, broken, temperature, topk)
     return packed
@@ -541,10 +542,12 @@ def pair_state(
     level: str,
     weights: str,
     offset: int,
+    fields: str = "",
 ) -> Tensor:
     """Mergeable state `(N, F)` of `(…, V)` logits (`eager.pair_state` by Triton)."""
     labels = None if labels is None else labels.reshape(-1)
-    state = partial_state(base, other, labels, temperature, level, weights, first_id=offset)
+    kind = Kind(temperature, level, weights, labels is not None, fields)
+    state = partial_state(base, other, labels, kind, first_id=offset)
     return partial.merge(state.natural().transpose(0, 1), temperature)
 
 
@@ -568,6 +571,17 @@ def _top_tokens(
     return [floats, totals, ids]
 
 
+#: Loops that fewer fields lead to, and how many sums each has.
+LOOPS: dict[str, tuple[str, ...]] = {
+    # 4: also what "nll_base", "lse_base", "argmax_base" and their like run
+    "kl": ("kl_base_other", "kl_other_base"),
+    # 10: p and q without the logits and the squares' variance
+    "prob": ("kl_base_other", "kl_other_base", "entropy_base", "cos_prob", "kl_estimate"),
+    # 7
+    "precise_kl": ("kl_base_other", "kl_other_base"),
+}
+
+
 def compile_cases() -> list[KernelCase]:
     """First passes as they run on contiguous logits, and the second pass."""
     config = tuning.pair_config()
@@ -576,8 +590,9 @@ def compile_cases() -> list[KernelCase]:
     pointers = ("base_ptr", "other_ptr")
     numbers = {"k": "fp32", "inverse_t": "fp32"}
     cases = []
-    nvidia, amd = (80, 89, 90), ("gfx942",)
-    for level, dtype, weights, archs in (
+    nvidia: tuple[Arch, ...] = (80, 89, 90)
+    amd: tuple[Arch, ...] = ("gfx942",)
+    for sums, dtype, weights, archs in (
         ("core", "bf16", "base", nvidia),
         ("core", "bf16", "base", amd),
         ("core", "fp32", "base", nvidia + amd),
@@ -585,13 +600,16 @@ def compile_cases() -> list[KernelCase]:
         ("precise", "bf16", "base", nvidia),
         ("precise", "bf16", "base", amd),
         ("precise", "fp32", "other", nvidia + amd),
+        *((name, dtype, "base", nvidia) for name in LOOPS for dtype in ("bf16", "fp32")),
     ):
+        level = "precise" if sums.startswith("precise") else "core"
+        kind = Kind(1.0, level, weights, False, ",".join(LOOPS.get(sums, ())))
         outputs = {"floats_ptr": "*fp32", "ids_ptr": "*i64"}
         columns = config.lanes * 4 * config.units
         per_thread = columns // (32 * config.num_warps)
         cases.append(
             KernelCase(
-                name=f"pair_stats/{level}/{dtype}/{weights}",
+                name=f"pair_stats/{sums}/{dtype}/{weights}",
                 kernel=_pair_sums_kernel,
                 signature={
                     **dict.fromkeys(pointers, f"*{dtype}"),
@@ -606,8 +624,9 @@ def compile_cases() -> list[KernelCase]:
                     "labels_ptr": None,
                     "stride_av": 1,
                     "stride_bv": 1,
-                    "PRECISE": level == "precise",
-                    "OTHER": weights == "other",
+                    "SUMS": kind.sums,
+                    "PRECISE": kind.precise,
+                    "OTHER": kind.by_other,
                     "LABELS": False,
                     "ROW_TABLE": False,
                     "SHIFT": False,

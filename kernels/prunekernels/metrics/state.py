@@ -21,10 +21,11 @@ def _pair_state_op(
     level: str,
     weights: str,
     offset: int,
+    fields: str,
     impl: str,
 ) -> Tensor:
     run = runtime.run("pair_state", eager.pair_state, (base, other), impl)
-    state: Tensor = run(base, other, labels, temperature, level, weights, offset)
+    state: Tensor = run(base, other, labels, temperature, level, weights, offset, fields)
     if labels is not None:
         here = labels.reshape(-1) - offset
         state[:, partial.FIELDS.index("held")] = (here >= 0) & (here < base.shape[-1])
@@ -40,6 +41,7 @@ def _(
     level: str,
     weights: str,
     offset: int,
+    fields: str,
     impl: str,
 ) -> Tensor:
     rows = base.numel() // base.shape[-1]
@@ -59,6 +61,7 @@ class PairState:
         level: "core" or "precise".
         weights: "base" or "other".
         labels: whether logits of labels are in it.
+        fields: names of what it can report, with commas between them; "" for all.
     """
 
     data: Tensor
@@ -66,6 +69,7 @@ class PairState:
     level: str
     weights: str
     labels: bool
+    fields: str = ""
 
     def with_data(self, data: Tensor) -> PairState:
         """The same kind of state with another process's numbers."""
@@ -80,8 +84,17 @@ class PairState:
             level=self.level,
             weights=self.weights,
             labels=self.labels,
+            fields=self.fields,
         )
-        return unpack_pair(packed, lead, level=self.level, labels=self.labels, subset=False, topk=0)
+        return unpack_pair(
+            packed,
+            lead,
+            level=self.level,
+            labels=self.labels,
+            subset=False,
+            topk=0,
+            fields=self.fields,
+        )
 
 
 def pair_state(
@@ -93,6 +106,7 @@ def pair_state(
     labels: Tensor | None = None,
     level: str = "core",
     weights: str = "base",
+    fields: Sequence[str] | None = None,
     impl: str = "auto",
 ) -> PairState:
     """Read some columns of two rows of logits, each once, into a state that merges with others.
@@ -114,6 +128,7 @@ def pair_state(
             among the columns of one of them, else what depends on it is NaN.
         level: "core" or "precise", as in `pair_stats`.
         weights: "base" or "other", as in `pair_stats`.
+        fields: names of the fields to report, as in `pair_stats`.
         impl: "auto", "triton" or "eager".
 
     Raises:
@@ -139,17 +154,19 @@ def pair_state(
         weights=weights,
         impl=impl,
     )
+    asked = checks.pair_fields(op, fields, level, labels is not None)
+    t = float(temperature)
     labels = None if labels is None else labels.long()
-    data = _pair_state_op(base, other, labels, float(temperature), level, weights, offset, impl)
+    data = _pair_state_op(base, other, labels, t, level, weights, offset, asked, impl)
     data = data.reshape(*base.shape[:-1], data.shape[-1])
-    return PairState(data, float(temperature), level, weights, labels is not None)
+    return PairState(data, t, level, weights, labels is not None, asked)
 
 
 def merge(states: Sequence[PairState]) -> PairState:
     """One state of disjoint columns of the same rows; the order only matters to the last bits.
 
     Args:
-        states: at least one, all of the same shape, temperature, level and weights.
+        states: at least one, all of the same shape, temperature, level, weights and fields.
 
     Raises:
         ValueError: if there are none, or two of them differ in kind; the message names both values.
@@ -158,9 +175,11 @@ def merge(states: Sequence[PairState]) -> PairState:
         raise ValueError("merge: no states to merge; pass at least one")
     first = states[0]
     for state in states[1:]:
-        for what in ("temperature", "level", "weights", "labels"):
+        for what in ("temperature", "level", "weights", "labels", "fields"):
             left, right = getattr(first, what), getattr(state, what)
             if left != right:
+                if what == "fields":
+                    left, right = left or "all of them", right or "all of them"
                 raise ValueError(f"merge: states must have the same {what}, got {left} and {right}")
         if state.data.shape != first.data.shape:
             raise ValueError(

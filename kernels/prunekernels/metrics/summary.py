@@ -18,7 +18,8 @@ def summarize(stats: PairStats) -> dict[str, float]:
     bootstrap over prompts instead.
 
     Args:
-        stats: any leading shape; rows with NaN are counted and left out.
+        stats: any leading shape; rows with NaN are counted and left out. Of a choice of `fields`
+            (`kl_base_other` must be one), what they allow is reported.
 
     Returns:
         `rows`, `rows_nan`, `kl_mean`, `kl_mean_stderr`, `kl_median`, `kl_max`, `kl_min`, `kl_p…`
@@ -46,11 +47,15 @@ def summarize(stats: PairStats) -> dict[str, float]:
     result = {"rows": float(kl.numel()), "rows_nan": float((~fine).sum())}
     result |= _spread("kl", kl)
     result["kl_mean_stderr"] = _stderr(kl)
-    result["kl_reverse_mean"] = float(rows(stats.kl_other_base).mean())
-    same = 1.0 - rows(stats.flipped)
-    result["same_top"], result["same_top_stderr"] = float(same.mean()), _stderr(same)
-    result["estimate_valid"] = float(rows(stats.estimate_valid).mean())
-    if stats.prob_delta is not None:
+    held = stats.as_dict()
+    if "kl_other_base" in held:
+        result["kl_reverse_mean"] = float(rows(stats.kl_other_base).mean())
+    if "flipped" in held:
+        same = 1.0 - rows(stats.flipped)
+        result["same_top"], result["same_top_stderr"] = float(same.mean()), _stderr(same)
+    if "estimate_valid" in held:
+        result["estimate_valid"] = float(rows(stats.estimate_valid).mean())
+    if "prob_delta" in held:
         delta = rows(stats.prob_delta)
         result |= _spread("prob_delta", delta)
         result["prob_delta_mean_stderr"] = _stderr(delta)
@@ -58,6 +63,7 @@ def summarize(stats: PairStats) -> dict[str, float]:
         result["prob_delta_rms"] = rms
         # of √m, by the derivative: that of m over 2√m
         result["prob_delta_rms_stderr"] = 0.5 * _stderr(delta.square()) / rms if rms else 0.0
+    if "nll_base" in held and "nll_other" in held:
         base, other = float(rows(stats.nll_base).mean()), float(rows(stats.nll_other).mean())
         result["ln_ppl_base"], result["ln_ppl_other"] = base, other
         result["ln_ppl_ratio"] = other - base
