@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from allocations import Allocations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prunekernels import nm_mask
 from prunekernels.sparse import expand24
 from prunekernels.sparse.format24 import Sparse24, sparse24_cat, sparse24_pack, sparse24_split
 from prunekernels.sparse.layout24 import packed_shape
@@ -110,6 +112,37 @@ def test_non_contiguous_and_gradient_carrying_weights():
     assert torch.equal(sparse24_pack(strided[:, ::2]).packed, sparse24_pack(weight).packed)
     parameter = torch.nn.Parameter(weight)
     assert not sparse24_pack(parameter).packed.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_says_what_is_packed(dtype):
+    weight = torch.randn(100, 323).to(dtype)
+    mask = torch.nn.functional.pad(nm_mask(weight[:, :320].float().abs(), 2, 4), (0, 3))
+    weight[mask.logical_not()] = float("nan")
+    kept = weight.masked_fill(mask.logical_not(), 0)
+    assert torch.equal(sparse24_pack(weight, mask).packed, sparse24_pack(kept).packed)
+    mask[70, 8:12] = True
+    with pytest.raises(ValueError, match="row 70, columns 8 to 11 hold 4 non-zeros"):
+        sparse24_pack(weight, mask)
+
+
+def test_packing_by_a_mask_makes_no_copy_of_the_weight():
+    beside_the_result = []
+    for rows in (1024, 8192):
+        weight = torch.randn(rows, 1024).to(torch.bfloat16)
+        mask = nm_mask(weight.abs(), 2, 4)
+        with Allocations() as used:
+            packed = sparse24_pack(weight, mask)
+        beside_the_result.append(used.peak - packed.nbytes)
+    assert beside_the_result[0] == beside_the_result[1] < weight.nbytes / 2
+
+
+@pytest.mark.parametrize(
+    "mask", [torch.ones(4, 4), torch.ones(4, 8, dtype=torch.bool), torch.ones(4, dtype=torch.bool)]
+)
+def test_a_mask_must_fit(mask):
+    with pytest.raises(ValueError, match=r"mask must be bool of shape \(4, 4\)"):
+        sparse24_pack(torch.zeros(4, 4), mask)
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(4), torch.zeros(2, 4, 4), torch.zeros(0, 8)])

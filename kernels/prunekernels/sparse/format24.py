@@ -143,19 +143,23 @@ class Sparse24:
         )
 
 
-def sparse24_pack(weight: Tensor) -> Sparse24:
-    """Pack a weight that already is 2:4; it is never pruned here.
+def sparse24_pack(weight: Tensor, mask: Tensor | None = None) -> Sparse24:
+    """Pack a weight that already is 2:4, or the part of one that a 2:4 mask keeps.
+
+    Nothing is pruned here. With a mask, such as `nm_mask` gives, no masked copy of the weight is
+    made: a few lines at a time are masked and packed.
 
     Args:
         weight: (N, K), bfloat16, float16 or float32, at most two non-zeros (NaN counts as one) in
             each group of four columns; columns past K count as zero.
+        mask: (N, K) bool, True = keep: what it does not keep counts as zero. None keeps all.
 
     Returns:
         The packed weight, on the same device.
 
     Raises:
-        ValueError: If the weight is not a non-empty matrix of such a type, or not 2:4 (names the
-            first row and column).
+        ValueError: If the weight is not a non-empty matrix of such a type, the mask does not fit
+            it, or what is kept is not 2:4 (names the first row and column).
     """
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
@@ -166,6 +170,16 @@ def sparse24_pack(weight: Tensor) -> Sparse24:
             f"sparse24_pack takes {VALUE_NAMES} values, not {weight.dtype}: convert the weight "
             "first, for example weight.to(torch.bfloat16)"
         )
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
+        raise ValueError(
+            f"sparse24_pack: the mask must be bool of shape {tuple(weight.shape)}, not {mask.dtype}"
+            f" of shape {tuple(mask.shape)}"
+        )
+    if mask is not None and mask.device != weight.device:
+        raise ValueError(
+            f"sparse24_pack: the weight is on {weight.device} and the mask on {mask.device}: move "
+            "one of them"
+        )
     weight = weight.detach()
     rows, columns = weight.shape
     lines, units, tails = line_blocks(rows, columns)
@@ -175,6 +189,8 @@ def sparse24_pack(weight: Tensor) -> Sparse24:
     for first in range(0, lines, per_chunk):
         last = min(first + per_chunk, lines)
         chunk = weight[first * ROWS : last * ROWS]
+        if mask is not None:
+            chunk = chunk.masked_fill(mask[first * ROWS : last * ROWS].logical_not(), 0)
         _check_pattern(chunk, first * ROWS)
         padded = weight.new_zeros((last - first) * ROWS, units * UNIT_K + tails * TAIL_K)
         padded[: chunk.shape[0], :columns] = chunk
