@@ -183,7 +183,7 @@ def test_stacked_weights_equal_packing_the_stacked_dense(dtype):
 def test_large_weights_go_through_in_chunks(monkeypatch):
     weight = sparse_bits(100, 320, 0.5, torch.float16)
     whole = bitmap_pack(weight)
-    monkeypatch.setattr("prunekernels.sparse.format_bitmap._CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("prunekernels.sparse.layout_bitmap._CHUNK_ELEMENTS", 1)
     pieces = bitmap_pack(weight)
     assert torch.equal(pieces.bitmap, whole.bitmap) and torch.equal(pieces.starts, whole.starts)
     assert torch.equal(pieces.values.view(torch.int16), whole.values.view(torch.int16))

@@ -1,54 +1,34 @@
-"""The bitmap format: any sparsity, one bit per weight and the non-zero values.
-
-A weight has N rows (outputs) and K columns (inputs), padded to lines of 16 rows and blocks of 64
-columns. A line and a block meet in a *tile* of 1024 weights, read in the order in which the lanes
-of a warp hold the left operand of four `mma.m16n8k16`: step (16 columns), lane, element. For
-lane = 4·g + t, element i = 4·u + 2·h + c is row g + 8·h, column 16·step + 8·u + 2·t + c.
-
-    bitmap  int32 (lines, blocks, 32): bit 8·step + i of a lane's word says element i is not zero
-    values  (8·units,): the non-zeros of tile after tile, each tile filled up with zeros to a unit
-            of 8 values, so that tiles can be copied 16 bytes at a time
-    starts  int32 (lines·blocks + 1,): the unit where each tile starts, and the number of units
-
-Nothing depends on how the non-zeros are spread: full and empty rows, tiles and weights are all
-exact, and a lane finds its values by counting the bits before its own. −0.0 is not stored; every
-other value, NaN included, comes back bit for bit. Bytes per weight at sparsity s and value size v:
-v·(1 − s) + 1/8, and for `starts` and the filling at most (4 + 7·v) / 1024 more.
-Source: PTX ISA, "Matrix fragments for mma.m16n8k16 with floating point type".
-"""
+"""A weight of any sparsity in the packed format of `layout_bitmap`: packing, stacking, storing."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from prunekernels.sparse.expand_bitmap import bitmap_unpack
+from prunekernels.sparse.layout_bitmap import (
+    BLOCK_K,
+    TILE,
+    UNIT,
+    VALUE_CODES,
+    VALUE_NAMES,
+    VERSION,
+    check_parts,
+    chunks,
+    line_blocks,
+    set_bits,
+    starts_of,
+    step_bytes,
+)
 from prunekernels.sparse.stacking import ROWS, split_lines, stacked_rows
-
-VERSION = 1
-BLOCK_K, TILE = 64, 1024
-UNIT = 8
-
-#: Value types and their numbers in a stored header.
-VALUE_CODES: dict[torch.dtype, int] = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
-
-# Integers as wide as one value, and as two, by the bytes of a value.
-_INTEGERS = {2: (torch.int16, torch.int32), 4: (torch.int32, torch.int64)}
-
-# Elements handled at once: temporaries stay in cache, and small beside the weight.
-_CHUNK_ELEMENTS = 1 << 18
-
-
-def line_blocks(out_features: int, in_features: int) -> tuple[int, int]:
-    """Lines of 16 rows and blocks of 64 columns of an (N, K) weight."""
-    return -(-out_features // ROWS), -(-in_features // BLOCK_K)
 
 
 @dataclass(frozen=True, eq=False)
 class BitmapSparse:
-    """A weight of any sparsity in the packed format of this module.
+    """A weight of any sparsity in the packed format of `layout_bitmap`.
 
     Attributes:
         bitmap: int32 (lines, blocks, 32), contiguous.
@@ -96,7 +76,7 @@ class BitmapSparse:
     ) -> BitmapSparse:
         """This weight on another device or with values of another type (rounded)."""
         if dtype is not None and dtype not in VALUE_CODES:
-            raise ValueError(f"packed bitmap values must be {_names()}, not {dtype}")
+            raise ValueError(f"packed bitmap values must be {VALUE_NAMES}, not {dtype}")
         values = self.values
         if dtype is not None and dtype != self.dtype:
             # a value rounded down to −0.0 becomes 0.0
@@ -155,10 +135,12 @@ class BitmapSparse:
 
     def _check_starts(self) -> None:
         lines = line_blocks(*self.shape)[0]
+        count = set_bits(self.device).sum(1)
         fine = int(self.starts[0]) == 0 and int(self.starts[-1]) * UNIT == self.values.numel()
-        for first, last in _chunks(lines, self.shape[1]):
-            starts = _starts_of(self.starts, first, last, self.shape[1])
-            counts = _flags(self.bitmap[first:last]).sum((1, 2, 3))
+        for first, last in chunks(lines, self.shape[1]):
+            starts = starts_of(self.starts, first, last, self.shape[1])
+            counts = count.index_select(0, step_bytes(self.bitmap[first:last]))
+            counts = counts.view(-1, TILE // 8).sum(1)
             fine &= bool((starts.diff() * UNIT == counts + _filling(counts)).all())
         if not fine:
             raise ValueError("packed bitmap: starts do not agree with the bits; pack it again")
@@ -168,33 +150,6 @@ class BitmapSparse:
             f"BitmapSparse(shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device}, "
             f"nbytes={self.nbytes}, version={self.version})"
         )
-
-
-def check_parts(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> None:
-    """Raise ValueError unless the tensors can hold a packed (rows, columns) weight."""
-    lines, blocks = line_blocks(rows, columns)
-    for name, tensor, wanted in (
-        ("bitmap", bitmap, (lines, blocks, 32)),
-        ("starts", starts, (lines * blocks + 1,)),
-    ):
-        if tensor.dtype != torch.int32 or tuple(tensor.shape) != wanted:
-            raise ValueError(
-                f"the {name} of a packed ({rows}, {columns}) weight is int32 of shape {wanted}, "
-                f"not {tensor.dtype} {tuple(tensor.shape)}: pack the weight again"
-            )
-    if values.dtype not in VALUE_CODES or values.ndim != 1 or values.shape[0] % UNIT:
-        raise ValueError(
-            f"packed bitmap values are a vector of {_names()} whose length is a multiple of "
-            f"{UNIT}, not {values.dtype} {tuple(values.shape)}: pack the weight again"
-        )
-    for name, tensor in (("bitmap", bitmap), ("starts", starts), ("values", values)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"packed {name} must be contiguous: call .contiguous() on it")
-        if tensor.device != bitmap.device:
-            raise ValueError(
-                f"packed {name} is on {tensor.device}, the bitmap on {bitmap.device}: move the "
-                "whole weight with .to(device)"
-            )
 
 
 def bitmap_pack(weight: Tensor) -> BitmapSparse:
@@ -215,8 +170,8 @@ def bitmap_pack(weight: Tensor) -> BitmapSparse:
         )
     if weight.dtype not in VALUE_CODES:
         raise ValueError(
-            f"bitmap_pack takes {_names()} values, not {weight.dtype}: convert the weight first, "
-            "for example weight.to(torch.bfloat16)"
+            f"bitmap_pack takes {VALUE_NAMES} values, not {weight.dtype}: convert the weight "
+            "first, for example weight.to(torch.bfloat16)"
         )
     weight = weight.detach()
     rows, columns = weight.shape
@@ -224,7 +179,7 @@ def bitmap_pack(weight: Tensor) -> BitmapSparse:
     bitmap = torch.empty((lines, blocks, 32), dtype=torch.int32, device=weight.device)
     values: list[Tensor] = []
     units: list[Tensor] = []
-    for first, last in _chunks(lines, columns):
+    for first, last in chunks(lines, columns):
         chunk = weight[first * ROWS : last * ROWS]
         padded = weight.new_zeros((last - first) * ROWS, blocks * BLOCK_K)
         padded[: chunk.shape[0], :columns] = chunk
@@ -240,44 +195,6 @@ def bitmap_pack(weight: Tensor) -> BitmapSparse:
     ends = torch.cat(units).cumsum(0)
     starts = _as_starts("bitmap_pack", ends, int(ends[-1]))
     return BitmapSparse(bitmap, starts, torch.cat(values), (rows, columns))
-
-
-def bitmap_unpack(
-    bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int
-) -> Tensor:
-    """The dense (rows, columns) weight that the three tensors hold.
-
-    Args:
-        bitmap: int32 (lines, blocks, 32).
-        starts: int32 (lines·blocks + 1,).
-        values: (8·units,).
-        rows: N.
-        columns: K.
-
-    Returns:
-        A new contiguous tensor of the values' type, on their device.
-    """
-    lines, blocks = line_blocks(rows, columns)
-    dense = torch.empty((rows, columns), dtype=values.dtype, device=values.device)
-    bits, pair = _INTEGERS[values.dtype.itemsize]
-    for first, last in _chunks(lines, columns):
-        begin, end = (int(starts[blocks * line]) * UNIT for line in (first, last))
-        target = dense[first * ROWS : last * ROWS]
-        if begin == end:
-            target.zero_()
-            continue
-        used = _flags(bitmap[first:last]).flatten(1)
-        # values are numbered with their filling, which follows each tile
-        used = _with_filling(used, used.sum(1))
-        number = (used.view(-1).cumsum(0, dtype=torch.int32) - 1).clamp_(min=0)
-        # indexing and masking integers is several times faster than scattering by a mask
-        elements = values[begin:end].view(bits).index_select(0, number).view_as(used)
-        elements = (elements & -used.to(bits))[:, :TILE].flatten()
-        # the pairs of columns c = 0, 1 stay together: half as many elements to move
-        pairs = elements.view(pair).view(last - first, blocks, 4, 8, 4, 2, 2)
-        pairs = pairs.permute(0, 6, 3, 1, 2, 5, 4).reshape(-1, blocks * BLOCK_K // 2)
-        target.copy_(pairs.view(values.dtype)[: target.shape[0], :columns])
-    return dense
 
 
 def bitmap_cat(weights: Sequence[BitmapSparse]) -> BitmapSparse:
@@ -334,22 +251,6 @@ def _as_starts(op: str, ends: Tensor, units: int) -> Tensor:
     return torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
 
 
-def _names() -> str:
-    return "bfloat16, float16 or float32"
-
-
-def _chunks(lines: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Ranges of lines that are handled at once."""
-    size = max(1, _CHUNK_ELEMENTS // (ROWS * columns))
-    for first in range(0, lines, size):
-        yield first, min(first + size, lines)
-
-
-def _starts_of(starts: Tensor, first: int, last: int, columns: int) -> Tensor:
-    blocks = -(-columns // BLOCK_K)
-    return starts[first * blocks : last * blocks + 1]
-
-
 def _filling(counts: Tensor) -> Tensor:
     """Zeros behind tiles of so many values."""
     return -counts % UNIT
@@ -366,13 +267,3 @@ def _words(used: Tensor) -> Tensor:
     # eight flags are the bytes of a 64-bit word; the product gathers them in its upper byte
     bytes_ = (used.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
     return bytes_.view(-1, 4, 32).transpose(1, 2).contiguous().view(torch.int32).squeeze(2)
-
-
-def _flags(bitmap: Tensor) -> Tensor:
-    """Flags (tiles, 4 steps, 32 lanes, 8 elements) of bitmap words (…, 32)."""
-    bytes_ = bitmap.reshape(-1, 32, 1).view(torch.uint8).transpose(1, 2).reshape(-1)
-    # each byte becomes the eight bytes of a 64-bit word
-    every = torch.arange(256, device=bitmap.device)[:, None]
-    table = (every >> torch.arange(8, device=bitmap.device) & 1).to(torch.uint8).view(torch.int64)
-    flags = table.view(-1).index_select(0, bytes_.to(torch.int32)).view(torch.bool)
-    return flags.view(-1, 4, 32, 8)

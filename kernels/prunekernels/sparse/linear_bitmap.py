@@ -2,7 +2,7 @@
 
 The eager implementation expands the weight for the duration of the call and uses the dense matrix
 multiplication: on a GPU that is also the path for many tokens. Kernels that read the packed
-tensors are `portable_bitmap` and `mma_bitmap`; the format is `format_bitmap`.
+tensors are `portable_bitmap` and `mma_bitmap`; the format is `layout_bitmap`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from prunekernels.runtime import interpreting, triton_installed
 from prunekernels.sparse.dispatch import Dispatch, Expected
-from prunekernels.sparse.format_bitmap import BitmapSparse, bitmap_unpack, check_parts
+from prunekernels.sparse.expand_bitmap import bitmap_unpack
+from prunekernels.sparse.format_bitmap import BitmapSparse
 from prunekernels.sparse.layer import ACTIVATIONS, check_epilogue, check_input, gradients
+from prunekernels.sparse.layout_bitmap import check_parts
 from prunekernels.tuning import bitmap_order
 
 DISPATCH = Dispatch(

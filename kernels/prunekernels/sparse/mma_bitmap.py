@@ -13,7 +13,7 @@ results are bitwise repeatable.
 
 Inline assembly names shared memory by Triton's symbol for it, so the ring must start there: the
 kernel makes one allocation, a test sees that it is all there is, and a self-test decides per GPU.
-Format: `format_bitmap`. Instruction: PTX ISA, `mma.m16n8k16`.
+Format: `layout_bitmap`. Instruction: PTX ISA, `mma.m16n8k16`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -31,9 +31,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
-from prunekernels.sparse.format_bitmap import bitmap_pack, line_blocks
+from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.fragments import axis, finish, x_layout
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
+from prunekernels.sparse.layout_bitmap import line_blocks
 from prunekernels.sparse.stacking import ROWS
 from prunekernels.tuning import BitmapMmaConfig, bitmap_mma
 

@@ -5,7 +5,7 @@
 One program makes BLOCK_M tokens × BLOCK_N rows and walks its share of K in blocks of 64 columns,
 in order. Where columns are shared between programs, each stores its float32 part and a second
 kernel adds the parts in their order: results are bitwise repeatable. Runs on every GPU that Triton
-supports and in the interpreter. Format: `format_bitmap`.
+supports and in the interpreter. Format: `layout_bitmap`.
 
 A lane's first value of a step lies behind those of the steps before and of the lanes before it:
 both counts come from the bitmap words, four steps at once in the bytes of one sum. Within a lane a
@@ -27,7 +27,7 @@ from torch import Tensor
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.epilogue import activate, operand
-from prunekernels.sparse.format_bitmap import line_blocks
+from prunekernels.sparse.layout_bitmap import line_blocks
 from prunekernels.tuning import bitmap_portable, bitmap_splits
 
 
