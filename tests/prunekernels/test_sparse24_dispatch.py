@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import threading
 import types
 import warnings
 
@@ -126,24 +127,58 @@ def test_tables_give_configurations_that_cover_the_work(tokens, rows, columns):
     assert portable.block_m >= min(tokens, 64) and portable.block_n % 16 == 0
 
 
-def test_counters_are_shared_on_a_stream_and_never_between_captured_launches(monkeypatch):
-    stream = types.SimpleNamespace(device_index=0, cuda_stream=7)
-    capturing = [False]
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-    monkeypatch.setattr(counters, "_ARENA", 64)
-    monkeypatch.setattr(counters, "_by_stream", {})
-    monkeypatch.setattr(counters, "_arenas", {})
+@pytest.fixture
+def streams(monkeypatch):
+    """A stream whose number the test sets, capturing or not, on the CPU; an arena of 72 numbers."""
+    state = types.SimpleNamespace(number=7, capturing=False)
+
+    def current_stream(device):
+        return types.SimpleNamespace(
+            device_index=0, cuda_stream=state.number, synchronize=lambda: None
+        )
+
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    for name, value in {
+        "_ARENA": 72,
+        "_PER_STREAM": 20,
+        "_by_stream": {},
+        "_arenas": {},
+    }.items():
+        monkeypatch.setattr(counters, name, value)
+    return state
+
+
+def test_counters_are_shared_on_a_stream_and_never_between_captured_launches(streams):
     cpu = torch.device("cpu")
     first = counters.counters(10, cpu)
     assert counters.counters(20, cpu).data_ptr() == first.data_ptr()
-    assert first.dtype == torch.int32 and first.numel() >= 20 and not first.any()
-    stream.cuda_stream = 8
-    assert counters.counters(10, cpu).data_ptr() != first.data_ptr()
+    assert first.dtype == torch.int32 and first.numel() == 20 and not first.any()
+    streams.number = 8
+    other = counters.counters(10, cpu)
+    assert other.data_ptr() != first.data_ptr()
+    # more than are left: zeros for this launch only
     big = counters.counters(10_000, cpu)
-    assert big.numel() >= 10_000
-    capturing[0] = True
-    taken = [counters.counters(10, cpu) for _ in range(8)]
-    spans = sorted((t.data_ptr(), t.data_ptr() + 40) for t in taken)
+    assert big.numel() >= 10_000 and not big.any()
+    assert counters.counters(10, cpu).data_ptr() == other.data_ptr()
+    streams.capturing = True
+    taken = [first, other, *(counters.counters(10, cpu) for _ in range(8))]
+    spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in taken)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     assert all(t.data_ptr() % 16 == 0 and not t.any() for t in taken)
+    assert len(counters._by_stream) == 2
+
+
+def test_the_arena_is_not_allocated_by_a_thread_whose_memory_is_pooled(streams, monkeypatch):
+    made, real = [], torch.zeros
+
+    def zeros(*args, **kwargs):
+        made.append(threading.get_ident())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    counters.counters(10, torch.device("cpu"))
+    assert len(made) == 1 and made[0] != threading.get_ident()
+    streams.number = 8
+    counters.counters(10, torch.device("cpu"))
+    assert len(made) == 1

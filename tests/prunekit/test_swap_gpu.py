@@ -84,6 +84,23 @@ def test_decoding_in_cuda_graphs(pair):
     assert (graphs - eager).abs().max() <= 0.02 * eager.abs().max()
 
 
+def test_the_first_call_of_a_process_may_be_in_cuda_graphs(pair, monkeypatch):
+    from prunekernels.sparse import counters
+
+    _, swapped = pair
+    ids = torch.randint(0, 1000, (1, 1), device="cuda")
+    with torch.inference_mode():
+        want = swapped(ids, use_cache=False).logits
+        # what a first call allocates for good must not come from the graphs' memory
+        monkeypatch.setattr(counters, "_arenas", {})
+        monkeypatch.setattr(counters, "_by_stream", {})
+        torch._dynamo.reset()
+        step = torch.compile(swapped.forward, fullgraph=True, mode="reduce-overhead")
+        for _ in range(4):
+            got = step(input_ids=ids, use_cache=False).logits.clone()
+            assert (got - want).abs().max() <= 0.02 * want.abs().max()
+
+
 def test_packed_checkpoints_load_onto_the_gpu(pair, tmp_path):
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
