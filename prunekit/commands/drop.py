@@ -64,6 +64,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         calibration,
         tokenizer=tokenizer,
         batch_size=args.batch_size,
+        calibration_dtype=options.calibration_dtype(args),
         progress=not args.quiet,
     )
     after = measures.cache_size(model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunekit.calibration import Calibration
@@ -63,6 +64,19 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--samples", type=positive, default=16, help="sequences (16)")
     group.add_argument("--length", type=positive, default=256, help="tokens per sequence (256)")
     group.add_argument("--text-field", default="text", help="field of the text in rows (text)")
+    group.add_argument(
+        "--calibration-dtype",
+        choices=("bfloat16", "float32"),
+        help="run the calibration passes in this type (the model's own)",
+    )
+
+
+def calibration_dtype(args: argparse.Namespace) -> torch.dtype | None:
+    """What `--calibration-dtype` names."""
+    import torch
+
+    name = args.calibration_dtype
+    return None if name is None else getattr(torch, name)
 
 
 def calibration(args: argparse.Namespace) -> Calibration:

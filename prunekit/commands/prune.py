@@ -56,11 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verbose", action="store_true", help="a line per matrix in the table")
     options.add_calibration(parser)
     parser.add_argument(
-        "--calibration-dtype",
-        choices=("bfloat16", "float32"),
-        help="run the calibration passes in this type (the model's own)",
-    )
-    parser.add_argument(
         "--offload", choices=("cpu", "disk"), help="where activations wait for their turn"
     )
     parser.add_argument(
@@ -80,8 +75,6 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     calibrated = any(method.calibrated for method in recipe.rules.values())
     calibration = options.calibration(args) if calibrated else None
 
-    import torch
-
     from prunekit import checkpoint, distributed
     from prunekit.pruning import journal, prune_
 
@@ -89,14 +82,13 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     record = journal.beside(folder) if calibrated and not args.no_journal else None
     if record is not None and distributed.is_main() and not args.quiet:
         _say_if_resuming(record)
-    dtype = args.calibration_dtype
     report = prune_(
         model,
         recipe,
         calibration,
         tokenizer=tokenizer,
         batch_size=args.batch_size,
-        calibration_dtype=None if dtype is None else getattr(torch, dtype),
+        calibration_dtype=options.calibration_dtype(args),
         offload=args.offload,
         journal=record,
         progress=not args.quiet,

@@ -40,6 +40,7 @@ def mean_cosines(
     units: Collection[str],
     *,
     without: Collection[Part] = (),
+    dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> dict[Part, float]:
     """Score every part of the given kinds in one pass over the tokens.
@@ -50,6 +51,7 @@ def mean_cosines(
         units: "attn" and / or "mlp", or "block" alone.
         without: Parts that are left out: they add nothing to the residual stream, and get no
             score.
+        dtype: Run layers in this type instead of their own.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -59,7 +61,7 @@ def mean_cosines(
         PrunekitError: A score is NaN.
     """
     run = _BlockPass(arch, units, without) if BLOCK in units else _Pass(arch, units, without)
-    stream = Stream(arch, batches)
+    stream = Stream(arch, batches, dtype=dtype)
     for layer in track(range(len(arch.layers)), "scoring", enabled=progress):
         run.layer = layer
         stream.advance(layer, run)

@@ -9,12 +9,11 @@ for sublayers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunekit.architectures import Architecture
@@ -156,6 +155,7 @@ def drop_(
     *,
     tokenizer: Any = None,
     batch_size: int = 8,
+    calibration_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> DropReport:
     """Take the sublayers or blocks out of the model that matter least on calibration data.
@@ -169,6 +169,9 @@ def drop_(
         calibration: What to score on; see `prunekit.calibration`.
         tokenizer: Needed if the calibration is a file or a data set.
         batch_size: Sequences that run together.
+        calibration_dtype: Run the calibration passes in this type, such as torch.bfloat16, with
+            rounded copies of each layer's weights; see `prunekit.pruning.prune_`. Scores are formed
+            in float32 as ever, from rounded activations.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -183,9 +186,20 @@ def drop_(
     with evaluating(model):
         found = sequences(calibration, model, tokenizer, progress=progress)
         together = batches(found, batch_size)
-        first = mean_cosines(arch, together, drop.scored, progress=progress)
+
+        def score(without: Collection[Part] = ()) -> dict[Part, float]:
+            return mean_cosines(
+                arch,
+                together,
+                drop.scored,
+                without=without,
+                dtype=calibration_dtype,
+                progress=progress,
+            )
+
+        first = score()
         if drop.strategy == "iterative":
-            chosen = _iterative(arch, together, drop, first, progress)
+            chosen = _iterative(score, drop.count, first)
         elif drop.strategy == "consecutive":
             chosen = _best_window(first, drop)
         else:
@@ -250,17 +264,12 @@ def _best_window(scores: dict[Part, float], drop: Drop) -> list[Dropped]:
 
 
 def _iterative(
-    arch: Architecture,
-    together: Sequence[Tensor],
-    drop: Drop,
-    first: dict[Part, float],
-    progress: bool,
+    score: Callable[[Collection[Part]], dict[Part, float]], count: int, first: dict[Part, float]
 ) -> list[Dropped]:
     """Choose one part at a time, scoring the rest anew without those chosen before."""
     chosen = _highest(first)[:1]
-    while len(chosen) < drop.count:
-        gone = [(part.unit, part.layer) for part in chosen]
-        scores = mean_cosines(arch, together, drop.scored, without=gone, progress=progress)
+    while len(chosen) < count:
+        scores = score([(part.unit, part.layer) for part in chosen])
         chosen.append(_highest(scores)[0])
     return chosen
 

@@ -139,6 +139,34 @@ def test_nearly_equal_scores_keep_their_order_in_bfloat16(tiny, token_ids):
     assert all(1 - score < 1e-3 for score in found)
 
 
+@pytest.mark.parametrize("unit", ["all", "block"])
+def test_scores_in_bfloat16_are_close_and_leave_the_weights_alone(
+    tiny, token_ids, unit, monkeypatch
+):
+    twin, model = tiny("llama"), tiny("llama")
+    layers = []
+    run = cosines.vector_stats
+    monkeypatch.setattr(
+        cosines,
+        "vector_stats",
+        lambda *states: (
+            layers.append(model.model.layers[0].mlp.up_proj.weight.dtype),
+            run(*states),
+        )[1],
+    )
+    rounded = drop_(model, Drop(unit, 1), token_ids, calibration_dtype=torch.bfloat16)
+    assert torch.bfloat16 in layers
+    monkeypatch.undo()
+    exact = drop_(twin, Drop(unit, 1), token_ids)
+    for name, scores in exact.scores.items():
+        for score, other in zip(scores, rounded.scores[name], strict=True):
+            assert score != other
+            assert score == pytest.approx(other, abs=0.02)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with pytest.raises(PrunekitError, match="use bfloat16 or float32"):
+        drop_(model, Drop(unit, 1), token_ids, calibration_dtype=torch.int8)
+
+
 def test_hidden_states_are_streamed(tiny, token_ids, monkeypatch):
     model, held = tiny("llama"), []
     original = cosines._Pass.__call__
