@@ -267,6 +267,19 @@ class PackedLinear(nn.Module):
             self._hold_(self.weight.to(dtype=wanted))
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        """Load nothing from a state of another format version, shape or value type."""
+        found = state_dict.get(f"{prefix}header")
+        held: Tensor = self.header  # type: ignore[assignment]
+        if found is not None and not held.is_meta and found.tolist() != held.tolist():
+            errors = args[-1]
+            errors.append(
+                f"{prefix}header is {found.tolist()}, here (version, out, in, type) is "
+                f"{held.tolist()}: load a state of this model, or the checkpoint with prunekit.load"
+            )
+            return
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
         """What is held."""
         return (

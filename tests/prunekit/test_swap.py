@@ -115,6 +115,23 @@ def test_copies_pickles_and_state_dicts(tiny_24, token_ids, merge):
     assert_close(logits(twin, token_ids), want)
 
 
+@pytest.mark.parametrize(
+    ("position", "value"), [(0, 2), (1, 127), (2, 60), (3, 0)], ids=["version", "out", "in", "type"]
+)
+def test_states_that_do_not_fit_change_no_packed_layer(tiny_24, position, value):
+    model = tiny_24("llama")
+    pk.swap_(model)
+    name = "model.layers.1.mlp.gate_proj"
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    state[f"{name}.header"][position] = value
+    state[f"{name}.packed"].zero_()
+    layer = model.get_submodule(name)
+    before = {key: tensor.clone() for key, tensor in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=rf"{name}\.header is .*prunekit\.load"):
+        model.load_state_dict(state)
+    assert all(torch.equal(layer.state_dict()[key], before[key]) for key in before)
+
+
 @pytest.mark.parametrize("merge", [True, False])
 def test_moving_to_another_type_converts_the_packed_values(tiny_24, token_ids, merge):
     model = tiny_24("qwen2")
