@@ -99,6 +99,11 @@ def pair_options(
     if subset is None:
         return None
     if not isinstance(subset, Tensor):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                f"{op}: subset is a {type(subset).__name__}, and a CUDA graph is being captured; "
+                f"pass torch.tensor(subset, device={str(device)!r}) made beforehand"
+            )
         subset = torch.tensor(list(subset), dtype=torch.int64, device=device)
     integers(op, "subset", subset, device)
     if subset.dim() != 1 or subset.numel() == 0:

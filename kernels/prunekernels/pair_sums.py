@@ -276,7 +276,7 @@ class PairSums:
     def _top_tokens(self, rows: slice, base: Tensor, other: Tensor) -> None:
         norms = torch.log(self.sums[[_INDEX["W0"], _INDEX["V0"]], rows])
         found = top_tokens.compare(
-            (base, other), self.references[:, rows], norms, self.temperature, self.topk
+            (base, other), self.references[:, rows], norms, self.temperature, self.topk, reads=True
         )
         for whole, part in zip(
             (self.topk_floats, self.topk_rows, self.topk_ids), found, strict=True
@@ -350,8 +350,12 @@ def take_rows(tensor: Tensor, start: int, stop: int) -> Tensor:
         return tensor[start:stop]
     if flattens(tensor):
         return tensor.view(-1, width)[start:stop]
-    index = torch.arange(start, stop, device=tensor.device)
-    return tensor[torch.unravel_index(index, lead)]
+    # As torch.unravel_index, which would copy the shape to the device.
+    index, places = torch.arange(start, stop, device=tensor.device), []
+    for size in reversed(lead):
+        places.append(index % size)
+        index = index // size
+    return tensor[tuple(reversed(places))]
 
 
 def flattens(tensor: Tensor) -> bool:

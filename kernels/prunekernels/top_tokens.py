@@ -33,13 +33,16 @@ def leader(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return maximum, index, maximum - torch.maximum(rest, others).double()
 
 
-def top_ids(logits: Tensor, k: int) -> Tensor:
+def top_ids(logits: Tensor, k: int, reads: bool) -> Tensor:
     """Ids `(R, k)` of the largest of `(R, V)`, descending; equal values in the order of ids.
 
-    `topk` leaves the order of equal values open. It decides which ids are in, unless a row has
-    equal values on both sides of the cut: then the block is ranked by a sort key per element.
+    `topk` leaves the order of equal values open, so elements are ranked by a key that holds the id
+    too. Where the host may read a value (`reads`), plain `topk` first decides which ids are in,
+    which is enough unless a row has equal values on both sides of the cut.
     """
     vocab = logits.shape[1]
+    if not reads:
+        return _top_ids_by_key(logits, k)
     values, ids = logits.topk(min(k + 1, vocab), -1)
     if k < vocab and bool((values[:, k] == values[:, k - 1]).any()):
         return _top_ids_by_key(logits, k)
@@ -50,15 +53,20 @@ def top_ids(logits: Tensor, k: int) -> Tensor:
 
 def _top_ids_by_key(logits: Tensor, k: int) -> Tensor:
     """The same by one integer per element: the float's ordered bit pattern, then the id."""
-    bits = (logits.float() + 0.0).view(torch.int32).long()  # + 0.0 turns −0 into +0
-    ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    index = torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
-    key = ordered.mul_(1 << 32).add_(index)
+    bits = (logits.float() + 0.0).view(torch.int32)  # + 0.0 turns −0 into +0
+    # Negative floats grow as their bits fall: turn those around, but for the sign.
+    key = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long().mul_(1 << 32)
+    key += torch.arange(logits.shape[1] - 1, -1, -1, device=logits.device)
     return logits.shape[1] - 1 - (key.topk(k, -1).values & 0xFFFFFFFF)
 
 
 def compare(
-    pair: tuple[Tensor, Tensor], references: Tensor, norms: Tensor, temperature: float, k: int
+    pair: tuple[Tensor, Tensor],
+    references: Tensor,
+    norms: Tensor,
+    temperature: float,
+    k: int,
+    reads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Top tokens of a block of pairs.
 
@@ -68,11 +76,12 @@ def compare(
         norms: `(2, R)` float64, ln Σ e^{(logit−reference)/T}.
         temperature: T.
         k: how many.
+        reads: whether the host may wait for a value, which a CUDA graph rules out.
 
     Returns:
         Blocks of the layout's `TOPK_FLOATS`, `TOPK_ROWS` and `TOPK_IDS`.
     """
-    ids = torch.stack([top_ids(logits, k) for logits in pair])
+    ids = torch.stack([top_ids(logits, k, reads) for logits in pair])
     own, cross, log_own, log_cross, tail = [], [], [], [], []
     for side, logits in enumerate(pair):
         reference, norm = references[side, :, None], norms[side, :, None]

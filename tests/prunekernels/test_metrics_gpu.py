@@ -138,10 +138,14 @@ def test_graph_capture(rows: int) -> None:
     base, other = pair(rows, 50257, torch.bfloat16)
     hidden, head = torch.randn(2, rows, 256, device="cuda"), torch.randn(5000, 256, device="cuda")
     hidden, head = hidden.bfloat16(), head.bfloat16()
+    labels = torch.zeros(rows, dtype=torch.int64, device="cuda")
+    subset = torch.tensor([4, 50256, 9], device="cuda")
 
     def everything() -> list[dict[str, Tensor]]:
         return [
             pair_stats(base, other).as_dict(),
+            pair_stats(base, other, level="full", topk=5, labels=labels, subset=subset).as_dict(),
+            pair_stats(base, other, fields=("kl_base_other", "flipped")).as_dict(),
             head_pair_stats(hidden[0], hidden[1], head).as_dict(),
             vector_stats(hidden[0], hidden[1]).as_dict(),
         ]

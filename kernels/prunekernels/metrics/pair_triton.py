@@ -564,7 +564,8 @@ def _top_tokens(
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))
         pair = (take_rows(base, start, part.stop), take_rows(other, start, part.stop))
-        found = top_tokens.compare(pair, norms[:2, part], norms[2:, part], temperature, topk)
+        norm = (norms[:2, part], norms[2:, part])
+        found = top_tokens.compare(pair, *norm, temperature, topk, reads=False)
         floats[:, part], totals[:, part], ids[:, part] = found
     floats.masked_fill_(broken[:, None], float("nan"))
     totals.masked_fill_(broken, float("nan"))
