@@ -146,9 +146,13 @@ class MergeConfig(NamedTuple):
     num_warps: int
 
 
-def pair_config() -> PairConfig:
-    """One lane per thread: more need registers that then limit the programs in flight."""
-    return PairConfig(lanes=128, units=8, num_warps=4)
+def pair_config(warp: int = 32) -> PairConfig:
+    """One lane per thread: more need registers that then limit the programs in flight.
+
+    Args:
+        warp: Threads of a warp: 32, on AMD's CDNA 64.
+    """
+    return PairConfig(lanes=128, units=8, num_warps=128 // warp)
 
 
 def pair_splits(rows: int, vocab: int) -> int:

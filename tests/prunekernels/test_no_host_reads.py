@@ -86,8 +86,8 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def logits() -> tuple[Tensor, Tensor]:
-    base = torch.randn(3, 2, 700).transpose(0, 1)  # rows that no view flattens
-    other = base + 0.2 * torch.randn(2, 3, 700)
+    base = torch.randn(2, 2, 700).transpose(0, 1)  # rows that no view flattens
+    other = base + 0.2 * torch.randn(2, 2, 700)
     base[0, 1, 5:90] = -torch.inf  # in the kernel's rare paths too
     return base, other
 
@@ -98,7 +98,7 @@ def test_pair_stats_with_everything(fields: str, capturing: None) -> None:
     from prunekernels.metrics import pair_triton
 
     base, other = logits()
-    labels, subset = torch.arange(6).reshape(2, 3), torch.tensor([4, 600, 2])
+    labels, subset = torch.arange(4).reshape(2, 2), torch.tensor([4, 600, 2])
     with NoHostReads():
         checks.token_ids("pair_stats", 700, labels, subset)
         pair_triton.pair_stats(base, other, labels, subset, 0.8, 5, "full", "other", fields)
@@ -110,7 +110,7 @@ def test_pair_state_and_merge() -> None:
     from prunekernels.metrics import pair_triton
 
     base, other = logits()
-    labels = torch.arange(6).reshape(2, 3)
+    labels = torch.arange(4).reshape(2, 2)
     with NoHostReads():
         states = [
             pair_triton.pair_state(

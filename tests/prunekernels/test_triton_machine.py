@@ -36,11 +36,9 @@ def _check_pair(name, arch):
     report = compile_case(PAIR[name, arch], arch)
     print(format_report(report), dict(report.loop_loads))
     assert report.missing == []
-    if arch == "gfx942":
-        # compiles; the budgets are those of NVIDIA's instructions and registers
-        assert report.instructions > 0
-        return
     assert report.spills == 0
+    if arch == "gfx942":
+        return  # the budgets are those of NVIDIA's instructions and registers
     assert set(report.loop_loads) <= {"LDG.E.64", "LDG.E.128"}
     assert sum(report.loop_loads.values()) == 16
     # Weighting by the other row adds two sums: Σvx² with its product, and Σv².

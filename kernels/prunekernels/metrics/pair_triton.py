@@ -447,7 +447,7 @@ def partial_state(
         splits = tuning.pair_splits(rows.count, rows.width)
     state = merge_triton.empty_state(base.device, rows.count, splits, kind)
     if rows.count:
-        config = tuning.pair_config()
+        config = tuning.pair_config(32 if torch.version.hip is None else 64)
         with on(base):
             _pair_sums_kernel[(rows.count * splits,)](
                 base,
@@ -585,7 +585,6 @@ LOOPS: dict[str, tuple[str, ...]] = {
 
 def compile_cases() -> list[KernelCase]:
     """First passes as they run on contiguous logits, and the second pass."""
-    config = tuning.pair_config()
     integers = dict.fromkeys(("N", "V", "S"), "i32")
     strides = dict.fromkeys(("stride_an", "stride_bn"), "i64")
     pointers = ("base_ptr", "other_ptr")
@@ -593,17 +592,17 @@ def compile_cases() -> list[KernelCase]:
     cases = []
     nvidia: tuple[Arch, ...] = (80, 89, 90)
     amd: tuple[Arch, ...] = ("gfx942",)
-    for sums, dtype, weights, archs in (
-        ("core", "bf16", "base", nvidia),
-        ("core", "bf16", "base", amd),
-        ("core", "fp32", "base", nvidia + amd),
-        ("core", "fp16", "other", nvidia + amd),
-        ("precise", "bf16", "base", nvidia),
-        ("precise", "bf16", "base", amd),
-        ("precise", "fp32", "other", nvidia + amd),
-        *((name, "bf16", "base", nvidia) for name in LOOPS),
-        ("kl", "fp32", "base", nvidia),
-    ):
+    everything = (
+        ("core", "bf16", "base"),
+        ("core", "fp32", "base"),
+        ("core", "fp16", "other"),
+        ("precise", "bf16", "base"),
+        ("precise", "fp32", "other"),
+    )
+    chosen = (*((name, "bf16", "base") for name in LOOPS), ("kl", "fp32", "base"))
+    planned = [(*what, nvidia) for what in everything + chosen]
+    for sums, dtype, weights, archs in planned + [(*what, amd) for what in everything]:
+        config = tuning.pair_config(32 if archs == nvidia else 64)
         level = "precise" if sums.startswith("precise") else "core"
         kind = Kind(1.0, level, weights, False, ",".join(LOOPS.get(sums, ())))
         outputs = {"floats_ptr": "*fp32", "ids_ptr": "*i64"}
