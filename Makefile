@@ -47,11 +47,12 @@ THEIRS = $(if $(RESEARCH),--research $(RESEARCH))
 bench: $(READY)  ## CPU benchmarks: tables and plots in $(OUT)/bench (under ten minutes)
 	@$(BENCH)/model.py
 	@for part in sparse select metrics model research; do \
-		$(BENCH)/bench_$$part.py --device cpu --output $(OUT)/bench $(BENCH_ARGS) $(THEIRS) || exit 1; \
+		echo "== bench_$$part.py"; $(BENCH)/bench_$$part.py --device cpu --output $(OUT)/bench $(BENCH_ARGS) $(THEIRS) || exit 1; \
 	done
 	@$(BENCH)/bench_layerwise.py --device cpu --output $(OUT)/bench $(THEIRS)
 	@$(if $(TEXT),$(BENCH)/bench_prune.py --text $(TEXT) --output $(OUT)/bench $(THEIRS))
-	@$(BENCH)/plot.py $(OUT)/bench
+	@$(BENCH)/plot.py $(OUT)/bench >/dev/null
+	@$(BENCH)/summary.py $(OUT)/bench
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

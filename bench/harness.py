@@ -3,7 +3,8 @@
 A benchmark lists *cases* (an op at a shape) and *contenders* (ways to do it). `Session.measure`
 checks every contender's result before anything is timed, times those that are right in turns, and
 appends one row each to a CSV. A wrong result, a failure and a peer that is not installed are rows
-too, without a time. A case whose rows are in the file is not measured again.
+too, without a time. A case whose rows are in the file is not measured again. What breaks a GPU, or
+never ends, is written down and ends the process (guard.py); the next one passes it over.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import functools
 import importlib.util
 import os
 import platform
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import guard
 import model
 import timers
 import torch
@@ -69,6 +73,10 @@ COLUMNS = [
 
 class Absent(Exception):
     """A peer that cannot run here; the message says why and what would install it."""
+
+
+class Broken(Exception):
+    """The device answers no more; the message says who broke it."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +161,8 @@ class Session:
         rounds: Samples of each contender.
         quick: Small and rough: for trying things out.
         seconds: Stop before another case begins once this long has passed; None for no limit.
+        brief: Print a line per case instead of one per contender.
+        patience: Seconds that a contender may take for one step.
     """
 
     path: Path
@@ -160,8 +170,11 @@ class Session:
     rounds: int = 20
     quick: bool = False
     seconds: float | None = None
+    brief: bool = False
+    patience: float = float("inf")
     started: float = field(default_factory=time.monotonic)
     _roofs: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)
+    _said: set[tuple[str, str]] = field(default_factory=set)  # whose absence was explained
 
     @classmethod
     def begin(cls, options: argparse.Namespace, name: str) -> Session:
@@ -172,7 +185,9 @@ class Session:
             path.unlink(missing_ok=True)
         seconds = None if options.minutes is None else 60 * options.minutes
         rounds = options.rounds or (20 if device.type == "cuda" and not options.quick else 5)
-        return cls(path, device, rounds, options.quick, seconds)
+        # a CPU may take all its time: there nothing hangs that could be stopped
+        patience = guard.PATIENCE if device.type == "cuda" else float("inf")
+        return cls(path, device, rounds, options.quick, seconds, options.brief, patience)
 
     def roofs(self, dtype: str) -> tuple[float, float]:
         """Copy bytes/s and matrix FLOP/s of this run, measured when first asked for.
@@ -186,14 +201,28 @@ class Session:
         return self._roofs[kind]
 
     def done(self) -> set[tuple[str, str, str, str]]:
-        """Keys of the cases that the file holds."""
+        """Keys of the cases that the file holds; one that broke the device is not finished."""
+        return {_key(row) for row in self._rows() if row["status"] != "broken"}
+
+    def _rows(self) -> list[dict[str, str]]:
+        """What the file holds."""
         if not self.path.is_file():
-            return set()
+            return []
         with self.path.open(newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
             if reader.fieldnames != COLUMNS:
                 sys.exit(f"{self.path} has other columns: move it away, or give --fresh")
-            return {(r["op"], r["mode"], r["dtype"], r["shape"]) for r in reader}
+            return list(reader)
+
+    def _passed_over(self, case: Case) -> dict[str, str]:
+        """Contenders that broke the device in this case, or twice in others of its op, and how."""
+        broken = [r for r in self._rows() if r["status"] == "broken" and r["op"] == case.op]
+        often = Counter(row["provider"] for row in broken)
+        return {
+            row["provider"]: f"passed over: {row['note']} at {row['shape']}"
+            for row in broken
+            if _key(row) == case.key or often[row["provider"]] > 1
+        }
 
     def copies(self, operand_bytes: float) -> int:
         """Sets of operands to rotate among: two to try things out, few on a CPU.
@@ -212,66 +241,155 @@ class Session:
         done = self.done()
         missing = [(case, make) for case, make in cases if case.key not in done]
         if len(missing) < len(cases):
-            print(f"{len(cases) - len(missing)} cases are in {self.path}", file=sys.stderr)
+            say(f"{len(cases) - len(missing)} of {len(cases)} cases are already in {self.path}")
         for index, (case, make) in enumerate(missing):
             if self.out_of_time():
-                print(f"time is up: {len(missing) - index} cases left", file=sys.stderr)
+                say(f"time is up: {len(missing) - index} cases left")
                 return UNFINISHED
-            self.measure(case, make())
+            passed = time.strftime("%M:%S", time.gmtime(time.monotonic() - self.started))
+            place = f"[{index + 1}/{len(missing)} {passed}]"
+            say(f"{place} {case.op} {case.mode} {case.dtype} {case.shape}", end="")
+            try:
+                rows = self.measure(case, self._made(make))
+            except Broken as broken:
+                say(f"\n    {broken}: starting again is needed")
+                return guard.BROKEN
+            self._report(rows)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
         return 0
 
+    @staticmethod
+    def _made(make: Callable[[], Sequence[Contender]]) -> Sequence[Contender]:
+        """The contenders; where not even their operands can be had, one that says why."""
+        try:
+            return make()
+        except Exception as error:
+            return [Contender("operands", functools.partial(_raise, error))]
+
+    def _report(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Finish a case's line, then a line each for its rows; each absence is said once a run."""
+        found = Counter(row["status"] for row in rows)
+        say(": " + ", ".join(f"{count} {status}" for status, count in found.items()))
+        for row in rows:
+            told = (row["provider"], row["note"]) in self._said
+            if row["status"] == "absent":
+                self._said.add((row["provider"], row["note"]))
+            if row["status"] not in ("ok", "absent") or not (self.brief or told):
+                say(line(row))
+
     @torch.no_grad()
     def measure(self, case: Case, contenders: Sequence[Contender]) -> list[dict[str, Any]]:
-        """Check, then time in turns, then append the rows; returns them."""
+        """Check, then time in turns, then append the rows; returns them.
+
+        Raises:
+            Broken: A contender left the device unusable; its row is written, the others' are not.
+        """
+        rows = {c.provider: self._row(case, c) for c in contenders}
         ready: dict[str, Prepared] = {}
-        rows: dict[str, dict[str, Any]] = {}
-        for contender in contenders:
-            rows[contender.provider] = row = self._row(case, contender)
-            try:
-                prepared = contender.prepare()
-                verdict = prepared.check((prepared.probe or prepared.runs[0])())
-                timing.synchronize(self.device)
-            except Absent as absent:
-                row |= {"status": "absent", "note": str(absent)}
-            except Exception as error:  # a peer's failure must not end the run
-                row |= {"status": "failed", "note": timers.first_line(error)}
-            else:
-                row |= {"status": "ok" if verdict.right else "wrong", "note": verdict.note}
-                if verdict.right:
-                    ready[contender.provider] = prepared
-        self._time(case, ready, rows)
+        passed_over = self._passed_over(case)
+        with self._watched(rows) as watchdog:
+            for contender in contenders:
+                name, row = contender.provider, rows[contender.provider]
+                watchdog.step(name)
+                if name in passed_over:
+                    row |= {"status": "failed", "note": passed_over[name]}
+                    continue
+                try:
+                    prepared = contender.prepare()
+                    verdict = prepared.check((prepared.probe or prepared.runs[0])())
+                    timing.synchronize(self.device)
+                except Absent as absent:
+                    row |= {"status": "absent", "note": str(absent)}
+                except Exception as error:  # a peer's failure must not end the run
+                    self._failed(row, error)
+                else:
+                    row |= {"status": "ok" if verdict.right else "wrong", "note": verdict.note}
+                    if verdict.right:
+                        ready[name] = prepared
+            self._time(case, ready, rows, watchdog)
         append_rows(self.path, list(rows.values()))
-        for row in rows.values():
-            print(line(row), file=sys.stderr)
         return list(rows.values())
 
+    def _failed(self, row: dict[str, Any], error: Exception) -> None:
+        """Note a failure; raise Broken where nothing else can run after it."""
+        row |= {"status": "failed", "note": timers.first_line(error)}
+        if not guard.works(self.device):
+            self._broken(row)
+            raise Broken(f"{row['provider']} broke the device ({row['note']})") from error
+
+    def _broken(self, row: dict[str, Any]) -> None:
+        append_rows(self.path, [row | {"status": "broken"}])
+
+    def _watched(self, rows: Mapping[str, dict[str, Any]]) -> guard.Watchdog:
+        """Writes down who never came back from the device."""
+
+        def expired(provider: str) -> None:
+            note = f"no answer within {self.patience:g} s"
+            say(f"\n    {provider}: {note}")
+            self._broken(rows[provider] | {"note": note})
+
+        return guard.Watchdog(expired, self.patience)
+
     def _time(
-        self, case: Case, ready: Mapping[str, Prepared], rows: Mapping[str, dict[str, Any]]
+        self,
+        case: Case,
+        ready: Mapping[str, Prepared],
+        rows: Mapping[str, dict[str, Any]],
+        watchdog: guard.Watchdog,
     ) -> None:
         """Take turns, and fill in the rows' figures."""
         samplers = {}
         least = 5e-4 if self.quick else 2e-3
         for provider, prepared in ready.items():
             row = rows[provider]
+            watchdog.step(provider)
             try:
                 peak = timers.peak_bytes(prepared.runs[0], self.device)
-                samplers[provider], row["timer"] = prepared.sampler or timers.sampler(
+                sample, row["timer"] = prepared.sampler or timers.sampler(
                     prepared.runs, self.device, graph=prepared.graph, least=least
                 )
+                if self.device.type == "cuda":
+                    sample()  # what cannot be replayed fails here, and alone
             except Exception as error:
-                row |= {"status": "failed", "note": timers.first_line(error)}
+                self._failed(row, error)
                 continue
+            samplers[provider] = self._announced(watchdog, provider, sample)
             row["held_mb"] = f"{prepared.held / 1e6:.3f}"
             row["peak_mb"] = "" if peak is None else f"{peak / 1e6:.3f}"
-        for provider, times in timing.interleaved(samplers, self.rounds).items():
+        for provider, times in self._in_turns(samplers, rows, watchdog).items():
             row = rows[provider]
             row |= {name: f"{value:.6g}" for name, value in times.milliseconds().items()}
             row["rounds"] = self.rounds
             if ready[provider].items:
                 row["items_s"] = f"{ready[provider].items / times.median:.6g}"
             row |= self._against_roofs(case, ready[provider].cost, times.median)
+
+    def _in_turns(
+        self,
+        samplers: dict[str, Callable[[], float]],
+        rows: Mapping[str, dict[str, Any]],
+        watchdog: guard.Watchdog,
+    ) -> dict[str, timing.Times]:
+        """Rounds of samples; who fails in them is left out, and they begin again."""
+        while True:
+            try:
+                return timing.interleaved(samplers, self.rounds)
+            except Exception as error:
+                self._failed(rows[watchdog.current], error)
+                del samplers[watchdog.current]
+
+    @staticmethod
+    def _announced(
+        watchdog: guard.Watchdog, provider: str, sample: Callable[[], float]
+    ) -> Callable[[], float]:
+        """`sample`, with the watchdog knowing whose turn it is."""
+
+        def announced() -> float:
+            watchdog.step(provider)
+            return sample()
+
+        return announced
 
     def _against_roofs(
         self, case: Case, cost: Sequence[model.Cost], seconds: float
@@ -308,17 +426,33 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fresh", action="store_true", help="forget earlier results")
     parser.add_argument("--rounds", type=int, help="samples of each contender")
     parser.add_argument("--minutes", type=float, help="begin no further case after this long")
+    parser.add_argument("--brief", action="store_true", help="a line per case, not per contender")
     parser.add_argument("--research", type=Path, help="the research code's checkout, to compare")
 
 
+def say(text: str, end: str = "\n") -> None:
+    """A line of progress: tables are for files and for summary.py."""
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def _raise(error: Exception) -> Prepared:
+    raise error
+
+
+def _key(row: Mapping[str, str]) -> tuple[str, str, str, str]:
+    return (row["op"], row["mode"], row["dtype"], row["shape"])
+
+
 def line(row: Mapping[str, Any]) -> str:
-    """A row for the terminal."""
-    head = f"{row['op']:16} {row['mode']:16} {row['shape']:34} {row['provider']:20}"
+    """A row for the terminal, below its case."""
+    head = f"    {row['provider']:22}"
     if row["status"] != "ok":
         return f"{head} {row['status']}: {row['note']}"
-    spread = f"{float(row['p20_ms']):.4f}–{float(row['p80_ms']):.4f}"
-    share = f" {row['roof_pct']:>6} % of bound" if row["roof_pct"] else ""
-    return f"{head} {float(row['p50_ms']):10.4f} ms ({spread}){share}"
+    spread = f"({float(row['p20_ms']):.4f}–{float(row['p80_ms']):.4f})"
+    share = f"{row['roof_pct']:>6} % of bound" if row["roof_pct"] else ""
+    if share and float(row["roof_pct"]) > 100:
+        share += " (in a cache)"
+    return f"{head} {float(row['p50_ms']):10.4f} ms {spread:22} {share}".rstrip()
 
 
 def device_name(device: torch.device) -> str:

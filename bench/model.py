@@ -1,6 +1,6 @@
 """What an op can cost at best: bytes, products and instructions, and the time they take.
 
-    python bench/model.py                        the bounds on H100, H200, A100, L4 and RTX 4090
+    python bench/model.py [--all]                bounds on H100, H200, A100, L4 and RTX 4090
     python bench/model.py --csv FILE             measured times of a result file beside its bounds
     python bench/model.py --compile              count instructions anew (Triton, no GPU needed)
 
@@ -222,6 +222,7 @@ LAYERS = {
     "70B gate/up": (28672, 8192),
 }
 KINDS = ("dense", "24 mma", "24 triton", "24 expand", "bitmap", "bitmap triton")
+SHORT_KINDS = ("dense", "24 mma", "bitmap")
 Row = tuple[str, str, str, list[Cost]]
 
 
@@ -242,18 +243,30 @@ def predictions() -> list[Row]:
     return rows
 
 
-def print_predictions(write: Callable[[str], object] = print) -> None:
-    """The table of bounds, in microseconds, with what sets each."""
+def telling(row: Row) -> bool:
+    """Whether a row belongs to the short table: one layer's shape, bfloat16, our main kernels."""
+    op, shape, how, _ = row
+    if op.startswith("linear"):
+        shapes = ("M=1 ", "M=64 ", "M=1024 ")
+        return op == "linear 8B gate/up" and shape.startswith(shapes) and how in SHORT_KINDS
+    return how in ("bf16 core", "bf16 full", "bf16")
+
+
+def print_predictions(write: Callable[[str], object] = print, *, every: bool = False) -> None:
+    """The table of bounds, in microseconds, with what sets each; `every` row of it or the main."""
     write("PREDICTED lower bounds in µs, from byte, product and instruction counts; nothing here")
     write("was measured. m: memory, x: matrix units, i: instruction issue sets the bound.")
     head = f"{'op':18} {'shape':24} {'how':14}"
     write(head + "".join(f"{name:>13}" for name in MACHINES))
-    for op, shape, how, cost in predictions():
+    shown = [row for row in predictions() if every or telling(row)]
+    for op, shape, how, cost in shown:
         cells = ""
         for on in MACHINES.values():
             found = bound(cost, on)
             cells += f"{1000 * found.ms:11.1f} {'x' if found.limit == 'matrix' else found.limit[0]}"
         write(f"{op:18} {shape:24} {how:14}{cells}")
+    if not every:
+        write(f"({len(shown)} of {len(predictions())} rows; all: python bench/model.py --all)")
 
 
 def print_measured(path: Path, write: Callable[[str], object] = print) -> None:
@@ -289,13 +302,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--csv", type=Path, help="a result file: measured beside the bound")
     parser.add_argument("--compile", action="store_true", help="count instructions anew")
+    parser.add_argument("--all", action="store_true", help="every row, not the main ones alone")
     options = parser.parse_args()
     if options.compile:
         count_instructions()
     if options.csv is not None:
         print_measured(options.csv)
     else:
-        print_predictions()
+        print_predictions(every=options.all)
 
 
 if __name__ == "__main__":

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import bench_select
 import bench_sparse
+import guard
 import harness
 import metric_peers
 import peers
@@ -21,6 +26,8 @@ from prunekernels import nm_mask
 from prunekit import timing
 
 CPU = torch.device("cpu")
+BENCH = Path(harness.__file__).parent
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCH), *sys.path])}
 CASE = Case("sum", "plain", "float32", {"M": 2, "N": 8})
 X = torch.ones(2, 8)
 
@@ -116,6 +123,109 @@ def test_measured_cases_are_skipped_and_time_ends_a_run_between_cases(session):
     session.seconds = None
     assert session.run(work) == 0 and made == ["a", "b", "c"]
     assert [row["mode"] for row in rows(session)] == ["a", "b", "c"]
+
+
+def test_a_case_is_announced_and_each_absence_said_once(session, capsys):
+    cases = [Case("sum", name, "float32", {"M": 2}) for name in "ab"]
+    work = [(case, lambda: [contender("one"), Contender("peer", absent)]) for case in cases]
+    session.run(work)
+    said = capsys.readouterr().err.splitlines()
+    heads = [text for text in said if text.startswith("[")]
+    assert len(heads) == 2 and heads[1].startswith("[2/2 00:0") and "sum b float32 M=2" in heads[1]
+    assert all(text.endswith(": 1 ok, 1 absent") for text in heads)
+    assert sum("pip install peer" in text for text in said) == 1 and len(said) == 5
+    session.brief = True
+    session.run([(Case("sum", "c", "float32", {"M": 2}), lambda: [contender("one", 15.0)])])
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and "one" in said[1] and "wrong: error 1" in said[1]
+
+
+def test_what_breaks_the_device_is_written_down_and_passed_over_next_time(session, monkeypatch):
+    sound: list[bool] = []
+    monkeypatch.setattr(guard, "works", lambda device: not sound)
+
+    def breaks() -> Prepared:
+        sound.append(False)
+        raise RuntimeError("an illegal memory access")
+
+    everybody = [contender("one"), Contender("bad", breaks), contender("last")]
+    work = [(Case("sum", name, "float32", {"M": 2}), lambda: everybody) for name in "abc"]
+    assert session.run(work) == guard.BROKEN == 76
+    assert [(r["provider"], r["status"]) for r in rows(session)] == [("bad", "broken")]
+    assert "illegal memory access" in rows(session)[0]["note"]
+    sound.clear()  # another process: the case is finished without it, the next one breaks again
+    assert session.run(work) == guard.BROKEN
+    found = {(r["mode"], r["provider"]): r for r in rows(session) if r["status"] != "broken"}
+    assert found["a", "bad"]["status"] == "failed" and "passed over" in found["a", "bad"]["note"]
+    assert found["a", "one"]["p50_ms"] and found["a", "last"]["p50_ms"]
+    sound.clear()  # twice is enough: it is not tried in other cases of the op
+    assert session.run(work) == 0 and not sound
+    statuses = {r["mode"]: r["status"] for r in rows(session) if r["provider"] == "bad"}
+    assert statuses == {"a": "failed", "b": "failed", "c": "failed"}
+
+
+def test_who_fails_between_others_samples_is_left_out(session):
+    calls: list[int] = []
+
+    def once() -> float:
+        calls.append(1)
+        if len(calls) > 2:
+            raise RuntimeError("no more")
+        return 1e-3
+
+    odd = lambda: Prepared([lambda: torch.tensor(16.0)], right, sampler=(once, "x"))  # noqa: E731
+    session.measure(CASE, [contender("one"), Contender("odd", odd), contender("two")])
+    found = {row["provider"]: row for row in rows(session)}
+    assert found["odd"]["status"] == "failed" and "no more" in found["odd"]["note"]
+    assert found["one"]["p50_ms"] and found["two"]["p50_ms"] and not found["odd"]["p50_ms"]
+
+
+def test_operands_that_cannot_be_had_are_a_row(session):
+    def no_memory() -> list[Contender]:
+        raise MemoryError("too large")
+
+    assert session.run([(CASE, no_memory)]) == 0
+    (row,) = rows(session)
+    assert (row["provider"], row["status"]) == ("operands", "failed")
+    assert row["note"] == "MemoryError: too large"
+
+
+def test_a_step_without_end_is_written_down_by_name_and_ends_the_process():
+    told: list[object] = []
+    done = threading.Event()
+
+    def leave(status: int) -> None:
+        told.append(status)
+        done.set()
+
+    with guard.Watchdog(told.append, 0.05, leave) as watchdog:
+        watchdog.step("quick")
+        watchdog.step("endless")
+        assert done.wait(10)
+    assert told == ["endless", guard.BROKEN]
+
+
+def test_steps_in_time_are_left_alone():
+    told: list[object] = []
+    with guard.Watchdog(told.append, 30.0, told.append) as watchdog:
+        watchdog.step("quick")
+    assert told == [] and watchdog.current == "quick"
+
+
+def test_a_process_that_hangs_leaves_a_row_and_the_status_to_start_again(tmp_path):
+    code = f"""
+import pathlib, time, torch, harness
+path = pathlib.Path({str(tmp_path / "x.csv")!r})
+session = harness.Session(path, torch.device("cpu"), 3, True, patience=0.2)
+session._roofs[torch.float32] = (1e10, 1e12)
+case = harness.Case("sum", "a", "float32", {{"M": 2}})
+session.run([(case, lambda: [harness.Contender("endless", lambda: time.sleep(60))])])
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, check=False, timeout=120)
+    assert done.returncode == guard.BROKEN
+    with (tmp_path / "x.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["provider"], row["status"]) == ("endless", "broken") and "no answer" in row["note"]
 
 
 def test_an_interrupted_case_leaves_the_earlier_rows_alone(session, monkeypatch):

@@ -92,10 +92,15 @@ def test_a_measured_machine_keeps_what_is_known_of_its_name():
 
 def test_the_table_says_that_it_predicts():
     lines: list[str] = []
-    model.print_predictions(lines.append)
+    model.print_predictions(lines.append, every=True)
     assert lines[0].startswith("PREDICTED") and "nothing here" in lines[0]
     assert len(lines) == 3 + len(model.predictions())
     assert all(name in lines[2] for name in ("H100", "H200", "A100", "L4", "RTX 4090"))
+    short: list[str] = []
+    model.print_predictions(short.append)
+    assert len(short) < 25 and set(short[:-1]) < set(lines) and "--all" in short[-1]
+    for op in ("linear", "pair_stats", "head_pair_stats"):
+        assert any(line.startswith(op) for line in short)
 
 
 def test_measured_rows_stand_beside_their_bound(tmp_path):
