@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
-    from prunekit.analysis.study import Study, compare
+    from prunekit.analysis.comparison import compare
+    from prunekit.analysis.study import Study
     from prunekit.analysis.sweep import sweep
     from prunekit.calibration import Calibration
     from prunekit.checkpoint import load, save
@@ -49,7 +50,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    **dict.fromkeys(("Study", "compare"), "prunekit.analysis.study"),
+    "Study": "prunekit.analysis.study",
+    "compare": "prunekit.analysis.comparison",
     "sweep": "prunekit.analysis.sweep",
     "Calibration": "prunekit.calibration",
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),

@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit.analysis import grid as grids
-from prunekit.analysis.decoding import TOP_TOKENS, TopToken, named, top_tokens
 from prunekit.analysis.grid import Array, MetricGrid
 from prunekit.analysis.spaces import Level, Reader, Weights, check_pair, to_array
 from prunekit.analysis.steps import StepBatch, final_states, step_batches
+from prunekit.analysis.transcripts import TOP_TOKENS, TopToken, named, top_tokens
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.generation import Rollout

@@ -113,7 +113,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
     from prunekit import calibration
-    from prunekit.analysis.study import compare
+    from prunekit.analysis.comparison import compare
     from prunekit.analysis.sweep import sweep
     from prunekit.evaluation.items import load_choices, load_prompts
     from prunekit.pruning import Drop, Wanda, drop_, prune_

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from prunekit.analysis.decoding import Decoding, Generation, TopToken
+from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.study import Study
+from prunekit.analysis.transcripts import Generation, TopToken
 from prunekit.report import curves, examples, sentences, view
 from prunekit.report.charts import Figure, compact, compact_number
 from prunekit.report.curves import Traced

@@ -18,13 +18,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from prunekit import report
-from prunekit.analysis.decoding import SEQUENCE_METRICS, Decoding, Generation, Step, TopToken
+from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.scores import generative
 from prunekit.analysis.spaces import METRICS
 from prunekit.analysis.study import Study
 from prunekit.analysis.subspace import SUBSET_FIELDS, Item, Subspace
 from prunekit.analysis.theory import theory
+from prunekit.analysis.transcripts import Generation, Step, TopToken
+from prunekit.analysis.whole_texts import SEQUENCE_METRICS
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.statistics import bootstrap_mean, wilson
 from prunekit.report import build, charts, curves, figures, sentences, tables, view

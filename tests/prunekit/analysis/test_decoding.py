@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from prunekit.analysis.decoding import SEQUENCE_METRICS, Decoding, decode
+from prunekit.analysis.decoding import Decoding, decode
+from prunekit.analysis.whole_texts import SEQUENCE_METRICS
 from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
 from prunekit.modeling import drop_sublayers_

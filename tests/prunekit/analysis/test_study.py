@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import prunekit.analysis.study as studies
-from prunekit.analysis.study import SECTIONS, Study, compare
+from prunekit import generation
+from prunekit.analysis.comparison import compare
+from prunekit.analysis.study import SECTIONS, Study
 from prunekit.analysis.sweep import sweep
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
@@ -149,7 +150,7 @@ def test_only_what_is_asked_for(dropped, word_tokenizer):
 )
 def test_bad_input_is_found_before_the_work(tiny, word_tokenizer, monkeypatch, options, message):
     model = tiny("llama")
-    monkeypatch.setattr(studies.generation, "generate", lambda *a, **k: pytest.fail("too late"))
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: pytest.fail("too late"))
     with pytest.raises(PrunekitError, match=message):
         run(model, model, word_tokenizer, **options)
 
