@@ -146,6 +146,9 @@ class Architecture:
     ) -> Tensor:
         """What a sublayer adds to the residual stream, post-norm included.
 
+        The layer's own forward is not called, but its accelerate hook (which moves inputs, or
+        brings offloaded weights in) does its work around the sublayer all the same.
+
         Args:
             index: Layer.
             sublayer: "attn" or "mlp".
@@ -153,11 +156,14 @@ class Architecture:
             kwargs: The keyword arguments its layer was called with (masks, position embeddings).
 
         Returns:
-            (batch, tokens, hidden), exactly zero for a dropped sublayer.
+            (batch, tokens, hidden) on the layer's device, exactly zero for a dropped sublayer.
         """
         layer, branch = self.layers[index], self.branch(sublayer)
         if self.is_dropped(index, sublayer):
             return torch.zeros_like(hidden)
+        hook = getattr(layer, "_hf_hook", None)
+        if hook is not None:
+            (hidden,), kwargs = hook.pre_forward(layer, hidden, **kwargs)
         out = getattr(layer, branch.norm)(hidden)
         if sublayer == "attn":
             out = getattr(layer, branch.modules[0])(out, **kwargs)[0]
@@ -166,6 +172,8 @@ class Architecture:
                 out = getattr(layer, name)(out)
         if branch.post_norm is not None:
             out = getattr(layer, branch.post_norm)(out)
+        if hook is not None:
+            out = hook.post_forward(layer, out)
         contribution: Tensor = out
         return contribution
 

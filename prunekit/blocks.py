@@ -113,7 +113,9 @@ def run_layer(arch: Architecture, index: int, hidden: Tensor, kwargs: Keywords) 
 def trace_layer(arch: Architecture, index: int, hidden: Tensor, kwargs: Keywords) -> LayerTrace:
     """Run layer `index` sublayer by sublayer, keeping what each reads and adds."""
     attn_out = arch.contribution(index, "attn", hidden, kwargs)
+    hidden = hidden.to(attn_out.device)  # of a model over several devices
     mlp_residual = hidden + attn_out
     mlp_input = hidden if arch.parallel else mlp_residual
     mlp_out = arch.contribution(index, "mlp", mlp_input, kwargs)
+    mlp_residual = mlp_residual.to(mlp_out.device)  # where attention was dropped
     return LayerTrace(hidden, attn_out, mlp_input, mlp_residual, mlp_out)

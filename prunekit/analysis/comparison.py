@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prunekit import distributed, generation
 from prunekit.analysis import scores
+from prunekit.analysis.baseline import Baseline, shared_baseline
 from prunekit.analysis.decoding import decode
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.hierarchy import accumulated, layerwise
@@ -47,6 +48,7 @@ def compare(
     seed: int = 0,
     progress: bool = True,
     names: tuple[str, str] = ("dense", "pruned"),
+    baseline: Baseline | None = None,
 ) -> Study:
     """Compare a dense model with its pruned copy along h → z → p.
 
@@ -73,6 +75,8 @@ def compare(
         seed: Seed of every interval's resampling.
         progress: Show progress bars (on a terminal only).
         names: What to call the two models.
+        baseline: What the dense model does by itself, shared by several comparisons with it; made
+            anew by default.
 
     Raises:
         PrunekitError: The models can't be compared, or a prompt or option is out of range; found
@@ -91,21 +95,21 @@ def compare(
     generation.check_context(dense, encoded, max_new_tokens)
     if "subspace" in wanted:
         option_tokens(tokenizer, max(len(choice.options) for choice in choices or ()))
+    baseline = shared_baseline(
+        baseline,
+        dense,
+        tokenizer,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        chat=chat,
+        progress=progress,
+    )
     seconds: dict[str, float] = {}
     common: dict[str, Any] = {"temperature": temperature, "weights": weights}
     common |= {"batch_size": batch_size, "progress": progress}
 
     with _timed(seconds, "generation"):
-        rollouts = distributed.gather(
-            generation.generate(
-                dense,
-                distributed.shard(encoded),
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                progress=progress,
-                label="dense",
-            )
-        )
+        rollouts = baseline.rollouts(prompts)
     traced = _spread(len(rollouts), layerwise_prompts)
     steps = _spread(max(len(rollouts[i].continuation) for i in traced), layerwise_steps)
     found: dict[str, Any] = {}
@@ -136,15 +140,16 @@ def compare(
         found["theory"] = theory(grid, weights=weights, seed=seed)
     if "scores" in wanted:
         with _timed(seconds, "scores"):
+            sequence = found["decoding"].sequence
             found["scores"] = {
-                name: scores.generative(found["decoding"].sequence, dense=model is dense, seed=seed)
-                | (
-                    scores.single_step(model, tokenizer, choices, progress=progress)
-                    if choices
-                    else {}
-                )
-                for name, model in (("dense", dense), ("pruned", pruned))
+                name: scores.generative(sequence, dense=name == "dense", seed=seed)
+                for name in ("dense", "pruned")
             }
+            if choices:
+                found["scores"]["dense"] |= baseline.single_step(choices)
+                found["scores"]["pruned"] |= scores.single_step(
+                    pruned, tokenizer, choices, progress=progress
+                )
     if "decoding" not in wanted:
         found.pop("decoding", None)
     meta = {

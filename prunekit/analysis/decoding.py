@@ -98,7 +98,7 @@ def decode(
 
     Args:
         dense: The dense model.
-        pruned: Its pruned or dropped copy.
+        pruned: Its pruned or dropped copy; the dense model itself is not run twice.
         tokenizer: The tokenizer of both.
         prompts: Texts, at least one.
         max_new_tokens: Longest continuation.
@@ -123,7 +123,9 @@ def decode(
     }
     if rollouts is None:
         rollouts = generation.generate(dense, encoded, label="dense", **options)
-    theirs = generation.generate(pruned, encoded, label="pruned", **options)
+    theirs = list(rollouts)
+    if pruned is not dense:
+        theirs = generation.generate(pruned, encoded, label="pruned", **options)
     grid, tops = teacher_forced(
         dense,
         pruned,
@@ -168,11 +170,12 @@ def teacher_forced(
     topk = min(TOP_TOKENS, ours.head.weight.shape[0])
     batches = step_batches(ours, rollouts, batch_size)
     for batch in track(batches, "teacher-forced", enabled=progress):
-        states = final_states(ours, batch), final_states(theirs, batch)
+        mine = final_states(ours, batch)
+        states = mine, mine if pruned is dense else final_states(theirs, batch)
         reading = reader.read(*states, labels=batch.labels, normed=True, topk=topk)
         found.append(batch.grid(reading.metrics))
         columns = top_tokens(reading.pairs)
         for row, index in enumerate(batch.prompts):
-            mine = (batch.rows == row).nonzero().flatten().tolist()
-            tops[index] = [columns[0][at] for at in mine], [columns[1][at] for at in mine]
+            places = (batch.rows == row).nonzero().flatten().tolist()
+            tops[index] = [columns[0][at] for at in places], [columns[1][at] for at in places]
     return grids.in_order(grids.concat(found)), [tops[index] for index in range(len(rollouts))]

@@ -92,7 +92,8 @@ def layerwise(
                 ("mlp", trace.mlp_input, trace.mlp_residual, hidden),
             ):
                 if theirs is not None and twin is not None:
-                    residual = residual + theirs.contribution(twin, sublayer, read, kwargs)
+                    added = theirs.contribution(twin, sublayer, read, kwargs)
+                    residual = residual + added.to(residual.device)
                 states.add(output, residual)
         found.append(batch.grid(states.metrics(), ("layer", "sublayer"), labels))
     return grids.in_order(grids.concat(found))

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prunekit import distributed, generation
 from prunekit.analysis import scores
+from prunekit.analysis.baseline import Baseline, shared_baseline
 from prunekit.analysis.decoding import decode
 from prunekit.analysis.grid import interval_to_dict
 from prunekit.analysis.sharing import gather_decoding
@@ -39,6 +40,7 @@ def sweep(
     chat: generation.Chat = "auto",
     seed: int = 0,
     progress: bool = True,
+    baseline: Baseline | None = None,
 ) -> list[dict[str, Any]]:
     """Drop more and more sublayers and score each model both ways.
 
@@ -56,6 +58,7 @@ def sweep(
         chat: Whether prompts are asked through the chat template.
         seed: Seed of the intervals' resampling.
         progress: Show progress bars (on a terminal only).
+        baseline: What the dense model does by itself, shared with other comparisons.
 
     Returns:
         One JSON-able row per count, ascending: `count`, the dropped layers as `attn` and `mlp`, and
@@ -72,11 +75,11 @@ def sweep(
     unknown = [sublayer for sublayer, _ in ranking if sublayer not in (*SUBLAYERS, "block")]
     if unknown:
         raise PrunekitError(f"unknown sublayer '{unknown[0]}': use attn, mlp or block")
-    encoded = distributed.shard(generation.encode(tokenizer, prompts, chat=chat))
     share = distributed.shard(list(prompts))
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    options["progress"] = progress
-    rollouts = generation.generate(dense, encoded, label="dense", **options)
+    options |= {"chat": chat, "progress": progress}
+    baseline = shared_baseline(baseline, dense, tokenizer, **options)
+    rollouts = distributed.shard(baseline.rollouts(prompts))
     pruned = copy.deepcopy(dense)
     dropped: dict[str, list[int]] = {"attn": [], "mlp": []}
     rows = []
@@ -90,20 +93,23 @@ def sweep(
                     dropped[part].append(layer)
         if sum(map(len, dropped.values())) > done:
             drop_sublayers_(pruned, **new)
+        left = pruned if any(dropped.values()) else dense
         part_of = None
         if share:
             part_of = decode(
                 dense,
-                pruned,
+                left,
                 tokenizer,
                 share,
                 rollouts=rollouts,
                 temperature=temperature,
-                chat=chat,
                 **options,
             )
         decoding = gather_decoding(part_of)
-        found = scores.single_step(pruned, tokenizer, choices, progress=progress)
+        if left is dense:
+            found = dict(baseline.single_step(choices))
+        else:
+            found = scores.single_step(left, tokenizer, choices, progress=progress)
         found |= scores.generative(decoding.sequence, seed=seed)
         found |= {name: decoding.teacher_forced.interval(name, seed=seed) for name in _METRICS}
         table = {name: interval_to_dict(value) for name, value in found.items()}

@@ -113,6 +113,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
     from prunekit import calibration
+    from prunekit.analysis.baseline import Baseline
     from prunekit.analysis.comparison import compare
     from prunekit.analysis.sweep import sweep
     from prunekit.evaluation.items import load_choices, load_prompts
@@ -128,6 +129,9 @@ def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
     tokens = calibration.tokens(wanted, dense, progress=progress)
     name = "SmolLM2-135M-Instruct" if args.model == "demo" else Path(args.model).name
 
+    asked: dict[str, Any] = {"max_new_tokens": plan.tokens, "batch_size": args.batch_size}
+    asked["baseline"] = Baseline(dense, tokenizer, progress=progress, **asked)
+
     def study(pruned: Any, what: str) -> Study:
         return compare(
             dense,
@@ -135,13 +139,12 @@ def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
             prompts,
             tokenizer=tokenizer,
             choices=choices,
-            max_new_tokens=plan.tokens,
-            batch_size=args.batch_size,
             layerwise_prompts=plan.layerwise_prompts,
             layerwise_steps=plan.layerwise_steps,
             seed=args.seed,
             progress=progress,
             names=(name, what),
+            **asked,
         )
 
     _say(args, f"dropping {plan.dropped} attentions, and comparing")
@@ -165,10 +168,9 @@ def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
             plan.sweep,
             prompts=prompts[: plan.sweep_prompts],
             choices=choices,
-            max_new_tokens=plan.tokens,
-            batch_size=args.batch_size,
             seed=args.seed,
             progress=progress,
+            **asked,
         )
         attention = replace(attention, meta={**attention.meta, "sweep": rows})
     return {"attention-drop": attention, "wanda-2-4": wanda}

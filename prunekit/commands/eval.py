@@ -42,12 +42,20 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     if not args.tasks:
         raise PrunekitError("which tasks? give --tasks, such as --tasks arc_easy,gsm8k")
 
+    from prunekit.checkpoint.sources import located
     from prunekit.evaluation.tasks import run_tasks
 
+    sources = {source: source}
+    if args.pruned:
+        same = args.pruned == source
+        sources = {f"{source} (dense)": source} if same else sources
+        sources[f"{source} (pruned)" if same else args.pruned] = args.pruned
+    for name in sources.values():
+        located(name)  # a wrong second name must not show after hours with the first
     found: dict[str, list[TaskScore]] = {}
-    for name in (source, args.pruned) if args.pruned else (source,):
+    for label, name in sources.items():
         model, tokenizer = options.load(name, args)
-        found[name] = run_tasks(
+        found[label] = run_tasks(
             model,
             tokenizer,
             [task.strip() for task in args.tasks.split(",") if task.strip()],

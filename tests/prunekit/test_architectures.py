@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -39,6 +40,37 @@ def test_capture_restores_forwards_and_needs_no_mask_for_right_padding(
         hidden = blocks.run_layer(arch, index, hidden, kwargs)
     logits = arch.head.logits(arch.final_norm(hidden))
     torch.testing.assert_close(logits[:1, :4], before, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_layers_accelerate_hook_works_around_its_sublayers(tiny, token_ids):
+    """Weights that only the layer's own hook brings in are there for each sublayer too."""
+    arch = Architecture(tiny("llama"))
+    inputs = blocks.capture(arch, token_ids)
+    expected = blocks.trace_layer(arch, 1, inputs.hidden, inputs.kwargs[1])
+    layer = arch.layers[1]
+    weights = {name: value.clone() for name, value in layer.state_dict().items()}
+    hook = AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=True)
+    add_hook_to_module(layer, hook)
+    assert layer.self_attn.q_proj.weight.is_meta
+    found = blocks.trace_layer(arch, 1, inputs.hidden, inputs.kwargs[1])
+    for name in ("attn_out", "mlp_residual", "mlp_out", "output"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    assert layer.self_attn.q_proj.weight.is_meta  # and gone again
+
+
+@pytest.mark.parametrize("dropped", [None, "attn", "mlp"])
+@torch.inference_mode()
+def test_a_layer_on_another_device_takes_its_inputs_there(tiny, token_ids, dropped):
+    arch = Architecture(tiny("llama"))
+    inputs = blocks.capture(arch, token_ids)
+    if dropped:
+        arch.remove_(1, dropped)
+    arch.layers[1].to("meta")  # stands for a second GPU: adding across devices raises
+    add_hook_to_module(arch.layers[1], AlignDevicesHook("meta"))
+    found = blocks.trace_layer(arch, 1, inputs.hidden, inputs.kwargs[1])
+    assert found.output.is_meta and found.output.shape == inputs.hidden.shape
+    assert blocks.run_layer(arch, 1, inputs.hidden, inputs.kwargs[1]).is_meta
 
 
 def test_every_matrix_of_the_layers_is_found_once(architecture, tiny):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit import cli
+from prunekit import checkpoint, cli
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.tasks import _scores, run_tasks
 
@@ -80,11 +80,22 @@ def test_the_command_puts_both_models_side_by_side(folder: Path, capsys: Any) ->
     line = ["eval", "demo", "demo", "--tasks", "tiny_choice", "--task-folder", str(folder)]
     assert cli.main([*line, "--limit", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [score["documents"] for score in found["demo"]] == [2]
+    assert list(found) == ["demo (dense)", "demo (pruned)"]
+    for scores in found.values():
+        assert [score["documents"] for score in scores] == [2]
+    assert found["demo (dense)"] == found["demo (pruned)"]
     assert (
         cli.main(["eval", "demo", "--tasks", "nothing_like_it", "--task-folder", str(folder)]) == 2
     )
     assert "nothing_like_it" in capsys.readouterr().err
+
+
+def test_a_wrong_second_model_is_found_before_the_first_is_scored(
+    monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: pytest.fail("loaded the first"))
+    assert cli.main(["eval", "demo", "./no/such/model", "--tasks", "arc_easy"]) == 2
+    assert "./no/such/model doesn't exist" in capsys.readouterr().err
 
 
 def test_numbers_are_taken_with_their_errors_and_filters() -> None:

@@ -13,6 +13,8 @@ import torch
 import torch.multiprocessing as mp
 
 from prunekit import generation
+from prunekit.analysis import scores
+from prunekit.analysis.baseline import Baseline
 from prunekit.analysis.comparison import compare
 from prunekit.analysis.study import SECTIONS, Study
 from prunekit.analysis.sweep import sweep
@@ -198,6 +200,49 @@ def test_sweep(tiny, word_tokenizer):
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
     with pytest.raises(PrunekitError, match=r"use 0 to 4"):
         sweep(model, word_tokenizer, ranking, [5], prompts=PROMPTS, choices=CHOICES)
+
+
+def test_a_shared_baseline_changes_nothing_but_the_work(dropped, word_tokenizer, monkeypatch):
+    model, pruned = dropped
+    alone = run(model, pruned, word_tokenizer).to_dict()
+    options = {"max_new_tokens": 6, "batch_size": 2, "progress": False}
+    baseline = Baseline(model, word_tokenizer, **options)
+    baseline.rollouts(PROMPTS)
+    baseline.single_step(CHOICES)
+    asked = []
+
+    def noting(plain):
+        return lambda one, *args, **kwargs: (asked.append(one), plain(one, *args, **kwargs))[1]
+
+    monkeypatch.setattr(generation, "generate", noting(generation.generate))
+    monkeypatch.setattr(scores, "single_step", noting(scores.single_step))
+    shared = run(model, pruned, word_tokenizer, baseline=baseline).to_dict()
+    rows = sweep(
+        model,
+        word_tokenizer,
+        [("attn", 1)],
+        [0],
+        prompts=PROMPTS[:3],
+        choices=CHOICES,
+        baseline=baseline,
+        **options,
+    )
+    assert asked and not any(one is model for one in asked)
+    del alone["meta"]["seconds"], shared["meta"]["seconds"]
+    assert_same(shared, alone)
+    assert rows[0]["scores"]["accuracy"] == alone["scores"]["dense"]["accuracy"]
+    with pytest.raises(PrunekitError, match="another model"):
+        run(pruned, pruned, word_tokenizer, baseline=baseline)
+    with pytest.raises(PrunekitError, match="max_new_tokens"):
+        run(model, pruned, word_tokenizer, baseline=baseline, max_new_tokens=5)
+
+
+def test_a_model_and_itself(tiny, word_tokenizer):
+    model = tiny("llama")
+    one, two = (run(model, other, word_tokenizer) for other in (model, copy.deepcopy(model)))
+    assert_same(one.scores["pruned"]["perplexity"].mean, two.scores["pruned"]["perplexity"].mean)
+    assert not np.nansum(one.decoding.teacher_forced["kl_dense_pruned"])
+    assert_same(one.decoding.to_dict(), two.decoding.to_dict())
 
 
 def _process(rank, port, path, make_models, make_tokenizer):

@@ -1,0 +1,103 @@
+"""What the dense model does by itself: the same in every comparison with it, so computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from prunekit import distributed, generation
+from prunekit.analysis import scores
+from prunekit.analysis.scores import Scores
+from prunekit.errors import PrunekitError
+from prunekit.evaluation.items import Choice
+from prunekit.generation import Rollout
+
+
+class Baseline:
+    """The dense model's greedy texts and single-step scores, each computed when first asked for.
+
+    Several comparisons with the same dense model share one; it must not change meanwhile. Under
+    several processes each computes its share, and all hold the whole.
+
+    Args:
+        dense: The dense model, in eval mode.
+        tokenizer: Its tokenizer.
+        max_new_tokens: Longest continuation.
+        batch_size: Prompts run together.
+        chat: Whether prompts are asked through the chat template, see `generation.encode`.
+        progress: Show progress bars (on a terminal only).
+    """
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int = 48,
+        batch_size: int = 8,
+        chat: generation.Chat = "auto",
+        progress: bool = True,
+    ) -> None:
+        self.dense, self.tokenizer = dense, tokenizer
+        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.chat, self.progress = chat, progress
+        self._rollouts: dict[str, Rollout] = {}
+        self._scores: dict[tuple[Choice, ...], Scores] = {}
+
+    def rollouts(self, prompts: Sequence[str]) -> list[Rollout]:
+        """The dense model's greedy continuation of each prompt.
+
+        Raises:
+            PrunekitError: A prompt is empty or too long for the model's context.
+        """
+        new = [text for text in dict.fromkeys(prompts) if text not in self._rollouts]
+        if not new:
+            return [self._rollouts[text] for text in prompts]
+        encoded = generation.encode(self.tokenizer, new, chat=self.chat)
+        generation.check_context(self.dense, encoded, self.max_new_tokens)
+        found = generation.generate(
+            self.dense,
+            distributed.shard(encoded),
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            progress=self.progress,
+            label="dense",
+        )
+        self._rollouts |= zip(new, distributed.gather(found), strict=True)
+        return [self._rollouts[text] for text in prompts]
+
+    def single_step(self, choices: Sequence[Choice]) -> Scores:
+        """`scores.single_step` of the dense model."""
+        asked = tuple(choices)
+        if asked not in self._scores:
+            self._scores[asked] = scores.single_step(
+                self.dense, self.tokenizer, asked, progress=self.progress
+            )
+        return self._scores[asked]
+
+
+def shared_baseline(
+    given: Baseline | None, dense: PreTrainedModel, tokenizer: Any, **options: Any
+) -> Baseline:
+    """`given` if there is one and it fits; else a new one.
+
+    Args:
+        given: A baseline, or None.
+        dense: The dense model of the comparison.
+        tokenizer: Its tokenizer.
+        **options: Those of `Baseline`.
+
+    Raises:
+        PrunekitError: It belongs to another model, or was asked in another way.
+    """
+    if given is None:
+        return Baseline(dense, tokenizer, **options)
+    asked = options["max_new_tokens"], options["chat"]
+    if given.dense is not dense or (given.max_new_tokens, given.chat) != asked:
+        raise PrunekitError(
+            "the baseline is of another model, max_new_tokens or chat: make it with those of the "
+            "comparison, or leave it out"
+        )
+    return given
