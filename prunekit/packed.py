@@ -416,6 +416,19 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
             yield name, layer
 
 
+def prove_kernels(model: nn.Module) -> None:
+    """Run the self-tests of the kernels that the packed layers use, once per format and device.
+
+    Without it the first call would: too late if that call is captured in a CUDA graph.
+    """
+    weights = {
+        (layer.format, layer.weight.device): layer.weight for _, layer in packed_layers(model)
+    }
+    for (format_, device), weight in weights.items():
+        if device.type != "meta":
+            FORMATS[format_].expected(1, weight)
+
+
 def weight_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and packed weights in memory; tied ones count once."""
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())

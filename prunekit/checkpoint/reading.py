@@ -27,7 +27,7 @@ from prunekit.checkpoint.skeletons import make_packed_config_, skeleton_of
 from prunekit.checkpoint.sources import located
 from prunekit.errors import PrunekitError, one_line
 from prunekit.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, check_supported
-from prunekit.packed import packed_layers
+from prunekit.packed import packed_layers, prove_kernels
 from prunekit.packed_checkpoint import PACKED_FIELD, check_packed
 from prunekit.progress import quiet_transformers
 from prunekit.swap import merge_, refuse_save_pretrained_
@@ -73,6 +73,7 @@ def load(
     model.config.name_or_path = str(source)
     if device is not None and device != "auto":
         model.to(torch.device(device))
+    prove_kernels(model)
     return model.eval().requires_grad_(False), tokenizer
 
 

@@ -77,7 +77,8 @@ def test_a_failing_self_test_warns_once_and_falls_back(hopper, problem):
 
 def test_other_architectures_and_capture_before_the_self_test(hopper):
     hopper.capturing = True
-    choice = hopper.select(FakeActivations(4, 4096), 4096)
+    with pytest.warns(RuntimeWarning, match="captured with slower"):
+        choice = hopper.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton" and "call the layer once before" in choice.reason
     hopper.capturing = False
     assert hopper.select(FakeActivations(4, 4096), 4096).name == "mma"

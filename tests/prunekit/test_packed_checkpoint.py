@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import subprocess
 import sys
@@ -84,6 +85,18 @@ def test_packed_models_come_back_exactly(tiny_24, tokenizer, architecture, tmp_p
     auto = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.allclose(logits(auto.eval(), token_ids), want, rtol=1e-5, atol=1e-5)
     assert sum(isinstance(m, PackedLinear) for m in auto.modules()) == len(report.swapped)
+
+
+def test_loading_runs_the_self_tests_before_anything_is_captured(saved, monkeypatch):
+    asked, real = [], packed.FORMATS["2:4"]
+
+    def expected(tokens, weight):
+        asked.append((tokens, weight.device.type))
+        return real.expected(tokens, weight)
+
+    monkeypatch.setitem(packed.FORMATS, "2:4", dataclasses.replace(real, expected=expected))
+    pk.load(saved, device="cpu")
+    assert asked == [(1, "cpu")]
 
 
 def test_packed_models_are_saved_by_the_one_way_that_works(saved, tmp_path, token_ids):

@@ -173,11 +173,18 @@ class Dispatch:
         """
         index = device.index if device.index is not None else torch.cuda.current_device()
         key = (name or self.tensor_cores, index)
+        problem: str | None
         if key in self.tested:
             return self.tested[key]
         if torch.cuda.is_current_stream_capturing():
-            return "the self-test cannot run during graph capture: call the layer once before"
-        problem: str | None
+            problem = "the self-test cannot run during graph capture: call the layer once before"
+            warnings.warn(
+                f"prunekernels: {self.what} layers are captured with slower implementations: "
+                f"{problem}",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return problem
         try:
             with torch.cuda.device(index):
                 problem = self.kernel(key[0]).self_test(device)
