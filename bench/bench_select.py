@@ -1,9 +1,10 @@
-"""Choosing which weights go: N:M groups and row-wise thresholds, ours against torch.
+"""Choosing which weights go, and SparseGPT's update of a block of columns: ours against torch.
 
     python bench/bench_select.py             matrices of Llama-3-8B on a GPU, smaller ones on a CPU
     python bench/bench_select.py --quick     does it work?
 
-Every mask must be the one that a stable sort gives. Results go to results/<device>/select.csv.
+Every mask must be the one that a stable sort gives; updates must be those of a plain loop over
+columns in float64. Results go to results/<device>/select.csv.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import argparse
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import model
 import torch
 from harness import Case, Contender, Prepared, Session, Verdict, add_options
-from prunekernels import nm_mask, rowwise_mask
+from prunekernels import nm_mask, rowwise_mask, sparsegpt_update
 from torch import Tensor
 
 Select = Callable[[Tensor], Tensor]
@@ -49,6 +51,76 @@ def threshold_rows(sparsity: float, scores: Tensor) -> Tensor:
     return scores > scores.kthvalue(gone, -1, keepdim=True).values
 
 
+class Block(NamedTuple):
+    """Operands of an update: (R, C) weights, column-major as pruning has them, U, what to keep."""
+
+    weight: Tensor
+    upper: Tensor
+    mask: Tensor | None
+
+
+def blocks(rows: int, columns: int, count: int, masked: bool, device: torch.device) -> list[Block]:
+    """Random weights over one inverse factor, of correlated inputs."""
+    mixing = torch.eye(columns, device=device) + torch.randn(columns, columns, device=device) / 8
+    inputs = (torch.randn(3 * columns, columns, device=device) @ mixing).double()
+    upper = torch.linalg.cholesky(torch.linalg.inv(inputs.t() @ inputs), upper=True).float()
+
+    def block() -> Block:
+        weight = torch.randn(columns, rows, device=device).t()
+        keep = torch.rand(columns, rows, device=device).t() < 0.5 if masked else None
+        return Block(weight, upper, keep)
+
+    return [block() for _ in range(count)]
+
+
+def column_by_column(keep: int, of: int, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """The update as the paper writes it, an outer product per column: the definition."""
+    weight, upper, mask = block
+    left, errors = weight.clone(), torch.zeros_like(weight)
+    kept = torch.ones_like(weight, dtype=torch.bool) if mask is None else mask
+    for i in range(weight.shape[1]):
+        if mask is None and i % of == 0:
+            group = slice(i, i + of)
+            scores = (left[:, group] / upper.diagonal()[group]).square().contiguous()
+            kept[:, group] = sorted_groups(keep, of, scores)
+        errors[:, i] = torch.where(kept[:, i], 0.0, left[:, i] / upper[i, i])
+        left[:, i + 1 :] -= errors[:, i, None] * upper[i, i + 1 :]
+    return torch.where(kept, left, 0.0), errors, kept
+
+
+def updates(case: Case, session: Session) -> list[Contender]:
+    """The update by the kernel or its torch twin, and by the plain loop."""
+    rows, columns = (int(case.sizes[name]) for name in "RC")
+    masked = case.mode == "mask"
+    keep, of = (0, 0) if masked else (int(part) for part in case.mode.split(":"))
+    count = session.copies((5.0 if masked else 4.0) * rows * columns)
+    sets = blocks(rows, columns, count, masked, session.device)
+    exact = column_by_column(keep, of, Block(sets[0][0].double(), sets[0][1].double(), sets[0][2]))
+    # weights in, weights, errors and a mask out, a mask in; a multiply-add per pair of columns
+    moved = (14.0 if masked else 13.0) * rows * columns
+    cost = [model.Cost(moved, slots=rows * columns**2 / 2)]
+
+    def check(found: tuple[Tensor, Tensor, Tensor]) -> Verdict:
+        # a near tie may fall otherwise in float32, and its row with it
+        same = (found[2] == exact[2]).all(-1)
+        others = int((~same).sum())
+        error = max(
+            float((got.double() - want)[same].norm() / want[same].norm())
+            for got, want in zip(found[:2], exact[:2], strict=True)
+        )
+        note = f"relative error {error:.1e}, {others} of {rows} rows chose otherwise"
+        return Verdict(error < 1e-4 and others <= rows / 500, note)
+
+    def prepare(update: Callable[[Block], tuple[Tensor, ...]]) -> Prepared:
+        return Prepared([functools.partial(update, block) for block in sets], check, cost)
+
+    providers = {
+        "prunekernels": lambda block: sparsegpt_update(*block, keep=keep, of=of),
+        "torch columns": functools.partial(column_by_column, keep, of),
+    }
+    return [Contender(name, functools.partial(prepare, way)) for name, way in providers.items()]
+
+
 def ways(case: Case) -> dict[str, Select]:
     """The providers of a case, the definition first."""
     if case.op == "nm_mask":
@@ -67,7 +139,9 @@ def ways(case: Case) -> dict[str, Select]:
 
 
 def contenders(case: Case, session: Session) -> list[Contender]:
-    """Every provider on the same scores."""
+    """Every provider on the same operands."""
+    if case.op == "sparsegpt_update":
+        return updates(case, session)
     rows, columns = (int(case.sizes[name]) for name in "NK")
     count = session.copies(4 * rows * columns)
     sets = [torch.rand(rows, columns, device=session.device) for _ in range(count)]
@@ -92,7 +166,13 @@ def plan(session: Session) -> list[Case]:
     if not on_gpu or session.quick:
         shapes = ((576, 576),) if session.quick else ((576, 576), (1536, 576), (576, 1536))
     kinds = (("nm_mask", "2:4"), ("nm_mask", "4:8"), ("rowwise_mask", "0.5"))
-    return [Case(op, mode, "float32", {"N": N, "K": K}) for op, mode in kinds for N, K in shapes]
+    found = [Case(op, mode, "float32", {"N": N, "K": K}) for op, mode in kinds for N, K in shapes]
+    # rows of q, k and v, or of gate and up, stacked as pruning stacks them
+    stacked: Sequence[int] = (6144, 28672) if on_gpu else (960, 3072)
+    for mode in ("mask", "2:4"):
+        for rows in stacked[:1] if session.quick else stacked:
+            found.append(Case("sparsegpt_update", mode, "float32", {"R": rows, "C": 128}))
+    return found
 
 
 def main() -> int:

@@ -21,7 +21,7 @@ import timers
 import torch
 from harness import Absent, Case, Contender, Prepared, Session, Verdict
 from model import Cost
-from prunekernels import nm_mask
+from prunekernels import nm_mask, sparsegpt_update
 
 from prunekit import timing
 
@@ -364,6 +364,22 @@ def test_a_mask_that_differs_from_the_definition_is_wrong(session, monkeypatch):
     found = [(row["provider"], row["status"]) for row in rows(session)]
     assert found[:3] == [(name, "ok") for name in bench_select.ways(case)]
     assert [status for _, status in found[3:]] == ["ok", "ok", "wrong"]
+
+
+@pytest.mark.parametrize("mode", ["mask", "2:4"])
+def test_an_update_that_differs_from_the_column_loop_is_wrong(session, monkeypatch, mode):
+    case = Case("sparsegpt_update", mode, "float32", {"R": 40, "C": 32})
+    session.measure(case, bench_select.contenders(case, session))
+    assert [row["status"] for row in rows(session)] == ["ok", "ok"]
+
+    def careless(weight, upper, mask, *, keep, of):
+        found = sparsegpt_update(weight, upper, mask, keep=keep, of=of)
+        # the error of the last pruned column is forgotten
+        return found._replace(errors=found.errors.where(torch.arange(32) < 30, 0.0))
+
+    monkeypatch.setattr(bench_select, "sparsegpt_update", careless)
+    session.measure(case, bench_select.contenders(case, session))
+    assert [row["status"] for row in rows(session)[2:]] == ["wrong", "ok"]
 
 
 def test_a_missing_package_is_absent_with_what_installs_it():
