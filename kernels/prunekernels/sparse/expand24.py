@@ -79,22 +79,23 @@ def product(x: Tensor, packed: Tensor, rows: int, bias: Tensor | None) -> Tensor
         (M, N), contiguous.
     """
     tokens, columns = x.shape
-    padded = packed.shape[0] * ROWS
     if bias is not None:
-        bias = torch.nn.functional.pad(bias, (0, padded - rows))
+        bias = torch.nn.functional.pad(bias, (0, -rows % ROWS))
         bias = bias.view(-1, 2, ROWS // 2).transpose(1, 2).flatten()
-    parts = []
+    y = x.new_empty((tokens, rows))
     for first, block in _blocks(packed, rows, columns, x.dtype):
         weight = block[:columns]
         if x.dtype == torch.float16:
             # CPUs multiply float16 by rows only, many times faster than this copy
             weight = weight.t().contiguous().t()
+        count = block.shape[1]
         if bias is None:
-            parts.append(torch.mm(x, weight))
+            part = torch.mm(x, weight)
         else:
-            parts.append(torch.addmm(bias[first : first + block.shape[1]], x, weight))
-    y = torch.cat(parts, 1).view(tokens, len(packed), ROWS // 2, 2).transpose(2, 3)
-    return y.reshape(tokens, padded)[:, :rows].contiguous()
+            part = torch.addmm(bias[first : first + count], x, weight)
+        part = part.view(tokens, count // ROWS, ROWS // 2, 2).transpose(2, 3)
+        y[:, first : first + count] = part.reshape(tokens, count)[:, : rows - first]
+    return y
 
 
 def _blocks(
