@@ -1,4 +1,4 @@
-"""How far a linear layer with a packed weight may be from float64 truth."""
+"""Weights for linear layers, and how far a layer with a packed one may be from float64 truth."""
 
 from __future__ import annotations
 
@@ -32,3 +32,12 @@ def assert_interpreted_as_good_as_eager(got: Tensor, eager: Tensor, exact: Tenso
     floor = 1e-6 * exact.abs().max()
     error = (got.double() - exact).abs()
     assert (error <= 2 * (eager.double() - exact).abs().max() + ulp + floor).all()
+
+
+def ragged(
+    rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """A random (rows, columns) weight with rows of all sparsities, from empty to full, shuffled."""
+    density = torch.linspace(0, 1, rows, device=device)[torch.randperm(rows), None]
+    kept = torch.rand(rows, columns, device=device) < density
+    return (torch.randn(rows, columns, device=device) * kept).to(dtype)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import types
 import warnings
 
 import pytest
 import torch
+from fake_gpu import FakeActivations, fake_gpu
 from prunekernels.runtime import Choice
 from prunekernels.sparse import dispatch
 from prunekernels.sparse.format_bitmap import bitmap_pack
@@ -16,74 +14,47 @@ from prunekernels.sparse.linear_bitmap import DISPATCH
 from prunekernels.tuning import bitmap_mma, bitmap_order, bitmap_portable, bitmap_splits
 
 
-class FakeActivations:
-    """Shape, type and device of activations on a GPU that this machine does not have."""
-
-    def __init__(self, tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape = (tokens, columns)
-        self.dtype = dtype
-        self.device = torch.device("cuda", 0)
-
-
 @pytest.fixture
 def hopper(monkeypatch):
-    """A dispatch on a Hopper GPU whose self-test returns what the test sets, counting its runs."""
-    state = types.SimpleNamespace(problem=None, runs=0, capturing=False, capability=(9, 0))
-
-    def self_test(device):
-        state.runs += 1
-        if isinstance(state.problem, Exception):
-            raise state.problem
-        return state.problem
-
-    module = types.SimpleNamespace(CAPABILITIES=((9, 0),), self_test=self_test)
-    monkeypatch.setattr(dispatch.Dispatch, "kernel", lambda self, name: module)
-    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    state.select = dataclasses.replace(DISPATCH, tested={}).select
-    return state
+    return fake_gpu(monkeypatch, DISPATCH)
 
 
 def test_few_tokens_use_the_tensor_cores_after_one_self_test(hopper):
     for _ in range(3):
-        choice = hopper.select(FakeActivations(4, 4096), 4096)
+        choice = hopper.dispatch.select(FakeActivations(4, 4096), 4096)
         assert choice.name == "mma" and "predicted" in choice.reason
     assert hopper.runs == 1
-    assert hopper.select(FakeActivations(4096, 4096), 4096).name == "eager"
-    assert hopper.select(FakeActivations(4, 4096, torch.float32), 4096).name == "eager"
+    assert hopper.dispatch.select(FakeActivations(4096, 4096), 4096).name == "eager"
+    assert hopper.dispatch.select(FakeActivations(4, 4096, torch.float32), 4096).name == "eager"
     with pytest.raises(ValueError, match=r"bfloat16 and float16 values, not torch\.float32"):
-        hopper.select(FakeActivations(4, 4096, torch.float32), 4096, "mma")
+        hopper.dispatch.select(FakeActivations(4, 4096, torch.float32), 4096, "mma")
 
 
 @pytest.mark.parametrize("problem", ["3 of 5 results differ", RuntimeError("ptxas died\nlog")])
 def test_a_failing_self_test_warns_once_and_falls_back(hopper, problem):
     hopper.problem = problem
     with pytest.warns(RuntimeWarning, match="bitmap .* failed its self-test on cuda:0") as caught:
-        choice = hopper.select(FakeActivations(4, 4096), 4096)
+        choice = hopper.dispatch.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton"
     assert "not mma: " in choice.reason and "\n" not in choice.reason
     assert str(problem).splitlines()[0] in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert hopper.select(FakeActivations(4, 4096), 4096).name == "triton"
+        assert hopper.dispatch.select(FakeActivations(4, 4096), 4096).name == "triton"
     assert hopper.runs == 1
     with pytest.raises(ValueError, match="impl='mma' cannot run"):
-        hopper.select(FakeActivations(4, 4096), 4096, "mma")
+        hopper.dispatch.select(FakeActivations(4, 4096), 4096, "mma")
 
 
 def test_other_architectures_and_capture_before_the_self_test(hopper):
     hopper.capturing = True
     with pytest.warns(RuntimeWarning, match="captured with slower"):
-        choice = hopper.select(FakeActivations(4, 4096), 4096)
+        choice = hopper.dispatch.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton" and "call the layer once before" in choice.reason
     hopper.capturing = False
-    assert hopper.select(FakeActivations(4, 4096), 4096).name == "mma"
+    assert hopper.dispatch.select(FakeActivations(4, 4096), 4096).name == "mma"
     hopper.capability = (7, 5)
-    choice = hopper.select(FakeActivations(4, 4096), 4096)
+    choice = hopper.dispatch.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton" and "compute capability 7.5" in choice.reason
 
 

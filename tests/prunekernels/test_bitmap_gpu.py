@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from products import assert_tensor_cores_as_good_as_eager
+from products import assert_tensor_cores_as_good_as_eager, ragged
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
 from prunekernels.sparse.linear_bitmap import DISPATCH, bitmap_linear, expand
@@ -20,13 +20,6 @@ IMPLS = ["eager", "triton", "mma", "auto"]
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of all sparsities, from empty to full."""
-    density = torch.linspace(0, 1, rows, device="cuda")[torch.randperm(rows), None]
-    kept = torch.rand(rows, columns, device="cuda") < density
-    return (torch.randn(rows, columns, device="cuda") * kept).to(dtype)
-
-
 def test_the_self_test_passes():
     assert DISPATCH.self_test(torch.device("cuda", torch.cuda.current_device())) is None
 
@@ -37,7 +30,7 @@ def test_the_self_test_passes():
     ("rows", "columns"), [(1024, 4096), (33, 576), (4096, 1216), (16, 4), (130, 61)]
 )
 def test_values_for_all_token_counts(impl, dtype, rows, columns):
-    weight = sparse(rows, columns, dtype)
+    weight = ragged(rows, columns, dtype, "cuda")
     packed, bias = bitmap_pack(weight), torch.randn(rows, device="cuda").to(dtype)
     for tokens in (1, 2, 7, 8, 9, 16, 17, 31, 32, 33, 64, 65, 128, 300):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
@@ -50,7 +43,7 @@ def test_values_for_all_token_counts(impl, dtype, rows, columns):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_activations(impl, activation):
-    weight = sparse(512, 2048, torch.bfloat16)
+    weight = ragged(512, 2048, torch.bfloat16, "cuda")
     x = torch.randn(5, 2048, device="cuda").to(torch.bfloat16)
     act = ACTIVATIONS[activation]
     got = bitmap_linear(x, bitmap_pack(weight), None, activation, impl=impl)
@@ -73,7 +66,7 @@ def test_every_sparsity(impl, density):
 def test_every_configuration_of_the_tensor_core_kernel(token_tiles, splits):
     from prunekernels.sparse import mma_bitmap
 
-    weight = sparse(700, 4160, torch.bfloat16)
+    weight = ragged(700, 4160, torch.bfloat16, "cuda")
     x = torch.randn(50, 4160, device="cuda").to(torch.bfloat16)
     packed = bitmap_pack(weight)
     config = BitmapMmaConfig(1, token_tiles, 3, splits)
@@ -86,7 +79,7 @@ def test_every_configuration_of_the_tensor_core_kernel(token_tiles, splits):
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
 def test_expanding_is_exact(dtype):
-    weight = sparse(130, 611, dtype)
+    weight = ragged(130, 611, dtype, "cuda")
     packed = bitmap_pack(weight)
     dense = expand(packed.bitmap, packed.starts, packed.values, 130, 611)
     assert torch.equal(dense, weight)
@@ -94,7 +87,7 @@ def test_expanding_is_exact(dtype):
 
 @pytest.mark.parametrize("impl", ["triton", "mma"])
 def test_graphs_capture_and_replay_together(impl):
-    weights = [bitmap_pack(sparse(4096, 4096, torch.bfloat16)) for _ in range(2)]
+    weights = [bitmap_pack(ragged(4096, 4096, torch.bfloat16, "cuda")) for _ in range(2)]
     x = torch.randn(4, 4096, device="cuda").to(torch.bfloat16)
     want = [bitmap_linear(x, w, impl=impl) for w in weights]
     graphs, results = [], []
@@ -113,7 +106,7 @@ def test_graphs_capture_and_replay_together(impl):
 
 
 def test_gradient_and_one_graph_compile():
-    weight = sparse(512, 768, torch.bfloat16)
+    weight = ragged(512, 768, torch.bfloat16, "cuda")
     packed = bitmap_pack(weight)
     x = torch.randn(3, 768, device="cuda").to(torch.bfloat16).requires_grad_()
     y = torch.compile(lambda x: bitmap_linear(x, packed, activation="silu"), fullgraph=True)(x)

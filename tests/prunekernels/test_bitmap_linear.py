@@ -5,18 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from products import assert_as_good_as_eager
+from products import assert_as_good_as_eager, ragged
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
 from prunekernels.sparse.linear_bitmap import bitmap_linear
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-
-
-def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of all sparsities, from empty to full."""
-    density = torch.linspace(0, 1, rows)[torch.randperm(rows), None]
-    return (torch.randn(rows, columns) * (torch.rand(rows, columns) < density)).to(dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -25,7 +19,7 @@ def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     ("tokens", "rows", "columns"), [(0, 16, 64), (1, 1, 1), (17, 48, 576), (300, 33, 61)]
 )
 def test_values(dtype, activation, tokens, rows, columns):
-    weight, x = sparse(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
+    weight, x = ragged(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
     act, packed = ACTIVATIONS[activation or "none"], bitmap_pack(weight)
     for bias in (None, torch.randn(rows).to(dtype)):
         exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
@@ -42,7 +36,7 @@ def test_empty_and_full_weights(density):
 
 
 def test_leading_dimensions_strides_and_aliasing():
-    packed = bitmap_pack(sparse(24, 72, torch.bfloat16))
+    packed = bitmap_pack(ragged(24, 72, torch.bfloat16))
     x = torch.randn(2, 72, 3, 5).to(torch.bfloat16).permute(0, 2, 3, 1)
     got = bitmap_linear(x, packed)
     assert got.shape == (2, 3, 5, 24) and got.is_contiguous()
@@ -55,7 +49,7 @@ def test_leading_dimensions_strides_and_aliasing():
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 def test_gradients_of_input_and_bias(activation):
-    weight = sparse(20, 44, torch.bfloat16)
+    weight = ragged(20, 44, torch.bfloat16)
     bias = torch.randn(20).to(torch.bfloat16).requires_grad_()
     x = torch.randn(3, 2, 44).to(torch.bfloat16).requires_grad_()
     seed = torch.randn(3, 2, 20).to(torch.bfloat16)
@@ -70,7 +64,7 @@ def test_gradients_of_input_and_bias(activation):
 
 
 def test_ops_pass_opcheck():
-    packed = bitmap_pack(sparse(20, 44, torch.bfloat16))
+    packed = bitmap_pack(ragged(20, 44, torch.bfloat16))
     parts = packed.bitmap, packed.starts, packed.values, 20, 44
     bias = torch.randn(20).to(torch.bfloat16).requires_grad_()
     x = torch.randn(2, 3, 44).to(torch.bfloat16).requires_grad_()
@@ -81,7 +75,7 @@ def test_ops_pass_opcheck():
 
 
 def test_compiles_as_one_graph():
-    packed = bitmap_pack(sparse(20, 44, torch.bfloat16))
+    packed = bitmap_pack(ragged(20, 44, torch.bfloat16))
 
     def layer(x):
         return bitmap_linear(x, packed, activation="relu") * 2

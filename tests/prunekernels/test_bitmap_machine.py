@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from products import assert_tensor_cores_as_good_as_eager
+from products import assert_tensor_cores_as_good_as_eager, ragged
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
@@ -53,12 +53,6 @@ def machine(monkeypatch):
     return launch
 
 
-def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of all sparsities, from empty to full."""
-    density = torch.linspace(0, 1, rows)[torch.randperm(rows), None]
-    return (torch.randn(rows, columns) * (torch.rand(rows, columns) < density)).to(dtype)
-
-
 CASES = [
     # dtype, tokens, rows, columns, config, activation, bias
     (torch.bfloat16, 3, 80, 832, BitmapMmaConfig(1, 1, 3, 2), "silu", True),
@@ -80,7 +74,7 @@ PARAMETERS += [pytest.param(*c, marks=pytest.mark.slow) for c in MORE]
     ("dtype", "tokens", "rows", "columns", "config", "activation", "has_bias"), PARAMETERS
 )
 def test_linear(machine, dtype, tokens, rows, columns, config, activation, has_bias):
-    weight, x = sparse(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
+    weight, x = ragged(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
     bias = torch.randn(rows).to(dtype) if has_bias else None
     act = ACTIVATIONS[activation]
     got = machine(x, weight, bias, activation, config)
@@ -108,7 +102,7 @@ def test_extreme_weights(machine, kind):
 
 
 def test_strided_activations(machine):
-    weight, wide = sparse(16, 128, torch.bfloat16), torch.randn(5, 136).to(torch.bfloat16)
+    weight, wide = ragged(16, 128, torch.bfloat16), torch.randn(5, 136).to(torch.bfloat16)
     config = BitmapMmaConfig(1, 1, 3, 1)
     want = machine(wide[:, 3:131].contiguous(), weight, None, "none", config)
     assert torch.equal(machine(wide[:, 3:131], weight, None, "none", config), want)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 from interpreter import run_interpreted
-from products import assert_interpreted_as_good_as_eager
+from products import assert_interpreted_as_good_as_eager, ragged
 from prunekernels.compilation import compile_case
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.format_bitmap import bitmap_pack
@@ -25,19 +25,13 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def sparse(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows of all sparsities, from empty to full."""
-    density = torch.linspace(0, 1, rows)[torch.randperm(rows), None]
-    return (torch.randn(rows, columns) * (torch.rand(rows, columns) < density)).to(dtype)
-
-
 @interpreted
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "rows", "columns"), [(0, 16, 64), (1, 1, 1), (18, 70, 61), (3, 20, 330)]
 )
 def test_portable_values(dtype, tokens, rows, columns):
-    weight, x = sparse(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
+    weight, x = ragged(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
     got = bitmap_linear(x, bitmap_pack(weight), impl="triton")
     assert got.shape == (tokens, rows)
     if tokens:
@@ -53,7 +47,7 @@ def test_portable_values(dtype, tokens, rows, columns):
 def test_portable_bias_activation_strides_and_splits(activation, splits):
     from prunekernels.sparse.portable_bitmap import launch
 
-    weight = sparse(20, 450, torch.float16)
+    weight = ragged(20, 450, torch.float16)
     bias = torch.randn(20).to(torch.float16)
     x = torch.randn(450, 5).to(torch.float16).T
     act, packed = ACTIVATIONS[activation], bitmap_pack(weight)
@@ -131,7 +125,7 @@ def test_tensor_core_kernel_compiles_without_counting_bits_one_by_one(case, arch
     sizes = (case.constants[name] for name in ("MT", "NT", "RING"))
     assert report.shared_bytes == ring_bytes(BitmapMmaConfig(*sizes, splits=1))
     if "/t8" in case.name:
-        assert report.instructions_per_element <= 7.5
+        assert report.instructions_per_element <= 6.5
 
 
 @compiled

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import itertools
 import threading
 import types
@@ -11,53 +9,29 @@ import warnings
 
 import pytest
 import torch
-from prunekernels.sparse import counters, dispatch, dispatch24
+from fake_gpu import FakeActivations, fake_gpu
+from prunekernels.sparse import counters, dispatch24
 from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.tuning import sparse24_mma, sparse24_order, sparse24_portable
 
 
-class FakeActivations:
-    """Shape and device of activations on a GPU that this machine does not have."""
-
-    def __init__(self, tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape, self.dtype = (tokens, columns), dtype
-        self.device = torch.device("cuda", 0)
-
-
 @pytest.fixture
-def fake_gpu(monkeypatch):
-    """A Hopper GPU whose self-test returns what the test sets, counting its runs."""
-    state = types.SimpleNamespace(problem=None, runs=0, capturing=False, capability=(9, 0))
-
-    def self_test(device):
-        state.runs += 1
-        if isinstance(state.problem, Exception):
-            raise state.problem
-        return state.problem
-
-    module = types.SimpleNamespace(CAPABILITIES=((9, 0),), self_test=self_test)
-    monkeypatch.setattr(dispatch.Dispatch, "kernel", lambda self, name: module)
-    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
-    fresh = dataclasses.replace(dispatch24.DISPATCH, tested={})
-    monkeypatch.setattr(dispatch24, "DISPATCH", fresh)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+def hopper(monkeypatch):
+    state = fake_gpu(monkeypatch, dispatch24.DISPATCH)
+    monkeypatch.setattr(dispatch24, "DISPATCH", state.dispatch)
     return state
 
 
-def test_few_tokens_use_the_tensor_cores_after_one_self_test(fake_gpu):
+def test_few_tokens_use_the_tensor_cores_after_one_self_test(hopper):
     for _ in range(3):
         assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
-    assert fake_gpu.runs == 1
+    assert hopper.runs == 1
     assert dispatch24.DISPATCH.select(FakeActivations(4096, 4096), 4096).name == "eager"
 
 
 @pytest.mark.parametrize("problem", ["3 of 5 results differ", RuntimeError("ptxas died\nlog")])
-def test_a_failing_self_test_warns_once_and_falls_back(fake_gpu, problem):
-    fake_gpu.problem = problem
+def test_a_failing_self_test_warns_once_and_falls_back(hopper, problem):
+    hopper.problem = problem
     with pytest.warns(RuntimeWarning, match="failed its self-test on cuda:0") as caught:
         choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton"
@@ -66,33 +40,33 @@ def test_a_failing_self_test_warns_once_and_falls_back(fake_gpu, problem):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "triton"
-    assert fake_gpu.runs == 1
+    assert hopper.runs == 1
     with pytest.raises(ValueError, match="impl='mma_sp' cannot run"):
         dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096, "mma_sp")
 
 
-def test_float32_values_never_reach_the_tensor_cores(fake_gpu):
+def test_float32_values_never_reach_the_tensor_cores(hopper):
     choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096, torch.float32), 4096)
     assert choice.name == "eager" and "float32" in choice.reason
     with pytest.raises(ValueError, match=r"mma_sp.*float16 values, not torch\.float32"):
         dispatch24.DISPATCH.select(FakeActivations(4, 4096, torch.float32), 4096, "mma_sp")
-    assert fake_gpu.runs == 0
+    assert hopper.runs == 0
 
 
-def test_between_few_and_many_tokens_a_failure_means_expanding(fake_gpu):
-    fake_gpu.problem = "wrong"
+def test_between_few_and_many_tokens_a_failure_means_expanding(hopper):
+    hopper.problem = "wrong"
     with pytest.warns(RuntimeWarning):
         assert dispatch24.DISPATCH.select(FakeActivations(128, 4096), 4096).name == "eager"
 
 
-def test_other_architectures_and_capture_before_the_self_test(fake_gpu):
-    fake_gpu.capturing = True
+def test_other_architectures_and_capture_before_the_self_test(hopper):
+    hopper.capturing = True
     with pytest.warns(RuntimeWarning, match="captured with slower.*call the layer once before"):
         choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton" and "call the layer once before" in choice.reason
-    fake_gpu.capturing = False
+    hopper.capturing = False
     assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
-    fake_gpu.capability = (7, 5)
+    hopper.capability = (7, 5)
     choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
     assert choice.name == "triton" and "compute capability 7.5" in choice.reason
 

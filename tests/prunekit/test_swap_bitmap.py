@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit.packed import packed_layers, weight_bytes
+from prunekit.packed import MergedPart, packed_layers, weight_bytes
 
 
 def logits(model, token_ids) -> torch.Tensor:
@@ -29,7 +29,10 @@ def test_the_embedded_model_at_half_its_weights(tmp_path):
     assert [decision.format for decision in report.swapped] == ["bitmap"] * 210
     # the same float32 products of the same values: only their order may differ
     assert (logits(model, ids) - want).abs().max() <= 1e-4
-    assert before - weight_bytes(model) == report.dense_bytes - report.bytes
+    # of merged weights, only the last keeps a `starts` that says where it ends
+    stacked = sum(isinstance(module, MergedPart) for module in model.modules())
+    assert stacked == 30 * 3
+    assert before - weight_bytes(model) == report.dense_bytes - report.bytes + 4 * stacked
     weights, values, computed = 0, 0, 0.0
     for name, layer in packed_layers(model):
         dense = masked.get_submodule(name).weight

@@ -82,24 +82,20 @@ def _scan_text():
 @gluon.constexpr_function
 def _expand_text(step):
     """$0..$3 = the lane's operand of a step: word $4, address $8 of its first value."""
-    lines = ["{", ".reg .pred p;", ".reg .b32 t;", ".reg .b32 a;", ".reg .b32 u;", "mov.b32 a, $8;"]
-    lines += [f"mov.b32 ${register}, 0;" for register in range(4)]
+    lines = ["{", ".reg .pred p;", ".reg .b32 t, a, b, lo, hi;", "mov.b32 a, $8;"]
     for element in range(8):
-        register, high = divmod(element, 2)
-        bit = 8 * step + element
-        # the tested bit, moved to the place of 2, is also the step to the next value
-        lines += [f"and.b32 t, $4, {1 << bit};", "setp.ne.b32 p, t, 0;"]
-        if high:
-            lines += [
-                "@p ld.shared.u16 u, [a];",
-                f"@p prmt.b32 ${register}, ${register}, u, 0x5410;",
-            ]
-        else:
-            lines.append(f"@p ld.shared.u16 ${register}, [a];")
+        bit, half = 8 * step + element, ("lo", "hi")[element % 2]
+        # the tested bit, moved to the place of 2, is also the step to the next value; where the bit
+        # is not set, what the test left is the zero to multiply with
+        lines += [f"and.b32 {half}, $4, {1 << bit};", f"setp.ne.b32 p, {half}, 0;"]
         if element < 7:
-            if bit != 1:
-                lines.append(f"shr.u32 t, t, {bit - 1};" if bit else "shl.b32 t, t, 1;")
-            lines.append("add.s32 a, a, t;")
+            move = f"shr.u32 t, {half}, {bit - 1};" if bit else "shl.b32 t, lo, 1;"
+            lines += [move, "add.s32 b, a, t;"]
+        lines.append(f"@p ld.shared.u16 {half}, [a];")
+        if element % 2:
+            lines.append(f"prmt.b32 ${element // 2}, lo, hi, 0x5410;")
+        if element < 7:
+            lines.append("mov.b32 a, b;")
     return "\n".join([*lines, "}"])
 
 
@@ -160,7 +156,7 @@ def _first_values(word, slot):
     word: (tiles, 32) bitmap words; slot: (tiles, 32) the address of the tile's values.
     """
     # bytes of `count`: how many values the lane has in each step
-    count = (word & 0x55555555) + (word >> 1 & 0x55555555)
+    count = word - (word >> 1 & 0x55555555)
     count = (count & 0x33333333) + (count >> 2 & 0x33333333)
     count = count + (count >> 4) & 0x0F0F0F0F
     upto = gl.inline_asm_elementwise(

@@ -48,7 +48,7 @@ def _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N
     word = tl.load(bitmap_ptr + tile[:, None] * 32 + tl.arange(0, 32)[None, :])
     start = tl.load(starts_ptr + tile).to(tl.int64) * 8
     # bytes of `count`: how many values the lane has in each step
-    count = (word & 0x55555555) + (word >> 1 & 0x55555555)
+    count = word - (word >> 1 & 0x55555555)
     count = (count & 0x33333333) + (count >> 2 & 0x33333333)
     count = count + (count >> 4) & 0x0F0F0F0F
     # the lanes before hold at most 31·8 values of a step: bytes do not run over
