@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
-    from prunekit.analysis.comparison import compare
-    from prunekit.analysis.study import Study
     from prunekit.analysis.sweep import sweep
     from prunekit.calibration import Calibration
     from prunekit.checkpoint import load, save
+    from prunekit.comparison import compare
     from prunekit.pruning import Drop, Magnitude, Recipe, SparseGPT, Wanda, drop_, prune_
+    from prunekit.study import Study
     from prunekit.swap import SwapReport, swap_, unswap_
 
 __version__ = "0.1.0"
@@ -50,8 +50,8 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Study": "prunekit.analysis.study",
-    "compare": "prunekit.analysis.comparison",
+    "Study": "prunekit.study",
+    "compare": "prunekit.comparison",
     "sweep": "prunekit.analysis.sweep",
     "Calibration": "prunekit.calibration",
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     prompts = [item.prompt for item in load_prompts(args.prompts)][: args.limit]
     choices = None if args.no_choices else load_choices(args.choices)[: args.limit]
 
-    from prunekit.analysis.comparison import compare
+    from prunekit.comparison import compare
 
     dense, tokenizer = options.load(sources[0], args)
     pruned, _ = options.load(sources[1], args)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from prunekit.commands import options
 
 if TYPE_CHECKING:
-    from prunekit.analysis.study import Study
+    from prunekit.study import Study
 
 Item = TypeVar("Item")
 
@@ -114,8 +114,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
     from prunekit import calibration
     from prunekit.analysis.baseline import Baseline
-    from prunekit.analysis.comparison import compare
     from prunekit.analysis.sweep import sweep
+    from prunekit.comparison import compare
     from prunekit.evaluation.items import load_choices, load_prompts
     from prunekit.pruning import Drop, Wanda, drop_, prune_
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from prunekit.analysis.decoding import Decoding
-from prunekit.analysis.study import Study
+from prunekit.analysis.findings import Findings
 from prunekit.analysis.transcripts import Generation, TopToken
 from prunekit.report import curves, examples, sentences, view
 from prunekit.report.charts import Figure, compact, compact_number
@@ -25,7 +25,7 @@ _MEASURES = (
 )
 
 
-def figures(study: Study) -> list[Figure]:
+def figures(study: Findings) -> list[Figure]:
     """Every figure that the study has data for."""
     found: list[Figure | None] = []
     traced = _traced(study)
@@ -43,7 +43,7 @@ def figures(study: Study) -> list[Figure]:
     return [figure for figure in found if figure is not None]
 
 
-def tables(study: Study) -> list[view.Table]:
+def tables(study: Findings) -> list[view.Table]:
     """The summary tables of the sections that the study has."""
     found = []
     if study.decoding is not None:
@@ -56,7 +56,7 @@ def tables(study: Study) -> list[view.Table]:
     return found
 
 
-def payload(study: Study) -> dict[str, Any]:
+def payload(study: Findings) -> dict[str, Any]:
     """What `assets/page.js` draws."""
     decoding = study.decoding
     return {
@@ -81,7 +81,7 @@ _TEXTS_LEAD = (
 )
 
 
-def _traced(study: Study) -> Traced | None:
+def _traced(study: Findings) -> Traced | None:
     grid = study.layerwise if study.removal is None else study.removal
     if grid is None:
         return None

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunekit.analysis.decoding import Decoding
+from prunekit.analysis.findings import Findings
 from prunekit.analysis.grid import MetricGrid
-from prunekit.analysis.study import Study
 from prunekit.evaluation.statistics import Interval
 from prunekit.report.view import Value, number
 
@@ -28,7 +28,7 @@ class Sentence:
     warn: bool = False
 
 
-def describe(study: Study) -> list[Sentence]:
+def describe(study: Findings) -> list[Sentence]:
     """The statements at the head of a report, from the sections that the study has."""
     said: list[Sentence] = []
     if study.decoding is not None:

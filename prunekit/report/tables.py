@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from prunekit.analysis.study import Study
+    from prunekit.analysis.findings import Findings
     from prunekit.report.sentences import Sentence
 
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
-def study_summary(study: Study) -> RenderableType:
+def study_summary(study: Findings) -> RenderableType:
     """Every summary table of a study, and what it says in sentences."""
     from prunekit.report import build, sentences
 
@@ -54,7 +54,7 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     return made
 
 
-def studies_side_by_side(studies: Mapping[str, Study]) -> RenderableType:
+def studies_side_by_side(studies: Mapping[str, Findings]) -> RenderableType:
     """One table for several studies of the same dense model, a column each."""
     from prunekit.report import build
 

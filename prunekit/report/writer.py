@@ -14,17 +14,18 @@ from typing import Any
 import numpy as np
 
 from prunekit.analysis.decoding import Decoding
+from prunekit.analysis.findings import Findings
 from prunekit.analysis.grid import MetricGrid
-from prunekit.analysis.study import Study
 from prunekit.analysis.subspace import Subspace
 from prunekit.atomic import replaced_folder
+from prunekit.errors import PrunekitError, one_line
 from prunekit.report import build, page
 
 STUDY = "study.json"
 PAGE = "index.html"
 
 
-def save(study: Study, folder: str | Path, *, overwrite: bool = False) -> Path:
+def save(study: Findings, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write `study` into `folder`, whole or not at all.
 
     Args:
@@ -52,16 +53,23 @@ def save(study: Study, folder: str | Path, *, overwrite: bool = False) -> Path:
     return Path(folder) / PAGE
 
 
-def load(folder: str | Path) -> Study:
-    """Read a study back from the `study.json` in `folder`.
+def read(folder: str | Path) -> dict[str, Any]:
+    """The data of the study in `folder`, for `Findings.from_dict`.
 
     Raises:
-        PrunekitError: It was written by another version of prunekit.
+        PrunekitError: There is no study.
     """
-    return Study.from_dict(json.loads((Path(folder) / STUDY).read_text(encoding="utf-8")))
+    try:
+        data: dict[str, Any] = json.loads((Path(folder) / STUDY).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PrunekitError(
+            f"{folder} holds no study that can be read ({one_line(error)}): give the folder that "
+            "`prunekit compare` or Study.save wrote"
+        ) from error
+    return data
 
 
-def _tables(study: Study) -> dict[str, Iterable[Mapping[str, Any]]]:
+def _tables(study: Findings) -> dict[str, Iterable[Mapping[str, Any]]]:
     tables: dict[str, Iterable[Mapping[str, Any]]] = {}
     for name in ("layerwise", "removal", "accumulated"):
         grid = getattr(study, name)

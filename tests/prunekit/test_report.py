@@ -22,7 +22,6 @@ from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.scores import generative
 from prunekit.analysis.spaces import METRICS
-from prunekit.analysis.study import Study
 from prunekit.analysis.subspace import SUBSET_FIELDS, Item, Subspace
 from prunekit.analysis.theory import theory
 from prunekit.analysis.transcripts import Generation, Step, TopToken
@@ -30,6 +29,7 @@ from prunekit.analysis.whole_texts import SEQUENCE_METRICS
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.statistics import bootstrap_mean, wilson
 from prunekit.report import build, charts, curves, figures, sentences, tables, view
+from prunekit.study import Study
 
 PROMPTS, STEPS, LAYERS = 24, 36, 30
 # What a model may write: markup, comments, separators, quotes, half of a surrogate pair.
@@ -193,10 +193,18 @@ def test_json_holds_the_whole_study_without_nan(study, folder):
 
     data = json.loads(text, parse_constant=refuse)
     assert data["schema_version"] == 1
-    assert report.load(folder).to_dict() == study.to_dict() == Study.from_dict(data).to_dict()
+    assert Study.load(folder).to_dict() == study.to_dict() == Study.from_dict(data).to_dict()
     assert data["decoding"]["sequence"]["first_divergence"][0] is None
     with pytest.raises(PrunekitError, match="schema version"):
         Study.from_dict({**data, "schema_version": 99})
+
+
+def test_a_folder_without_study_is_named(tmp_path):
+    with pytest.raises(PrunekitError, match=f"{tmp_path.name} holds no study"):
+        Study.load(tmp_path)
+    (tmp_path / "study.json").write_text("{")
+    with pytest.raises(PrunekitError, match="holds no study that can be read"):
+        Study.load(tmp_path)
 
 
 def test_layer_tables_are_means_over_steps_with_intervals_over_prompts(study, folder):

@@ -15,13 +15,14 @@ import torch.multiprocessing as mp
 from prunekit import generation
 from prunekit.analysis import scores
 from prunekit.analysis.baseline import Baseline
-from prunekit.analysis.comparison import compare
-from prunekit.analysis.study import SECTIONS, Study
+from prunekit.analysis.findings import SECTIONS
 from prunekit.analysis.sweep import sweep
+from prunekit.comparison import compare
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.likelihood import option_logliks
 from prunekit.modeling import drop_sublayers_
+from prunekit.study import Study
 
 PROMPTS = ["w5 w9 w30", "w4 w4 w60 w61 w62 w12", "w90 w17 w3 w44", "w70 w71", "w11 w12 w13"]
 CHOICES = [

@@ -1,13 +1,11 @@
-"""`Study`: what was found about a dense model and its pruned copy, to keep, sum up and save."""
+"""All that was found about a dense model and its pruned copy, as plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from prunekit import distributed
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid, interval_from_dict, interval_to_dict
 from prunekit.analysis.scores import Scores
@@ -34,7 +32,7 @@ _STEPWISE = {
 
 
 @dataclass(frozen=True)
-class Study:
+class Findings:
     """What pruning did to a model; a section that was not asked for is None.
 
     Attributes:
@@ -89,22 +87,8 @@ class Study:
             found |= {f"{model}_{name}": value for name, value in values.items()}
         return found
 
-    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
-        """Write JSON, CSV, figures and one self-contained HTML page; see `prunekit.report`.
-
-        Under several processes only the main one writes.
-
-        Returns:
-            The folder.
-        """
-        from prunekit import report  # draws with matplotlib, which analysis alone does not need
-
-        if distributed.is_main():
-            report.save(self, folder, overwrite=overwrite)
-        return Path(folder)
-
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form without NaN; `from_dict` gives back an equal study."""
+        """JSON-able form without NaN; `from_dict` gives back an equal one."""
         return {
             "schema_version": SCHEMA_VERSION,
             "meta": self.meta,
@@ -123,7 +107,7 @@ class Study:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Study:
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Undo `to_dict`.
 
         Raises:

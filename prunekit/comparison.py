@@ -15,18 +15,19 @@ from prunekit import distributed, generation
 from prunekit.analysis import scores
 from prunekit.analysis.baseline import Baseline, shared_baseline
 from prunekit.analysis.decoding import decode
+from prunekit.analysis.findings import SECTIONS
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.hierarchy import accumulated, layerwise
 from prunekit.analysis.provenance import absent_sublayers, describe, versions
 from prunekit.analysis.sharing import gather_decoding, gather_grid, gather_subspace
 from prunekit.analysis.spaces import Lens, Reader, Weights, check_pair
-from prunekit.analysis.study import SECTIONS, Study
 from prunekit.analysis.subspace import option_tokens, subspace
 from prunekit.analysis.theory import theory
 from prunekit.architectures import Architecture
 from prunekit.checkpoint import check_finite
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
+from prunekit.study import Study
 
 
 def compare(
