@@ -59,7 +59,9 @@ def pair_fields(
     if "A" in sums:
         mean = sums["A"] / w0
         bend = torch.log1p(mean)
-        alike = mean.abs() < 0.5  # where the masses differ much, the φ form cancels instead
+        # Where the masses differ much, the φ form cancels; where references moved far (a KL above 1
+        # then), its sums have cancelled already.
+        alike = (mean.abs() < 0.5) & (kl_pq < 1.0) & (kl_qp < 1.0)
         kl_pq = torch.where(alike, sums["Fp"] / w0 - (mean - bend), kl_pq)
         kl_qp = torch.where(alike, sums["Fq"] / v0 + mean / (1.0 + mean) - bend, kl_qp)
     # −inf in base alone makes x = +inf where q > 0; in other alone x = −inf where p > 0.

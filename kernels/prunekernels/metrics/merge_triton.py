@@ -158,10 +158,11 @@ def _pair_merge_kernel(
     kl_pq = c - w1 * nats
     kl_qp = v1 * nats - c
     if PRECISE:
-        # The φ sums keep a small divergence; where the masses differ much they would cancel.
+        # The φ sums keep a small divergence. Where the masses differ much they would cancel, and
+        # where references moved far (a KL above 1 then) they have cancelled already.
         mean = s[23] / w0
         bend = lib.log1p(mean)
-        alike = tl.abs(mean) < 0.5
+        alike = (tl.abs(mean) < 0.5) & (kl_pq < 1.0) & (kl_qp < 1.0)
         kl_pq = tl.where(alike, s[24] / w0 - (mean - bend), kl_pq)
         kl_qp = tl.where(alike, s[25] / v0 + mean / (1.0 + mean) - bend, kl_qp)
     kl_pq = tl.where(only_b, inf, _at_least_0(kl_pq))
