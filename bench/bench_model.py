@@ -57,11 +57,18 @@ SHAPES = {
 }
 
 
-def load(name: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model by name: one of `SHAPES` with random weights, or what `prunekit.load` takes."""
+def load(name: str, device: torch.device, dtype: torch.dtype, **changes: int) -> PreTrainedModel:
+    """A model by name: one of `SHAPES` with random weights, or what `prunekit.load` takes.
+
+    Args:
+        name: Of the model.
+        device: Where to.
+        dtype: Of the weights.
+        changes: Sizes of a shape to replace, such as its number of layers.
+    """
     if name not in SHAPES:
         return checkpoint.load(name, dtype=dtype, device=device)[0]
-    config = LlamaConfig(max_position_embeddings=8192, **SHAPES[name])
+    config = LlamaConfig(max_position_embeddings=8192, **SHAPES[name] | changes)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

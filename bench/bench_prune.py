@@ -2,33 +2,33 @@
 
     python bench/bench_prune.py --text c4.json --research DIR --rounds 3 --quality
     python bench/bench_prune.py --text c4.json --memory
+    python bench/bench_prune.py --layer 8B [--research DIR]     one layer's shape, on a GPU
 
 DIR is a checkout of CASE-Lab-UMD/Pruning-on-Representations; its own functions are called, on the
 same model and tokens, in turns with prunekit's. Prints a table and writes prune.csv (or
-prune_memory.csv) below results/. One pass is every layer run once over all samples; Wanda and
-SparseGPT need two, drop scores one, magnitude none.
+prune_memory.csv, or prune_layer.csv with the columns of the other benchmarks) below results/. One
+pass is every layer run once over all samples; Wanda and SparseGPT need two, drop scores one,
+magnitude none.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gc
-import importlib.util
-import io
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import prune_layer
 import torch
-from harness import RESULTS, provenance, write_csv
+from harness import Session, add_options, provenance, say, write_csv
+from research import pruning_functions
 
-from prunekit import calibration, checkpoint
+from prunekit import calibration, checkpoint, timing
 from prunekit.architectures import Architecture
 from prunekit.evaluation.likelihood import perplexity
 from prunekit.layouts import SUBLAYERS
@@ -46,17 +46,21 @@ MEMORY = {
 
 def arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
     parser.add_argument("--model", default="demo", help="what prunekit.load takes")
-    parser.add_argument("--text", required=True, help="a .txt, .jsonl, .json or .parquet file")
-    parser.add_argument("--research", type=Path, help="the research code's checkout")
+    parser.add_argument("--text", help="a .txt, .jsonl, .json or .parquet file to calibrate on")
+    parser.add_argument(
+        "--layer",
+        choices=prune_layer.SHAPES,
+        help="instead of a whole model: one layer of this shape, random 16-bit weights",
+    )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument(
         "--layers", type=int, help="only the model's first layers, for a quick look"
     )
-    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--processor-time",
         action="store_true",
@@ -67,8 +71,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scored", type=int, default=16384, help="tokens that are scored")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
     parser.add_argument("--measured", help=argparse.SUPPRESS)  # one process of --memory
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.text is None and options.layer is None:
+        parser.error("give --text FILE to calibrate on, or --layer for a layer's shape alone")
+    if options.quick:
+        options.layers, options.samples, options.length = options.layers or 2, 2, 64
+        options.scored = 1024
+    return options
 
 
 class Bench:
@@ -76,7 +85,8 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.model, tokenizer = checkpoint.load(options.model, dtype="float32")
+        device = options.device
+        self.model, tokenizer = checkpoint.load(options.model, dtype="float32", device=device)
         if options.layers:
             self.model.model.layers = self.model.model.layers[: options.layers]
         self.arch = Architecture(self.model)
@@ -87,7 +97,7 @@ class Bench:
             for part in (texts[:split], texts[split:])
         ]
         wanted = options.samples * options.length
-        self.tokens = torch.tensor(ids[0][:wanted]).view(options.samples, options.length)
+        self.tokens = torch.tensor(ids[0][:wanted]).view(options.samples, options.length).to(device)
         self.scored = ids[1][: options.scored]
 
     def batches(self) -> list[torch.Tensor]:
@@ -117,46 +127,6 @@ class Bench:
         return float(found.value)
 
 
-def research_functions(bench: Bench, folder: Path) -> dict[str, Callable[[], None]]:
-    """The research code's pruning loops, given what they expect of older transformers and a GPU."""
-    sys.path.insert(0, str(folder / "intra-layer"))
-    if importlib.util.find_spec("datasets") is None:  # imported for its own text, not used here
-        sys.modules["datasets"] = ModuleType("datasets")
-        sys.modules["datasets"].load_dataset = None  # type: ignore[attr-defined]
-    prune = importlib.import_module("lib.prune")
-    tokens = [(sample[None], None) for sample in bench.tokens]
-    prune.get_loaders = lambda *_, **__: (tokens, None)
-    torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]  # it asks without a GPU
-    bench.model.hf_device_map = {}
-    settings = SimpleNamespace(nsamples=len(tokens), seed=0, sparsity_ratio=0.5, use_variant=False)
-    # its layer calls leave the position embeddings out, which layers no longer compute
-    position = torch.arange(bench.options.length)[None]
-    embeddings = bench.model.model.rotary_emb(torch.zeros(1, 1), position)
-
-    def call(function: Any, n: int, m: int) -> None:
-        with contextlib.ExitStack() as stack:
-            for layer in bench.arch.layers:
-                handle = layer.register_forward_pre_hook(
-                    lambda _, args, kwargs: (args, {"position_embeddings": embeddings, **kwargs}),
-                    with_kwargs=True,
-                )
-                stack.callback(handle.remove)
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-            stack.enter_context(torch.no_grad())
-            function(
-                *(settings, bench.model, None, torch.device("cpu")),
-                prune_n=n,
-                prune_m=m,
-                seqlen=bench.options.length,
-            )
-
-    return {
-        "wanda": lambda: call(prune.prune_wanda, 0, 0),
-        "wanda 2:4": lambda: call(prune.prune_wanda, 2, 4),
-        "sparsegpt": lambda: call(prune.prune_sparsegpt, 0, 0),
-    }
-
-
 def contenders(bench: Bench) -> dict[tuple[str, str], tuple[int, Callable[[], None]]]:
     """(method, provider): how many passes it needs, and what runs it."""
     bf16 = {"calibration_dtype": torch.bfloat16}
@@ -173,7 +143,9 @@ def contenders(bench: Bench) -> dict[tuple[str, str], tuple[int, Callable[[], No
         ("sparsegpt 2:4", "prunekit"): (2, lambda: bench.pruned(SparseGPT(pattern="2:4"))),
     }
     if bench.options.research:
-        for name, function in research_functions(bench, bench.options.research).items():
+        for name, function in pruning_functions(
+            bench.model, bench.tokens, bench.options.research
+        ).items():
             found[name, "research"] = (2, function)
     if bench.options.only is None:
         return found
@@ -189,17 +161,21 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in every}
     processor: dict[tuple[str, str], list[float]] = {key: [] for key in every}
     left: dict[tuple[str, str], float] = {}
-    for turn in range(options.rounds):
+    began, device = time.monotonic(), torch.device(options.device)
+    for turn in range(options.rounds or (1 if options.quick else 3)):
+        if turn and options.minutes and time.monotonic() - began > 60 * options.minutes:
+            say(f"time is up after {turn} rounds")
+            break
         for key, (_, function) in every.items():
             bench.model.load_state_dict(dense)
             start, busy = time.perf_counter(), time.process_time()
             function()
+            timing.synchronize(device)
             seconds[key].append(time.perf_counter() - start)
             processor[key].append(time.process_time() - busy)
-            print(
-                f"{turn} {key}: {seconds[key][-1]:.2f} s, {processor[key][-1]:.2f} s busy",
-                file=sys.stderr,
-            )
+            took, worked = seconds[key][-1], processor[key][-1]
+            passed = time.monotonic() - began
+            say(f"[round {turn + 1}, {passed:.0f} s] {key}: {took:.2f} s, {worked:.2f} s busy")
             if options.quality and turn == 0:
                 left[key] = bench.perplexity()
     clock = processor if options.processor_time else seconds
@@ -219,7 +195,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 "of_passes": f"{median / needed:.3f}" if passes else "",
                 "beyond_seconds": f"{median - needed:.3f}",
                 "perplexity": f"{left[method, provider]:.3f}" if options.quality else "",
-                "rounds": options.rounds,
+                "rounds": len(seconds[method, provider]),
             }
         )
     return rows
@@ -270,12 +246,18 @@ def measure_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> None:
-    """Measure, print, write."""
+def main() -> int:
+    """Measure, print, write; returns the process's exit status."""
     options = arguments()
+    if options.layer is not None:
+        session = Session.begin(options, "prune_layer.csv")
+        if options.rounds is None:
+            session.rounds = 2 if session.quick else 5
+        shape = "tiny" if session.quick else options.layer
+        return prune_layer.run(session, shape, options.research)
     if options.measured:
         measure_one_memory(options)
-        return
+        return 0
     rows = measure_memory(options) if options.memory else measure(options)
     context = {
         "model": options.model,
@@ -284,13 +266,14 @@ def main() -> None:
         "samples": options.samples,
         "length": options.length,
         "batch_size": options.batch_size,
-        **provenance(),
+        **provenance(options.device),
     }
     for row in rows:
         print("  ".join(f"{value!s:>10}" for value in row.values()))
     name = "prune_memory.csv" if options.memory else "prune.csv"
     write_csv(options.output, name, [{**row, **context} for row in rows])
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

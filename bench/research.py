@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
+import io
 import json
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import torch
 from harness import Absent
+from torch import Tensor
 
 # Runs a script in its own process and reports its time without the loading of models.
 WRAPPER = """
@@ -117,3 +121,66 @@ def older_layers(model: Any) -> Iterator[None]:
     finally:
         for layer in base.layers:
             del layer.forward  # the class's own again
+
+
+def _on(device: torch.device) -> None:
+    """Let the research code's `torch.cuda.synchronize()` pass where there is no GPU."""
+    if device.type == "cpu":
+        torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+
+
+def sparsegpt_class(checkout: Path | None, device: torch.device) -> Any:
+    """Its class that prunes one linear layer, given that layer's Hessian."""
+    _on(device)
+    return module(find(checkout, "lib/sparsegpt.py"), "lib").SparseGPT
+
+
+def pruning_functions(
+    model: Any, tokens: Tensor, checkout: Path | None
+) -> dict[str, Callable[[], None]]:
+    """Its pruning loops, given what they expect of older transformers.
+
+    Args:
+        model: A Llama-like model; pruned in place.
+        tokens: (samples, length), what they calibrate on.
+        checkout: The research code.
+    """
+    file = find(checkout, "lib/prune.py")
+    _on(tokens.device)
+    # imported for its own text, not used here
+    if "datasets" not in sys.modules and importlib.util.find_spec("datasets") is None:
+        sys.modules["datasets"] = ModuleType("datasets")
+        sys.modules["datasets"].load_dataset = None  # type: ignore[attr-defined]
+    prune = module(file, "lib")
+    samples = [(sample[None], None) for sample in tokens]
+    prune.get_loaders = lambda *_, **__: (samples, None)
+    model.hf_device_map = {}
+    settings = SimpleNamespace(nsamples=len(samples), seed=0, sparsity_ratio=0.5, use_variant=False)
+    # its layer calls leave the position embeddings out, which layers no longer compute
+    position = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    dtype = next(iter(model.parameters())).dtype
+    like = torch.zeros(1, 1, dtype=dtype, device=tokens.device)
+    embeddings = model.model.rotary_emb(like, position)
+
+    def call(function: Any, n: int, m: int) -> None:
+        with contextlib.ExitStack() as stack:
+            for layer in model.model.layers:
+                handle = layer.register_forward_pre_hook(
+                    lambda _, args, kwargs: (args, {"position_embeddings": embeddings, **kwargs}),
+                    with_kwargs=True,
+                )
+                stack.callback(handle.remove)
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+            stack.enter_context(torch.no_grad())
+            function(
+                *(settings, model, None, tokens.device),
+                prune_n=n,
+                prune_m=m,
+                seqlen=tokens.shape[1],
+            )
+
+    return {
+        "wanda": lambda: call(prune.prune_wanda, 0, 0),
+        "wanda 2:4": lambda: call(prune.prune_wanda, 2, 4),
+        "sparsegpt": lambda: call(prune.prune_sparsegpt, 0, 0),
+    }

@@ -12,7 +12,7 @@ import harness
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
-PARTS = ["tests", "sparse24", "metrics", "model", "bitmap", "select"]
+PARTS = ["tests", "sparse24", "metrics", "model", "bitmap", "select", "prune", "shapes"]
 
 
 def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -44,7 +44,7 @@ def test_every_part_runs_leaves_results_and_is_not_run_again(tmp_path):
     assert found.returncode == 0, found.stderr[-2000:]
     assert (tmp_path / "parts.txt").read_text().split() == PARTS
     tables = {path.stem: path for path in tmp_path.rglob("*.csv")}
-    assert set(tables) == {"sparse", "metrics", "model", "select"}
+    assert set(tables) == {"sparse", "metrics", "model", "select", "prune_layer"}
     for name in tables:
         with tables[name].open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -65,7 +65,41 @@ def test_one_part_runs_and_is_not_run_again(tmp_path):
     assert table.read_bytes() == before
 
 
-def test_a_failing_part_is_said_and_not_finished(tmp_path):
+def test_failing_tests_are_said_and_do_not_come_before_the_measuring_again(tmp_path):
     found = call(str(tmp_path), "tests", "--quick", PYTHON="/nonexistent/python")
     assert found.returncode == 1 and "tests failed" in found.stderr
-    assert not (tmp_path / "parts.txt").exists()
+    assert (tmp_path / "parts.txt").read_text() == "tests failed\n"
+    assert "nonexistent" in (tmp_path / "tests.txt").read_text()
+    again = call(str(tmp_path), "tests", "--quick", PYTHON="/nonexistent/python")
+    assert again.returncode == 1 and "== tests (" in again.stderr  # asked for by name: once more
+
+
+STUB = """#!/usr/bin/env bash
+echo "$*" >>"$LOG"
+[[ "$*" == *bench_metrics* && ! -e "$LOG.broken" ]] && touch "$LOG.broken" && exit 76
+[[ "$*" == *"-m pytest"* ]] && echo "FAILED tests/x.py::test_y - why" && exit 1
+[[ "$*" == *bench_select* ]] && exit 1
+exit 0
+"""
+
+
+def test_a_broken_gpu_starts_its_part_again_and_failures_do_not_stop_the_others(tmp_path):
+    stub, log, out = tmp_path / "python", tmp_path / "log", tmp_path / "out"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    bundle = tmp_path / "bundle.tar.gz"
+    settings = {"PYTHON": str(stub), "LOG": str(log), "BUNDLE": str(bundle)}
+    found = call(str(out), "next", **settings)
+    assert found.returncode == 1 and "2 of 8 parts failed" in found.stderr
+    assert "FAILED tests/x.py::test_y - why" in found.stderr
+    assert log.read_text().count("bench_metrics.py") == 2
+    assert "--brief" in log.read_text() and "bench_prune.py --output" in log.read_text()
+    finished = [part for part in PARTS if part not in ("tests", "select")]
+    assert (out / "parts.txt").read_text().split("\n")[:-1] == ["tests failed", *finished]
+    # another machine goes on from the bundle: only what failed as a benchmark is tried again
+    log.write_text("")
+    other = tmp_path / "other"
+    assert call(str(other), "next", **settings).returncode == 1
+    runs = [line.split()[0] for line in log.read_text().splitlines()]
+    assert runs == ["bench/bench_select.py", "bench/summary.py"]
+    assert (other / "parts.txt").read_text() == (out / "parts.txt").read_text()
