@@ -121,6 +121,16 @@ def test_rows_that_do_not_start_on_a_vector(dtype):
 
 
 @interpreted
+def test_the_first_of_equals_may_lie_before_the_tiles():
+    """In rows that start off a vector, whose first piece is read last."""
+    base, other = torch.zeros(2, 4096 + 1111), torch.randn(2, 4096 + 1111)
+    other[:, 3] = other[:, 4000] = 9.0
+    found = pair_stats(base, other, impl="triton", fields=("argmax_base", "argmax_other", "tie"))
+    assert found.argmax_base.tolist() == [0, 0] and found.argmax_other.tolist() == [3, 3]
+    assert found.tie.all()
+
+
+@interpreted
 def test_a_real_vocabulary():
     compare(*pair(1, 50257, torch.bfloat16))
 

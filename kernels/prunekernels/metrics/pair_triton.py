@@ -221,8 +221,10 @@ def _pair_sums_kernel(
         only_b += tl.where(whole_a & ~whole_b, 1.0, 0.0)
         next_a = tl.maximum(next_a, tl.minimum(best_a, a))
         next_b = tl.maximum(next_b, tl.minimum(best_b, b))
-        unit_a = tl.where(a > best_a, column, unit_a)
-        unit_b = tl.where(b > best_b, column, unit_b)
+        # The piece before the tiles comes after them here, and wins where it holds an equal.
+        before = (piece < heads) & ~again
+        unit_a = tl.where((a > best_a) | (before & whole_a & (a == best_a)), column, unit_a)
+        unit_b = tl.where((b > best_b) | (before & whole_b & (b == best_b)), column, unit_b)
         best_a = tl.maximum(best_a, a)
         best_b = tl.maximum(best_b, b)
         piece_top_a = tl.max(a, 0)
