@@ -31,6 +31,25 @@ from prunekit.weight_refs import SHARED_INPUTS, WeightRef, module_weights
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
+def input_device(model: PreTrainedModel) -> torch.device:
+    """Where the model expects token ids.
+
+    Raises:
+        PrunekitError: Its embedding is offloaded.
+    """
+    return _on_a_device(model.get_input_embeddings().weight, "embedding").device
+
+
+def _on_a_device(weight: Tensor, name: str) -> Tensor:
+    """`weight` itself, unless accelerate keeps it elsewhere until its module runs."""
+    if weight.is_meta:
+        raise PrunekitError(
+            f"the model's {name} is offloaded, and is read outside of its forward: load the model "
+            "with a device_map that keeps embedding, final norm and head on a device"
+        )
+    return weight
+
+
 @dataclass(frozen=True)
 class Head:
     """The map from a final hidden state to logits: softcap(scale · (h Wᵀ + bias)).
@@ -111,11 +130,15 @@ class Architecture:
 
     @property
     def head(self) -> Head:
-        """The output head."""
+        """The output head.
+
+        Raises:
+            PrunekitError: It is offloaded.
+        """
         module = self.model.get_output_embeddings()
         config = self.model.config
         return Head(
-            module.weight.detach(),
+            _on_a_device(module.weight, "head").detach(),
             None if getattr(module, "bias", None) is None else module.bias.detach(),
             getattr(config, "final_logit_softcapping", None),
             getattr(config, "logit_scale", None),

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prunekit.architectures import Architecture
+from prunekit.architectures import Architecture, input_device
 from prunekit.errors import PrunekitError
 from prunekit.progress import track
 
@@ -127,7 +127,7 @@ def generate(
     check_context(model, prompts, max_new_tokens)
     ends = end_tokens(model) if ends is None else list(ends)
     config = _pinned(max_new_tokens, temperature, ends)
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     found: dict[int, Rollout] = {}
     with _own_defaults_set_aside(model), torch.random.fork_rng(enabled=temperature > 0):
         torch.manual_seed(seed) if temperature > 0 else None

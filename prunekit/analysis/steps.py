@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunekit.analysis.grid import Array, MetricGrid
-from prunekit.architectures import Architecture
+from prunekit.architectures import Architecture, input_device
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.scoring import right_padded
 from prunekit.generation import Rollout, batches_by_length
@@ -91,7 +91,7 @@ def step_batches(
         PrunekitError: A rollout is empty or exceeds the context, or none has any of the positions.
     """
     wanted = None if positions is None else sorted(set(positions))
-    device = arch.model.get_input_embeddings().weight.device
+    device = input_device(arch.model)
     for index, rollout in enumerate(rollouts):
         if not rollout.prompt or not rollout.continuation:
             raise PrunekitError(f"sequence {index} has no prompt or no continuation: remove it")

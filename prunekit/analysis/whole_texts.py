@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from prunekit.analysis.grid import Array, nan_mean
 from prunekit.analysis.transcripts import Generation
+from prunekit.architectures import input_device
 from prunekit.evaluation import text
 from prunekit.evaluation.likelihood import sequence_nll
 from prunekit.evaluation.scoring import right_padded
@@ -96,7 +97,7 @@ def text_nlls(
 
 def _mean_nlls(model: PreTrainedModel, rollouts: Sequence[Rollout]) -> Array:
     """Mean NLL per continuation token of each rollout, in nats."""
-    device = model.get_input_embeddings().weight.device
+    device = input_device(model)
     ids, mask = right_padded([rollout.ids for rollout in rollouts], device)
     found = sequence_nll(model, ids, mask, [len(rollout.prompt) for rollout in rollouts])
     means: Array = found.totals / found.tokens

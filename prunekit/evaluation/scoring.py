@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from prunekit.architectures import input_device
 from prunekit.errors import PrunekitError
 from prunekit.progress import track
 
@@ -203,12 +204,6 @@ def check_length(model: PreTrainedModel, tokens: int, fix: str = "shorten it") -
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and tokens > limit:
         raise PrunekitError(f"{tokens} tokens exceed the model's context of {limit}: {fix}")
-
-
-def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model expects token ids."""
-    device: torch.device = model.get_input_embeddings().weight.device
-    return device
 
 
 def right_padded(sequences: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,10 @@ import copy
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 
+from prunekit import generation
+from prunekit.analysis.decoding import teacher_forced
 from prunekit.analysis.hierarchy import accumulated, layerwise
 from prunekit.analysis.spaces import METRICS
 from prunekit.architectures import Architecture
@@ -363,3 +366,35 @@ def test_other_bad_input_is_refused(tiny):
     broken.model.layers[2].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(PrunekitError, match="pruned model's logits are not finite"):
         layerwise(model, broken, sequences)
+
+
+def test_offloaded_layers_give_the_same_numbers(tiny, perturbed, tmp_path):
+    model = tiny("llama")
+    pair, sequences = (model, perturbed(model)), rollouts((3, 4), (5, 2))
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.norm": "cpu",
+        "lm_head": "cpu",
+    }
+    offloaded = []
+    for name, whole in zip(("dense", "pruned"), pair, strict=True):
+        layers = range(len(Architecture(whole).layers))
+        where = {**places, **{f"model.layers.{at}": "disk" if at else "cpu" for at in layers}}
+        options = {"main_device": "cpu", "offload_dir": tmp_path / name}
+        offloaded.append(dispatch_model(copy.deepcopy(whole), where, **options))
+    assert Architecture(offloaded[0]).layers[1].self_attn.q_proj.weight.is_meta
+    for measure in (layerwise, accumulated, lambda *args: teacher_forced(*args)[0]):
+        expected, found = measure(*pair, sequences), measure(*offloaded, sequences)
+        for name in METRICS:
+            np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+
+
+def test_an_offloaded_head_or_embedding_is_refused_by_name(tiny):
+    model = tiny("llama")
+    whole = cpu_offload(copy.deepcopy(model), execution_device=torch.device("cpu"))
+    for measure in (layerwise, accumulated):
+        with pytest.raises(PrunekitError, match=r"head is offloaded.*device_map"):
+            measure(whole, whole, rollouts((3, 4)))
+    with pytest.raises(PrunekitError, match=r"embedding is offloaded.*device_map"):
+        generation.generate(whole, [[5, 6]], max_new_tokens=2)
