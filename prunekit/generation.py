@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -54,8 +54,10 @@ def encode(tokenizer: Any, prompts: Sequence[str], *, chat: Chat = "auto") -> li
         One list of token ids per prompt, unpadded.
 
     Raises:
-        PrunekitError: A prompt is empty, or "always" without a chat template.
+        PrunekitError: A prompt is empty, `chat` is unknown, or "always" without a chat template.
     """
+    if chat not in get_args(Chat):
+        raise PrunekitError(f"unknown chat '{chat}': use one of {', '.join(get_args(Chat))}")
     templated = chat == "always" or (chat == "auto" and bool(tokenizer.chat_template))
     if templated and not tokenizer.chat_template:
         raise PrunekitError("this tokenizer has no chat template: use chat='auto' or 'never'")

@@ -82,7 +82,7 @@ def _flips(item: Item) -> bool:
 def _option_chart(item: Item) -> Chart:
     x = list(range(len(item.options)))
     names = [
-        f"{chr(65 + i)}. {option}{' ✓' if i == item.answer else ''}"
+        f"{'✓ ' if i == item.answer else ''}{chr(65 + i)}. {option}"  # long ones lose their end
         for i, option in enumerate(item.options)
     ]
     return Chart(

@@ -28,7 +28,7 @@ from prunekit.analysis.transcripts import Generation, Step, TopToken
 from prunekit.analysis.whole_texts import SEQUENCE_METRICS
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.statistics import bootstrap_mean, wilson
-from prunekit.report import build, charts, curves, figures, sentences, tables, view
+from prunekit.report import build, charts, curves, examples, figures, page, sentences, tables, view
 from prunekit.study import Study
 
 PROMPTS, STEPS, LAYERS = 24, 36, 30
@@ -327,20 +327,36 @@ def test_page_curves_equal_the_grid(study, folder):
     assert f"{steps.count(None)} of {PROMPTS}" in charts_of["first-divergence"]["note"]
 
 
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_draws_the_page(folder, tmp_path):
+def drawn_by_a_browser(html: Path, profile: Path) -> str:
     flags = "--headless --no-sandbox --disable-gpu --disable-background-networking --no-first-run"
     quiet = "--disable-component-update --disable-sync --virtual-time-budget=2000 --dump-dom"
     done = subprocess.run(
-        ["chromium", *flags.split(), *quiet.split(), f"--user-data-dir={tmp_path / 'profile'}",
-         f"file://{folder / 'index.html'}"],
+        ["chromium", *flags.split(), *quiet.split(), f"--user-data-dir={profile}",
+         f"file://{html}"],
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    drawn = done.stdout.partition('id="study"')[0]
+    return done.stdout.partition('id="study"')[0]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_draws_the_page(folder, tmp_path):
+    drawn = drawn_by_a_browser(folder / "index.html", tmp_path / "profile")
     assert drawn.count("<path") > 50 and "hidden state h" in drawn
     assert drawn.count('data-step="') == 2 * STEPS
     assert "Prompt 0: &lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in drawn
     assert "<script>alert" not in drawn
+    small = tmp_path / "small.html"
+    small.write_text(page.render(build.payload(make_study(0.001))), encoding="utf-8")
+    drawn = drawn_by_a_browser(small, tmp_path / "profile")
+    assert ">5·10⁻⁴<" in drawn and "10^" not in drawn  # short enough for the ticks' margin
+
+
+def test_the_right_option_is_marked_where_a_long_one_is_not_cut(study):
+    item = study.subspace.items[0]
+    long = replace(item, options=tuple(f"{option} and so on" * 9 for option in item.options))
+    subspace = replace(study.subspace, items=(long,))
+    chart = examples.options(subspace, None).charts[0]
+    assert [name[:4] for name in chart.categories if "✓" in name] == [f"✓ {'ABCD'[item.answer]}."]
 
 
 def test_a_folder_with_something_else_is_refused(study, folder, tmp_path):

@@ -27,9 +27,15 @@ function number(value) {
   if (value === null || value === undefined) return "–";
   const size = Math.abs(value);
   if (value === 0 || Number.isInteger(value) && size < 1e6) return String(value);
-  if (size < 1e-3 || size >= 1e6) return value.toExponential(2).replace("e", "·10^").replace("^+", "^");
+  if (size < 1e-3 || size >= 1e6) return power(value);
   if (size > 0.99 && size < 1) return value.toFixed(size > 0.9999 ? 6 : 4);
   return String(Number(value.toPrecision(4)));
+}
+
+function power(value) {
+  const [mantissa, exponent] = value.toExponential(2).split("e").map(Number);
+  const ten = `10${[...String(exponent)].map((sign) => sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[sign]).join("")}`;
+  return mantissa === 1 ? ten : `${mantissa}·${ten}`;
 }
 
 const interval = (low, high) => low === null || low === undefined || low === high ? "" : `[${number(low)}, ${number(high)}]`;

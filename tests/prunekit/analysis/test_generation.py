@@ -96,3 +96,8 @@ def test_chat_template_is_used_where_there_is_one(word_tokenizer):
     assert generation.encode(word_tokenizer, ["w7 w8"], chat="never") == plain
     with pytest.raises(PrunekitError, match="prompt 1 is empty"):
         generation.encode(word_tokenizer, ["w7", "  "])
+
+
+def test_an_unknown_chat_mode_is_refused(word_tokenizer):
+    with pytest.raises(PrunekitError, match="unknown chat 'sometimes': use one of auto, always"):
+        generation.encode(word_tokenizer, ["w5 w6"], chat="sometimes")
