@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import summary
 from model import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +115,20 @@ def models() -> str:
     return table(["op", "model, cache", "shape", "variant", "tokens/s", "weights"], body)
 
 
+def headlines() -> str:
+    """What summary.py says of the CPU's files, as a table."""
+    body = [
+        [
+            *(f"`{found.op}`", found.ours, found.other, f"{found.median:.2f}×"),
+            f"{found.least:.2f}–{found.most:.2f}×",
+            f"{found.faster} of {found.cases}",
+        ]
+        for found in summary.headlines(CPU)
+    ]
+    head = ["op", "ours", "against", "median ratio", "range", "faster in"]
+    return table(head, body) if body else "Not measured on this version yet."
+
+
 def demo() -> str:
     """The demo's headline, for both prunings."""
     found = json.loads((CPU / "demo.json").read_text(encoding="utf-8"))
@@ -148,6 +163,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "layerwise": layerwise,
     "research": against_research,
     "models": models,
+    "headlines": headlines,
     "pruning": pruning,
 }
 

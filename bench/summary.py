@@ -13,6 +13,7 @@ import statistics
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from model import RESULTS
 
@@ -62,6 +63,32 @@ def ratios(rows: list[Row], op: str, mode: str, ours: str, other: str) -> list[f
     return [found[other] / found[ours] for found in both]
 
 
+class Headline(NamedTuple):
+    """Ratios other / ours over the cases that have both."""
+
+    op: str
+    ours: str
+    other: str
+    median: float
+    least: float
+    most: float
+    faster: int
+    cases: int
+
+
+def headlines(folder: Path) -> list[Headline]:
+    """The ratios of a folder's files, as far as they were measured."""
+    rows = [row for path in sorted(folder.glob("*.csv")) for row in read(path)]
+    made = []
+    for op, mode, ours, other in HEADLINES:
+        found = ratios(rows, op, mode, ours, other)
+        if found:
+            faster = sum(ratio > 1 for ratio in found)
+            spread = (statistics.median(found), min(found), max(found))
+            made.append(Headline(op, ours, other, *spread, faster, len(found)))
+    return made
+
+
 def lines(folder: Path) -> list[str]:
     """What is to be said of one folder of result files."""
     said, every = [f"{folder}"], []
@@ -73,14 +100,11 @@ def lines(folder: Path) -> list[str]:
         every += rows
     said += [f"  {path.name}" for path in sorted(folder.glob("*.png"))]
     head = f"  {'op':18} {'ours':20} {'against':16} {'median':>8} {'range':>15} {'faster in':>11}"
-    table = []
-    for op, mode, ours, other in HEADLINES:
-        found = ratios(every, op, mode, ours, other)
-        if found:
-            spread = f"{min(found):.2f}–{max(found):.2f}×"
-            faster = f"{sum(ratio > 1 for ratio in found)} of {len(found)}"
-            start = f"  {op:18} {ours:20} {other:16}"
-            table.append(f"{start} {statistics.median(found):7.2f}× {spread:>15} {faster:>11}")
+    table = [
+        f"  {found.op:18} {found.ours:20} {found.other:16} {found.median:7.2f}× "
+        f"{f'{found.least:.2f}–{found.most:.2f}×':>15} {f'{found.faster} of {found.cases}':>11}"
+        for found in headlines(folder)
+    ]
     said += [head, *table] if table else []
     absent: dict[str, dict[str, None]] = {}  # names by reason, each once
     for row in every:
