@@ -145,10 +145,10 @@ def test_scores_in_bfloat16_are_close_and_leave_the_weights_alone(
 ):
     twin, model = tiny("llama"), tiny("llama")
     layers = []
-    run = cosines.vector_stats
+    run = cosines._turned
     monkeypatch.setattr(
         cosines,
-        "vector_stats",
+        "_turned",
         lambda *states: (
             layers.append(model.model.layers[0].mlp.up_proj.weight.dtype),
             run(*states),
@@ -165,6 +165,32 @@ def test_scores_in_bfloat16_are_close_and_leave_the_weights_alone(
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     with pytest.raises(PrunekitError, match="use bfloat16 or float32"):
         drop_(model, Drop(unit, 1), token_ids, calibration_dtype=torch.int8)
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("direction", ["any", "parallel", "opposite"])
+def test_angles_equal_float64_ones(size, direction):
+    before = torch.randn(5, 40, 96)
+    added = size * torch.randn(5, 40, 96)
+    if direction != "any":
+        added = (size if direction == "parallel" else -size) * before + 0.01 * added
+    x, y = before.double(), before.double() + added.double()
+    exact = 1 - F.cosine_similarity(x, y, dim=-1)
+    found = cosines._turned(before, added)
+    bound = added.double().square().sum(-1) / y.square().sum(-1)
+    away = y.norm(dim=-1) > 0.1 * x.norm(dim=-1)  # what is left of x is more than its rounding
+    error = (found - exact).abs()
+    assert bool((error <= 1e-6 * bound.clamp_max(2.0) + 1e-5 * exact + 1e-15)[away].all())
+    assert bool(((found >= 0) & (found <= 2)).all())
+
+
+def test_angles_of_nothing():
+    x = torch.randn(1, 96)
+    zero = torch.zeros(1, 96)
+    assert cosines._turned(x, zero).item() == 0
+    assert cosines._turned(zero, zero).item() == 0
+    assert cosines._turned(zero, x).item() == 1
+    assert cosines._turned(x, -x).item() == 1
 
 
 def test_hidden_states_are_streamed(tiny, token_ids, monkeypatch):
