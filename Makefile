@@ -50,6 +50,7 @@ bench: $(READY)  ## CPU benchmarks: tables, plots, a summary in $(OUT)/bench (un
 	@for part in sparse select metrics model research; do \
 		echo "== bench_$$part.py"; $(BENCH)/bench_$$part.py --device cpu --output $(BENCH_OUT) $(BENCH_ARGS) $(THEIRS) || exit 1; \
 	done
+	@echo "== bench_layerwise.py"
 	@$(BENCH)/bench_layerwise.py --device cpu --output $(BENCH_OUT) $(THEIRS)
 	@$(if $(TEXT),$(BENCH)/bench_prune.py --text $(TEXT) --output $(BENCH_OUT) $(THEIRS))
 	@$(BENCH)/plot.py $(BENCH_OUT) >/dev/null

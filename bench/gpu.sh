@@ -9,7 +9,8 @@
 # OUT gets tests.txt, parts.txt (what is finished) and a folder per device with the CSV files; it
 # may be carried to another machine of the same kind and continued there. BUNDLE=FILE.tar.gz packs
 # OUT into one file after each part, and fills an empty OUT from it at the start. Where the code is
-# a copy without its repository, set BENCH_COMMIT. PYTHON is the interpreter (python3).
+# a copy without its repository, set BENCH_COMMIT. PYTHON is the interpreter (python3), RESEARCH a
+# checkout of the research code, to compare with.
 # Tests that fail are said and do not stop the measuring; a benchmark that a kernel ends (a broken
 # GPU, no answer) is started again and passes that kernel over.
 set -u
@@ -18,7 +19,7 @@ PARTS=(tests sparse24 metrics model bitmap select prune shapes)
 UNFINISHED=75
 BROKEN=76
 TEST_SECONDS=240 # of one file of tests; they run side by side
-usage() { sed -n '2,14s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 quick=()
 words=()
@@ -50,7 +51,7 @@ bounded() { timeout --signal=INT --kill-after=15 $(($(left) + 30)) "$@"; }
 
 benchmark() { # FILE ARGUMENTS
     bounded "$python" "bench/$1" --output "$out" --brief \
-        --minutes "$(($(left) / 60)).$(($(left) % 60 * 10 / 60))" "${quick[@]}" "${@:2}"
+        --minutes "$(($(left) / 60)).$(($(left) % 60 * 10 / 60))" "${quick[@]}" ${RESEARCH:+--research "$RESEARCH"} "${@:2}"
 }
 
 # one process per file: no plug-in needed, and a kernel that breaks the GPU ends only its own file

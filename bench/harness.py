@@ -271,12 +271,18 @@ class Session:
         """Finish a case's line, then a line each for its rows; each absence is said once a run."""
         found = Counter(row["status"] for row in rows)
         say(": " + ", ".join(f"{count} {status}" for status, count in found.items()))
+        news: dict[str, list[str]] = {}  # names by reason
         for row in rows:
-            told = (row["provider"], row["note"]) in self._said
-            if row["status"] == "absent":
-                self._said.add((row["provider"], row["note"]))
-            if row["status"] not in ("ok", "absent") or not (self.brief or told):
-                say(line(row))
+            absence = (row["provider"], row["note"])
+            if row["status"] != "absent":
+                if row["status"] != "ok" or not self.brief:
+                    say(line(row))
+            elif absence not in self._said:
+                self._said.add(absence)
+                news.setdefault(row["note"], []).append(row["provider"])
+        for reason, names in news.items():
+            if not self.brief:
+                say(f"    absent: {', '.join(names)}: {reason}")
 
     @torch.no_grad()
     def measure(self, case: Case, contenders: Sequence[Contender]) -> list[dict[str, Any]]:

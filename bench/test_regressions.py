@@ -11,6 +11,7 @@ from typing import Any
 
 import bench_metrics
 import bench_model
+import bench_select
 import bench_sparse
 import harness
 import peers
@@ -88,6 +89,19 @@ def test_masks(timed, name):
     select = getattr(prunekernels, name)
     found = timed(lambda: select(scores, *((2, 4) if name == "nm_mask" else (0.5,))))
     assert int(found.sum()) == scores.numel() // 2
+
+
+@pytest.mark.parametrize("mode", ["mask", "2:4"])
+def test_sparsegpt_update(timed, mode):
+    torch.manual_seed(0)
+    (block,) = bench_select.blocks(960, 128, 1, mode == "mask", DEVICE)
+    groups = {} if mode == "mask" else {"keep": 2, "of": 4}
+    found = timed(lambda: prunekernels.sparsegpt_update(*block, **groups))
+    if mode == "mask":
+        assert torch.equal(found.mask, block.mask)
+    else:
+        assert int(found.mask.sum()) == found.mask.numel() // 2
+    assert not found.pruned[~found.mask].any() and found.errors[~found.mask].all()
 
 
 @pytest.mark.parametrize("variant", ["dense", "dropped", "2:4"])
