@@ -109,7 +109,7 @@ def make(case: Case, options: argparse.Namespace, session: Session) -> list[Cont
     count = session.copies(2 * N * V * dtype.itemsize)
     sets = [logits(N, V, dtype, device) for _ in range(count)]
     found = []
-    for peer in metric_peers.LOGITS:
+    for peer in metric_peers.logit_peers(options.research):
         level = peer.name.split()[1] if peer.name.startswith("prunekernels") else "core"
         cost = model.pair_stats(N, V, dtype.itemsize, level)
         if peer.name == "copy":  # writes as much as it reads
@@ -134,6 +134,8 @@ def plan(session: Session) -> list[Case]:
         rows, vocabularies, dtypes = rows // 8, (32000,), dtypes[:1]
         heads, widths, fewer = heads[:1], widths[:1], fewer[:1]
     cases = []
+    if not on_gpu:  # one decode step of the embedded model: what the research code takes row by row
+        cases.append(Case("pair_stats", "statistics", "float32", {"N": 64, "V": 49152}))
     for dtype in dtypes:
         for V in vocabularies:
             cases.append(Case("pair_stats", "statistics", dtype, {"N": rows, "V": V}))

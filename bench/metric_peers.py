@@ -25,6 +25,7 @@ from torch import Tensor
 #: Largest error relative to the truth's largest value that still counts as right, by the
 #: precision that a peer computes in. A divergence in bf16 keeps two digits.
 FLOAT32, ROUNDED = 1e-3, 0.1
+WIDTH = 576  # of the hidden states that the research code gets beside logits
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,13 @@ def _ours(inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
     return found.kl_base_other, found.kl_other_base, found.cos_prob, found.entropy_base
 
 
+def _ours_kl(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    found = prunekernels.pair_stats(
+        inputs.base, inputs.other, fields=("kl_base_other", "kl_other_base")
+    )
+    return found.kl_base_other, found.kl_other_base
+
+
 def _ours_head(inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
     assert inputs.head is not None
     found = prunekernels.head_pair_stats(inputs.base, inputs.other, inputs.head, **options)
@@ -251,7 +259,10 @@ def _fla_kl(inputs: Inputs) -> Tensor:
 
 
 def research_function(path: Path | None) -> Callable[[Inputs], Tensor]:
-    """The research code's function for one step: its products with the head and all it reports."""
+    """The research code's function for one step: its products with the head and all it reports.
+
+    Where there is no head it is given the logits for nothing, and as hidden states a few of them.
+    """
 
     def run(inputs: Inputs) -> Tensor:
         if path is None:
@@ -260,11 +271,16 @@ def research_function(path: Path | None) -> Callable[[Inputs], Tensor]:
             sys.path.insert(0, str(path))
         module = package("transition_metrics_logging", f"not in {path}")
         said: list[str] = []
-        head = functools.partial(F.linear, weight=inputs.head)
         for other, base in zip(inputs.other, inputs.base, strict=True):  # one token per call
+            states = [base[None, None], other[None, None]]
+            head: Callable[[Tensor], Tensor] = functools.partial(F.linear, weight=inputs.head)
+            if inputs.head is None:
+                # it asks for the logits of the one, then of the other
+                logits = iter(states)
+                states = [row[..., :WIDTH] for row in states]
+                head = lambda _, logits=logits: next(logits)  # noqa: E731
             module.compute_and_log_transition_metrics(
-                base[None, None],
-                other[None, None],
+                *states,
                 head,
                 0,
                 0,
@@ -279,7 +295,8 @@ def research_function(path: Path | None) -> Callable[[Inputs], Tensor]:
 
 
 #: Ways to compare (N, V) logits. Those that return means are probed on a few rows.
-LOGITS = (
+_LOGITS = (
+    MetricPeer("prunekernels KL", _ours_kl, ("kl", "reverse_kl"), precision=FLOAT32),
     MetricPeer("prunekernels core", _ours, STATISTICS, precision=FLOAT32),
     MetricPeer(
         "prunekernels precise",
@@ -315,6 +332,12 @@ LOGITS = (
     MetricPeer("flashinfer softmax x2", _flashinfer_twice, ("top_base", "top_other"), on_cpu=False),
     MetricPeer("copy", lambda i: (i.base.clone(), i.other.clone()), ()),
 )
+
+
+def logit_peers(research: Path | None) -> tuple[MetricPeer, ...]:
+    """Ways to compare (N, V) logits."""
+    theirs = MetricPeer("research code", research_function(research), ("reverse_kl",), graph=False)
+    return (*_LOGITS, theirs)
 
 
 def head_peers(research: Path | None) -> tuple[MetricPeer, ...]:

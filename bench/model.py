@@ -184,9 +184,9 @@ def linear(
 
 
 def pair_stats(N: int, V: int, itemsize: int = 2, level: str = "core") -> list[Cost]:
-    """Cost of comparing N pairs of rows of V logits; "full" reads them twice."""
+    """Cost of comparing N pairs of rows of V logits; "full" reads them twice, "KL" sums less."""
     kind = "bf16" if itemsize == 2 else "fp32"
-    sums = "core" if level == "core" else "precise"
+    sums = {"core": "core", "KL": "kl"}.get(level, "precise")
     slots = slots_of(f"pair_stats/{sums}/{kind}/base", f"pair_stats/{sums}/bf16/base")
     pairs = Cost(2.0 * N * V * itemsize, slots=slots * N * V)
     again = pairs._replace(
@@ -234,7 +234,7 @@ def predictions() -> list[Row]:
             for kind in KINDS:
                 rows.append((f"linear {name}", f"M={M} N={N} K={K}", kind, linear(kind, M, N, K)))
     for itemsize, dtype in ((2, "bf16"), (4, "fp32")):
-        for level in ("core", "precise", "full"):
+        for level in ("KL", "core", "precise", "full"):
             cost = pair_stats(2048, 152064, itemsize, level)
             rows.append(("pair_stats", "N=2048 V=152064", f"{dtype} {level}", cost))
     for N in (64, 2048):
