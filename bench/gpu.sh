@@ -43,7 +43,7 @@ failures=0
 
 left() { [ "$what" = all ] && echo "$limit" || echo $((limit - SECONDS)); }
 tried() { grep -qE "^$1( failed)?$" "$out/parts.txt" 2>/dev/null; }
-pack() { [ -z "$bundle" ] || tar -C "$out" -czf "$bundle.part" . && mv "$bundle.part" "$bundle"; }
+pack() { if [ -n "$bundle" ]; then tar -C "$out" -czf "$bundle.part" . && mv "$bundle.part" "$bundle"; fi; }
 least() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
 
 # run COMMAND, killed if it overruns the time that is left by more than half a minute

@@ -68,6 +68,7 @@ def test_one_part_runs_and_is_not_run_again(tmp_path):
 def test_failing_tests_are_said_and_do_not_come_before_the_measuring_again(tmp_path):
     found = call(str(tmp_path), "tests", "--quick", PYTHON="/nonexistent/python")
     assert found.returncode == 1 and "tests failed" in found.stderr
+    assert found.stderr.splitlines()[-1] == "== tests failed with status 1"
     assert (tmp_path / "parts.txt").read_text() == "tests failed\n"
     assert "nonexistent" in (tmp_path / "tests.txt").read_text()
     again = call(str(tmp_path), "tests", "--quick", PYTHON="/nonexistent/python")
