@@ -1,6 +1,7 @@
 """Whole models, end to end: prefill and decode with a real KV cache, dense and pruned.
 
-    python bench/bench_model.py            the embedded model; on a GPU Llama-3-8B's shapes too
+    python bench/bench_model.py            the embedded model; on a GPU the shapes of Llama-3-8B
+                                           and of SmolLM2-135M instead
     python bench/bench_model.py --quick    one small case each
 
 Random weights in real shapes take as long as trained ones. "dynamic" grows the cache, "static"
@@ -44,6 +45,15 @@ SHAPES = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "SmolLM2-135M": {  # the embedded model's
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
         "tie_word_embeddings": True,
     },
     "tiny": {
@@ -142,7 +152,7 @@ def prepare(models: Models, case: Case, name: str) -> Prepared:
 def plan(session: Session, options: argparse.Namespace) -> list[Case]:
     """Every model, cache and batch; reading once per batch, with the cache that grows."""
     on_gpu = session.device.type == "cuda"
-    names = options.model or (["Llama-3-8B", "demo"] if on_gpu else ["demo"])
+    names = options.model or (["Llama-3-8B", "SmolLM2-135M"] if on_gpu else ["demo"])
     batches = options.batch or ((1, 4, 16, 64) if on_gpu else (1,))
     prompt, new = (512, 32) if on_gpu else (64, 4)  # packed weights crawl on a CPU
     if session.quick:

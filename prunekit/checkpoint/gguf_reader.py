@@ -8,12 +8,12 @@ its version, gives the tokenizer a wrong end token.
 from __future__ import annotations
 
 import copy
+import importlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -30,6 +30,9 @@ from transformers import (
 )
 
 from prunekit.errors import PrunekitError, one_line
+
+if TYPE_CHECKING:
+    import gguf
 
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 _LAYER_TENSORS = {
@@ -65,6 +68,14 @@ def demo_file() -> Path:
     return files[0]
 
 
+def _library() -> Any:
+    """The package gguf, imported only where a file is read: all else works without it."""
+    try:
+        return importlib.import_module("gguf")
+    except ModuleNotFoundError as error:
+        raise PrunekitError("reading GGUF files needs gguf: run `pip install gguf`") from error
+
+
 def read_gguf(
     path: Path, dtype: torch.dtype = torch.float32
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -75,7 +86,8 @@ def read_gguf(
         dtype: Type of the dequantised weights.
 
     Raises:
-        PrunekitError: The file is missing, damaged, of another kind, or not supported.
+        PrunekitError: The file is missing, damaged, of another kind, or not supported; or the
+            package gguf is not installed.
     """
     if not path.is_file():
         raise PrunekitError(f"{path} doesn't exist: check the file name")
@@ -125,7 +137,7 @@ class _Contents:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise PrunekitError(f"{path} is not a GGUF file: give a folder or a .gguf file")
-        reader = gguf.GGUFReader(path)
+        reader = _library().GGUFReader(path)
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         return cls(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
@@ -193,7 +205,7 @@ class _Contents:
     def _tensor(self, name: str) -> Tensor:
         """Tensor `name`, (out, in), dequantised to float32."""
         tensor = self.tensors[name]
-        values = gguf.dequantize(tensor.data, tensor.tensor_type)
+        values = _library().dequantize(tensor.data, tensor.tensor_type)
         return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # copies float32 data
 
     def tokenizer(self) -> PreTrainedTokenizerBase:

