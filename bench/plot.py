@@ -9,6 +9,7 @@ vocabulary; whole models. A figure whose rows are missing is not drawn.
 from __future__ import annotations
 
 import csv
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,6 +52,9 @@ COLORS = {
     "bitmap": "#009E73",
 }
 MARKERS = "osD^v<>Pp*hX"
+#: What is drawn as a mark to measure others by, without a band; with what the legend says.
+MARKS = {"copy": "copying both (read and write)"}
+BAND = "; band: 20th to 80th percentile"
 
 
 def read(path: Path) -> list[Row]:
@@ -121,6 +125,10 @@ def lines(axis: Axes, rows: Sequence[Row], x: str, y: str = "speedup") -> None:
         own = sorted((row for row in rows if row["provider"] == provider), key=lambda r: r[x])
         places, values = [row[x] for row in own], [row[y] for row in own]
         style = look(provider)
+        if provider in MARKS:
+            label, dashed = MARKS[provider], {"linestyle": "--", "marker": "", "color": "0.45"}
+            axis.plot(places, values, label=label, linewidth=1.0, **dashed)
+            continue
         axis.plot(places, values, label=provider, linewidth=1.4, markersize=4, **style)
         low, high = [row["low"] for row in own], [row["high"] for row in own]
         axis.fill_between(places, low, high, color=style["color"], alpha=0.12, linewidth=0)
@@ -128,12 +136,31 @@ def lines(axis: Axes, rows: Sequence[Row], x: str, y: str = "speedup") -> None:
     axis.grid(alpha=0.25)
 
 
-def plain_ticks(axis: Axes, values: Sequence[float]) -> None:
+def measured_ticks(axis: Axes, values: Sequence[float]) -> None:
     """Ticks at the measured places, as plain numbers, on a logarithmic axis."""
     axis.set_xscale("log", base=2)
     axis.set_xticks(sorted(set(values)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.tick_params(axis="x", rotation=45, labelsize=7)
+    axis.minorticks_off()
+
+
+def ratio_ticks(low: float, high: float) -> list[float]:
+    """Places between two ratios that are read easily: 1, 2, 5, 10; closer ones in a narrow span."""
+    span = math.log10(high / low)
+    steps = (1.0,) if span > 3 else (1.0, 2.0, 5.0) if span > 0.7 else (1, 1.2, 1.5, 2, 3, 4, 6, 8)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    places = [float(f"{step}e{power}") for power in powers for step in steps]
+    return [place for place in places if low <= place <= high]
+
+
+def ratio_axis(axis: Axes) -> None:
+    """A logarithmic axis around 1, where half and double are as far: 0.02 × is no more all flat."""
+    axis.set_yscale("log")
+    bottom, top = axis.get_ylim()
+    axis.set_ylim(min(bottom, 0.7), max(top, 1.4))
+    axis.set_yticks(ratio_ticks(*axis.get_ylim()))
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     axis.minorticks_off()
 
 
@@ -152,15 +179,12 @@ def finish(figure: Figure, axes: Sequence[Axes], path: Path) -> Path:
     return path
 
 
-def made_with(rows: Sequence[Row]) -> str:
-    """Where the numbers come from, for the figure's foot."""
+def made_with(rows: Sequence[Row], spread: str = "") -> str:
+    """Where the numbers come from, for the figure's foot, and how it shows their spread."""
     row = rows[0]
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     triton = f", Triton {row['triton']}" if row["triton"] else ""
-    return (
-        f"{row['device']}, torch {row['torch']}{triton}, commit {commits}; medians, band: 20th to "
-        "80th percentile"
-    )
+    return f"{row['device']}, torch {row['torch']}{triton}, commit {commits}; medians{spread}"
 
 
 def over_tokens(folder: Path) -> Path | None:
@@ -170,12 +194,13 @@ def over_tokens(folder: Path) -> Path | None:
     if len({row["M"] for row in rows}) < 2:
         return None
     shapes = groups(rows, "N", "K")
-    figure, axes = panels(len(shapes), "2:4 linear layers: speed-up over dense", made_with(rows))
+    note = made_with(rows, BAND)
+    figure, axes = panels(len(shapes), "2:4 linear layers: speed-up over dense", note)
     for axis, ((N, K), own) in zip(axes, shapes.items(), strict=True):
         lines(axis, own, "M")
-        plain_ticks(axis, [row["M"] for row in own])
+        measured_ticks(axis, [row["M"] for row in own])
+        ratio_axis(axis)
         axis.set(title=f"{N:g} × {K:g}", xlabel="tokens M", ylabel="× dense")
-        axis.set_ylim(bottom=0)
     return finish(figure, axes, folder / "speedup_over_tokens.png")
 
 
@@ -188,11 +213,13 @@ def over_sparsity(folder: Path) -> Path | None:
         return None
     shapes = groups(rows, "N", "K")
     title = f"Unstructured linear layers at M = {rows[0]['M']:g}: speed-up over dense"
-    figure, axes = panels(len(shapes), title, made_with(rows))
+    figure, axes = panels(len(shapes), title, made_with(rows, BAND))
     for axis, ((N, K), own) in zip(axes, shapes.items(), strict=True):
         lines(axis, own, "sparsity")
-        axis.set(title=f"{N:g} × {K:g}", xlabel="share of zeros", ylabel="× dense")
-        axis.set_ylim(bottom=0)
+        places = sorted({row["sparsity"] for row in own})
+        axis.set_xticks(places, [f"{place:.4g} %" for place in (100 * p for p in places)])
+        ratio_axis(axis)
+        axis.set(title=f"{N:g} × {K:g}", xlabel="zeros", ylabel="× dense")
     return finish(figure, axes, folder / "speedup_over_sparsity.png")
 
 
@@ -208,13 +235,12 @@ def over_vocabulary(folder: Path) -> Path | None:
     if not kinds:
         return None
     title = "Statistics of two rows of logits: speed-up over the same in eager torch"
-    figure, axes = panels(len(kinds), title, made_with(rows))
+    figure, axes = panels(len(kinds), title, made_with(rows, BAND))
     for axis, ((dtype, N), own) in zip(axes, kinds.items(), strict=True):
         lines(axis, own, "V")
-        plain_ticks(axis, [row["V"] for row in own])
+        measured_ticks(axis, [row["V"] for row in own])
+        ratio_axis(axis)
         axis.set(title=f"{dtype}, {N:g} rows", xlabel="vocabulary V", ylabel="× torch eager")
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
     return finish(figure, axes, folder / "speedup_over_vocabulary.png")
 
 
@@ -251,7 +277,8 @@ def end_to_end(folder: Path) -> Path | None:
     if not rows:
         return None
     kinds = groups(rows, "op", "mode")
-    figure, axes = panels(len(kinds), "Whole models: tokens per second", made_with(rows))
+    note = made_with(rows, "; whiskers: 20th to 80th percentile")
+    figure, axes = panels(len(kinds), "Whole models: tokens per second", note)
     for axis, ((op, mode), own) in zip(axes, kinds.items(), strict=True):
         batches = sorted({row["batch"] for row in own})
         providers = list(dict.fromkeys(row["provider"] for row in own))
@@ -276,6 +303,9 @@ def end_to_end(folder: Path) -> Path | None:
             axis.bar(
                 at, rate, width, yerr=spread, label=provider, color=color, error_kw={"lw": 0.8}
             )
+        room = max(0.0, (3 - len(batches)) / 2)  # a single group is as narrow as one of three
+        axis.set_xlim(-0.55 - room, len(batches) - 0.45 + room)
+        axis.set_axisbelow(True)
         axis.set_xticks(range(len(batches)), [f"{batch:g}" for batch in batches])
         axis.set(title=f"{op}, {mode} cache", xlabel="batch", ylabel="tokens / s")
         axis.grid(alpha=0.25, axis="y")

@@ -34,7 +34,7 @@ def folder(tmp_path: Path) -> Path:
     pairs = [
         timed(ms, op="pair_stats", provider=name, dtype="float32", shape=f"N=8 V={v}")
         for v in (1000, 2000)
-        for ms, name in ((9.0, "torch eager"), (3.0, "prunekernels core"))
+        for ms, name in ((9.0, "torch eager"), (3.0, "prunekernels core"), (1.0, "copy"))
     ]
     harness.append_rows(tmp_path / "metrics.csv", pairs)
     models = [
@@ -68,6 +68,58 @@ def test_speedups_are_ratios_of_medians_within_a_case(folder):
     peer = next(r for r in rows if r["provider"] == "peer")
     assert peer["low"] == pytest.approx(2 / 4.8) and peer["high"] == pytest.approx(2 / 3.6)
     assert "gone" not in {r["provider"] for r in rows}
+
+
+@pytest.fixture
+def figures(folder, monkeypatch):
+    """Every figure by its file's name, unwritten, with its axes."""
+    found = {}
+    monkeypatch.setattr(
+        plot, "finish", lambda figure, axes, path: found.update({path.name: (figure, axes)})
+    )
+    plot.draw(folder)
+    yield found
+    plot.plt.close("all")
+
+
+def test_ratios_are_logarithmic_around_one_with_plain_numbers(figures):
+    for kind in ("tokens", "sparsity", "vocabulary"):
+        _, axes = figures[f"speedup_over_{kind}.png"]
+        for axis in axes:
+            bottom, top = axis.get_ylim()
+            assert axis.get_yscale() == "log" and bottom < 0.75 and top > 1.35
+            assert 1 in axis.get_yticks()
+            figures[f"speedup_over_{kind}.png"][0].canvas.draw()
+            assert "1" in {label.get_text() for label in axis.get_yticklabels()}
+    (axis,) = figures["speedup_over_sparsity.png"][1]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["50 %", "70 %"]
+
+
+@pytest.mark.parametrize(
+    "low, high, ticks",
+    [
+        (0.02, 1.4, [0.02, 0.05, 0.1, 0.2, 0.5, 1]),
+        (0.7, 1.7, [0.8, 1, 1.2, 1.5]),
+        (0.5, 900, [1, 10, 100]),
+    ],
+)
+def test_ticks_of_ratios_are_few_and_round(low, high, ticks):
+    assert plot.ratio_ticks(low, high) == ticks
+
+
+def test_the_foot_says_how_spread_is_drawn_where_it_is(figures):
+    notes = {name: figure.texts[-1].get_text() for name, (figure, _) in figures.items()}
+    assert {name for name, note in notes.items() if "band" in note} == {
+        f"speedup_over_{kind}.png" for kind in ("tokens", "sparsity", "vocabulary")
+    }
+    assert "whiskers" in notes["end_to_end.png"] and notes["roofline.png"].endswith("medians")
+
+
+def test_the_copy_is_a_dashed_mark_without_a_band(figures):
+    (axis,) = figures["speedup_over_vocabulary.png"][1]
+    styles = {line.get_label(): line.get_linestyle() for line in axis.lines}
+    assert styles[plot.MARKS["copy"]] == "--" and styles["prunekernels core"] == "-"
+    assert len(axis.collections) == 2  # bands of ours and of eager torch
 
 
 def test_without_rows_or_a_second_point_nothing_is_drawn(folder, tmp_path):
