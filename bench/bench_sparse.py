@@ -41,7 +41,7 @@ class Weights:
 
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, count: int) -> None:
         self.copies = [self._pruned(case, dtype, device) for _ in range(count)]
-        self._layers: dict[tuple[str, int], list[Layer]] = {}
+        self._layers: dict[str, list[Layer]] = {}
 
     @staticmethod
     def _pruned(case: Case, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -54,10 +54,9 @@ class Weights:
 
     def layers(self, peer: LinearPeer, tokens: int) -> list[Layer]:
         """What `peer` makes of every copy; kept, because packing takes long."""
-        key = (peer.name, tokens if peer.few or "best" in peer.name else 0)
-        if key not in self._layers:
-            self._layers[key] = [peer.build(copy, tokens) for copy in self.copies]
-        return self._layers[key]
+        if peer.name not in self._layers:
+            self._layers[peer.name] = [peer.build(copy, tokens) for copy in self.copies]
+        return self._layers[peer.name]
 
 
 def check(layer: Layer, weight: Tensor, x: Tensor) -> Callable[[Tensor], Verdict]:
@@ -85,9 +84,10 @@ def contenders(weights: Weights, case: Case, dtype: torch.dtype) -> list[Contend
     def prepare(peer: LinearPeer) -> Prepared:
         layers = weights.layers(peer, M)
         kind = layers[0].kind(x) if layers[0].kind else peer.kind
+        taken = x.to(layers[0].takes or x.dtype)
         return Prepared(
-            [lambda layer=layer: layer.apply(x) for layer in layers],
-            check(layers[0], weights.copies[0], x),
+            [lambda layer=layer: layer.apply(taken) for layer in layers],
+            check(layers[0], weights.copies[0], taken),
             model.linear(kind, M, N, K, case.sizes["sparsity"], x.element_size()),
             layers[0].held,
             graph=peer.graph,
@@ -140,6 +140,7 @@ def main() -> int:
         key = (case.mode, N, K, sparsity)
         if key not in held:
             held.clear()  # one shape at a time: copies are large
+            torch._dynamo.reset()  # dynamo compiles a function for eight shapes, then no more
             count = session.copies(model.packed24_bytes(N, K))
             held[key] = Weights(case, torch.bfloat16, session.device, count)
         return contenders(held[key], case, torch.bfloat16)

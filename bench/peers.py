@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,12 +31,14 @@ class Layer(NamedTuple):
         held: Bytes that the format keeps.
         exact: The weight it really multiplies with, where it rounds values (int8).
         kind: Its cost at given activations, where that depends on them (else its peer's).
+        takes: Type of its activations, where it takes one alone.
     """
 
     apply: Callable[[Tensor], Tensor]
     held: int
     exact: Tensor | None = None
     kind: Callable[[Tensor], str] | None = None
+    takes: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,29 @@ def _dense(weight: Tensor, tokens: int) -> Layer:
     return Layer(lambda x: F.linear(x, weight), size(weight))
 
 
+@functools.cache
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` by torch.compile with its tuning, once per shape whatever the operands.
+
+    Whole, because then dynamo raises where it would otherwise run eager code in silence: at what it
+    cannot compile, and at the ninth shape since `torch._dynamo.reset()`.
+    """
+    # the harness captures graphs itself; one inside another cannot be
+    mode = "max-autotune-no-cudagraphs"
+    return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    return F.linear(x, weight)
+
+
+def _dequantised(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
+    return F.linear(x, values.to(x.dtype)) * scale
+
+
 def _compiled(weight: Tensor, tokens: int) -> Layer:
     need_gpu(weight, "measured on an NVIDIA GPU only")
-    # the harness captures graphs itself; one inside another cannot be
-    torch._dynamo.reset()
-    run = torch.compile(F.linear, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return Layer(lambda x: run(x, weight), size(weight))
+    return Layer(lambda x: compiled(_product)(x, weight), size(weight))
 
 
 def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
@@ -139,13 +159,7 @@ def _int8(weight: Tensor, tokens: int) -> Layer:
         if weight.dtype != torch.bfloat16:
             raise Absent("int8 weight-only: torch's CPU kernel takes bfloat16 activations")
         return Layer(lambda x: torch._weight_int8pack_mm(x, values, scale), held, exact)
-
-    def dequantised(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-        return F.linear(x, values.to(x.dtype)) * scale
-
-    torch._dynamo.reset()
-    run = torch.compile(dequantised, mode="max-autotune-no-cudagraphs", dynamic=False)
-    return Layer(lambda x: run(x, values, scale), held, exact)
+    return Layer(lambda x: compiled(_dequantised)(x, values, scale), held, exact)
 
 
 def _semi_structured(backend: str, weight: Tensor, tokens: int) -> Layer:
@@ -164,20 +178,36 @@ def _semi_structured(backend: str, weight: Tensor, tokens: int) -> Layer:
     return Layer(lambda x: F.linear(x, packed), size(*inner))
 
 
+#: What cuSPARSELt's search chose for a shape (N, K, M, dtype): searching takes long.
+_searched: dict[tuple[int, int, int, torch.dtype], tuple[int, ...]] = {}
+
+
+def _search(packed: Tensor, x: Tensor) -> tuple[int, ...]:
+    """The fastest algorithm for (M, K) activations; with it, where torch tells, how it splits K."""
+    library = getattr(torch._C, "_cusparselt", None)
+    if hasattr(library, "mm_search"):
+        found = library.mm_search(packed, x.t(), None, None, None, True)
+        return tuple(int(value) for value in found[:3])
+    return (torch._cslt_sparse_mm_search(packed, x.t(), transpose_result=True),)
+
+
 def _cusparselt_best(weight: Tensor, tokens: int) -> Layer:
-    """cuSPARSELt with the fastest algorithm for this M, its transpose fused."""
+    """cuSPARSELt with the fastest algorithm for each M, its transpose fused."""
     need_gpu(weight)
     if not torch.backends.cusparselt.is_available():
         raise Absent("cuSPARSELt: this torch was built without it; install a CUDA wheel of torch")
     packed = torch._cslt_compress(weight)
-    # the library wants multiples of 8 tokens (16-bit values)
-    padded = max(16, -(-tokens // 8) * 8)
-    sample = torch.randn(padded, weight.shape[1], device=weight.device).to(weight.dtype)
-    chosen = torch._cslt_sparse_mm_search(packed, sample.t(), transpose_result=True)
+    rows, columns = weight.shape
 
     def apply(x: Tensor) -> Tensor:
+        # the library wants multiples of 8 tokens (16-bit values)
+        padded = max(16, -(-x.shape[0] // 8) * 8)
         wide = F.pad(x, (0, 0, 0, padded - x.shape[0])) if x.shape[0] < padded else x
-        out = torch._cslt_sparse_mm(packed, wide.t(), transpose_result=True, alg_id=chosen)
+        key = (rows, columns, padded, x.dtype)
+        if key not in _searched:
+            _searched[key] = _search(packed, wide)
+        # bias, alpha, type of the result, its transposition, then what was found
+        out = torch._cslt_sparse_mm(packed, wide.t(), None, None, None, True, *_searched[key])
         return out[: x.shape[0]]
 
     return Layer(apply, size(packed))
@@ -207,13 +237,20 @@ def need_16_bit_sparse(weight: Tensor) -> None:
 
 
 def _macko(weight: Tensor, tokens: int) -> Layer:
-    """MACKO's sparse matrix × vector. Written without the package at hand: see its row's note."""
-    install = "build it from its authors' repository (vlejd/macko_spmv)"
-    macko = package("macko_spmv", install)
+    """MACKO's sparse matrix × vector in float16, the one type it has.
+
+    Written against its sources; it has never run here.
+    """
     need_gpu(weight)
-    packed = macko.compress(weight)
+    from torch.utils import cpp_extension
+
+    # importing it compiles it, and fails unless it is told where
+    os.environ.setdefault("MACKO_SPMV_BUILD_DIRECTORY", cpp_extension.get_default_build_root())
+    macko = package("macko_spmv", "build it from its authors' repository (vlejd/macko_spmv)")
+    exact = weight.half()
+    packed = macko.compress(exact)
     held = size(*(part for part in packed if isinstance(part, Tensor)))
-    return Layer(lambda x: macko.multiply(packed, x[0])[None], held)
+    return Layer(lambda x: macko.multiply(packed, x[0])[None], held, exact, takes=torch.float16)
 
 
 def _spinfer(weight: Tensor, tokens: int) -> Layer:

@@ -1,0 +1,114 @@
+"""Adapters of other people's code, with stand-ins for what a CPU or this machine lacks."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import types
+
+import bench_sparse
+import peers
+import pytest
+import torch
+from prunekernels import nm_mask
+from torch import Tensor
+
+
+def pruned(rows: int, columns: int) -> Tensor:
+    weight = torch.randn(rows, columns)
+    return (weight * nm_mask(weight.abs(), 2, 4)).bfloat16()
+
+
+@pytest.fixture
+def quick_compile(monkeypatch):
+    """torch.compile without a code generator: dynamo alone."""
+
+    def compile_(function, *, mode, **options):
+        return plain(function, backend="eager", **options)
+
+    plain = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
+    peers.compiled.cache_clear()
+    torch._dynamo.reset()
+    yield
+    peers.compiled.cache_clear()
+    torch._dynamo.reset()
+
+
+def test_compiled_code_raises_where_dynamo_would_run_eager_code_instead(quick_compile):
+    def twice(x: Tensor) -> Tensor:
+        return x + x
+
+    run = peers.compiled(twice)
+    limit = torch._dynamo.config.recompile_limit
+    for size in range(2, limit + 2):
+        assert run(torch.ones(size)).tolist() == [2.0] * size
+    with pytest.raises(Exception, match="fullgraph"):
+        run(torch.ones(limit + 2))
+    torch._dynamo.reset()
+    assert peers.compiled(twice)(torch.ones(limit + 2)).sum() == 2 * limit + 4
+
+
+@pytest.fixture
+def cusparselt(monkeypatch):
+    """cuSPARSELt's operations as dense products; what was searched for, and how it multiplied."""
+    calls = types.SimpleNamespace(searches=[], products=[])
+
+    def search(packed, dense, *rest, **options):
+        calls.searches.append(tuple(dense.shape))
+        return 7
+
+    def product(packed, dense, bias, alpha, dtype, transposed, *algorithm):
+        assert transposed
+        calls.products.append(algorithm)
+        return (packed @ dense).t()
+
+    monkeypatch.setattr(peers, "need_gpu", lambda weight: None)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
+    monkeypatch.setattr(torch._C, "_cusparselt", types.SimpleNamespace(), raising=False)
+    monkeypatch.setattr(peers, "_searched", {})
+    return calls
+
+
+def test_cusparselt_searches_once_for_all_copies_of_a_shape(cusparselt):
+    copies = [pruned(32, 64) for _ in range(3)]
+    layers = [peers._cusparselt_best(copy, 3) for copy in copies]
+    for tokens in (3, 16, 100, 3):
+        x = torch.randn(tokens, 64).bfloat16()
+        for layer, copy in zip(layers, copies, strict=True):
+            assert bench_sparse.check(layer, copy, x)(layer.apply(x)).right
+    assert cusparselt.searches == [(64, 16), (64, 104)]
+    assert set(cusparselt.products) == {(7,)}
+
+
+def test_cusparselt_splits_k_as_found_where_torch_tells(cusparselt):
+    torch._C._cusparselt.mm_search = lambda packed, dense, *rest: (5, 4, 1, 9)
+    weight, x = pruned(32, 64), torch.randn(16, 64).bfloat16()
+    peers._cusparselt_best(weight, 16).apply(x)
+    assert cusparselt.products == [(5, 4, 1)] and not cusparselt.searches
+
+
+def test_macko_multiplies_float16_and_is_judged_by_its_own_weight(monkeypatch):
+    macko = types.SimpleNamespace(
+        compress=lambda weight: (weight.to(torch.float16, copy=True),),
+        multiply=lambda packed, x: packed[0] @ x,  # fails unless both have one type
+    )
+    monkeypatch.setitem(sys.modules, "macko_spmv", macko)
+    monkeypatch.setattr(peers, "need_gpu", lambda weight: None)
+    monkeypatch.setenv("MACKO_SPMV_BUILD_DIRECTORY", "")  # so that it is taken away afterwards
+    monkeypatch.delenv("MACKO_SPMV_BUILD_DIRECTORY")
+    case = bench_sparse.Case(
+        "linear", "unstructured", "bfloat16", {"M": 1, "N": 32, "K": 64, "sparsity": 0.5}
+    )
+    weights = bench_sparse.Weights(case, torch.bfloat16, torch.device("cpu"), 2)
+    made = {c.provider: c for c in bench_sparse.contenders(weights, case, torch.bfloat16)}
+    prepared = made["MACKO"].prepare()
+    assert os.environ["MACKO_SPMV_BUILD_DIRECTORY"]
+    for run in prepared.runs:
+        assert run().dtype == torch.float16
+    assert prepared.check(prepared.runs[0]()).right
+    assert not prepared.check(functools.reduce(torch.add, [run() for run in prepared.runs])).right
