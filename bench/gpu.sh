@@ -54,7 +54,23 @@ benchmark() { # FILE ARGUMENTS
         --minutes "$(($(left) / 60)).$(($(left) % 60 * 10 / 60))" "${quick[@]}" ${RESEARCH:+--research "$RESEARCH"} "${@:2}"
 }
 
-# one process per file: no plug-in needed, and a kernel that breaks the GPU ends only its own file
+# the tests of one file; after one that breaks the GPU, those without it in a new process
+test_file() { # FILE LOG SECONDS
+    local status=$BROKEN without=() end=$((SECONDS + $3)) culprit
+    : >"$2"
+    while [ $status -eq $BROKEN ] && [ $SECONDS -lt $end ]; do
+        OMP_NUM_THREADS=2 timeout --signal=INT --kill-after=15 $((end - SECONDS)) "$python" \
+            -m pytest -q --color=no -p no:cacheprovider -m gpu "${without[@]}" "$1" >>"$2" 2>&1
+        status=$?
+        culprit=$(sed -nE 's/^!+ (.+) broke the GPU !+$/\1/p' "$2" | tail -n 1)
+        [ -n "$culprit" ] && without+=(--deselect "$culprit")
+    done
+    [ $status -eq 5 ] && status=0 # nothing to test, or nothing but what broke the GPU
+    [ ${#without[@]} -gt 0 ] && [ $status -eq 0 ] && status=1
+    return $status
+}
+
+# one process per file, all at once: no plug-in needed
 tests() {
     local files file pids=() failed=0 seconds
     mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
@@ -62,8 +78,7 @@ tests() {
     seconds=$(least "$(left)" "$TEST_SECONDS")
     mkdir -p "$out/tests"
     for file in "${files[@]}"; do
-        OMP_NUM_THREADS=2 timeout --signal=INT --kill-after=15 "$seconds" "$python" -m pytest -q \
-            --color=no -p no:cacheprovider -m gpu "$file" >"$out/tests/$(basename "$file" .py).txt" 2>&1 &
+        test_file "$file" "$out/tests/$(basename "$file" .py).txt" "$seconds" &
         pids+=($!)
     done
     : >"$out/tests.txt"
@@ -71,7 +86,6 @@ tests() {
         wait "${pids[$index]}"
         local status=$? log
         log="$out/tests/$(basename "${files[$index]}" .py).txt"
-        [ $status -eq 5 ] && status=0 # nothing to test
         echo "${files[$index]}: status $status, $(tail -n 1 "$log")" | tee -a "$out/tests.txt" >&2
         if [ $status -ne 0 ]; then
             failed=1

@@ -1,9 +1,18 @@
-"""Shared fixtures: every test is seeded, and uninitialised memory is poisoned."""
+"""Shared fixtures: every test is seeded, and uninitialised memory is poisoned.
+
+A test that breaks the GPU for its process (an illegal access) ends the session with status
+`guard.BROKEN`, named in the last lines: bench/gpu.sh then runs the others in a new process.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
+import guard
 import pytest
 import torch
+
+_BROKE = pytest.StashKey[bool]()
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +38,31 @@ def _poison_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poisoned(getattr(torch, name)))
+
+
+@pytest.fixture(autouse=True)
+def _finish_gpu_work(request: pytest.FixtureRequest) -> Generator[None]:
+    """Wait for a GPU test's kernels, so that what they break is blamed on it."""
+    yield
+    if request.node.get_closest_marker("gpu") and torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Stop after a GPU test that failed and left the GPU unusable."""
+    report = yield
+    on_gpu = item.get_closest_marker("gpu") and torch.cuda.is_available()
+    if report.failed and on_gpu and not guard.works(torch.device("cuda")):
+        item.config.stash[_BROKE] = True
+        item.session.shouldfail = f"{item.nodeid} broke the GPU"
+    return report
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Say by the exit status that tests are left to run elsewhere."""
+    if session.config.stash.get(_BROKE, False):
+        session.exitstatus = guard.BROKEN

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,44 @@ def test_failing_tests_are_said_and_do_not_come_before_the_measuring_again(tmp_p
     assert "nonexistent" in (tmp_path / "tests.txt").read_text()
     again = call(str(tmp_path), "tests", "--quick", PYTHON="/nonexistent/python")
     assert again.returncode == 1 and "== tests (" in again.stderr  # asked for by name: once more
+
+
+BREAKING = """
+import guard, pytest, torch
+torch.cuda.is_available = lambda: True
+broken = []
+guard.works = lambda device: not broken
+def finish():
+    if broken:
+        raise RuntimeError("illegal memory access")
+torch.cuda.synchronize = finish
+pytestmark = pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["plain", "in a kernel"])
+def test_fails(kind):
+    broken.extend(["kernel"] * (kind != "plain"))
+    assert kind == "in a kernel", "wrong numbers"
+def test_fine():
+    finish()
+"""
+
+
+def test_tests_after_one_that_breaks_the_gpu_run_in_a_new_process(tmp_path):
+    for name in ("bench/gpu.sh", "bench/guard.py", "tests/conftest.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(SCRIPT.parents[1] / name, tmp_path / name)
+    (tmp_path / "tests" / "test_breaking.py").write_text(BREAKING)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    found = subprocess.run(
+        ["bash", str(tmp_path / "bench" / "gpu.sh"), str(tmp_path / "out"), "tests"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "bench")},
+    )
+    log = (tmp_path / "out" / "tests.txt").read_text()
+    assert found.returncode == 1 and "1 failed, 1 passed, 1 deselected" in found.stderr
+    assert "ERROR tests/test_breaking.py::test_fails[in a kernel]" in found.stderr
+    assert log.count("broke the GPU") == 1 and "illegal memory access" in log
 
 
 STUB = """#!/usr/bin/env bash
