@@ -101,8 +101,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """', did you mean X?' for the nearest of `known`, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f", did you mean {near[0]}?" if near else ""
+    bare = {text.lstrip("-"): text for text in known}  # two dashes alone are no likeness
+    near = difflib.get_close_matches(word.lstrip("-"), list(bare), n=1, cutoff=0.6)
+    return f", did you mean {bare[near[0]]}?" if near else ""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

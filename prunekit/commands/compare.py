@@ -33,18 +33,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--choices", metavar="FILE", help="questions (the built-in ones)")
     parser.add_argument("--no-choices", action="store_true", help="leave questions out")
     parser.add_argument("--limit", type=options.positive, help="use at most so many of each")
-    parser.add_argument("--max-new-tokens", type=options.positive, default=48, help="(48)")
     parser.add_argument(
-        "--temperature", type=options.fraction, default=1.0, help="T in p = softmax(z/T) (1)"
+        "--max-new-tokens", type=options.positive, default=48, help="longest text (48)"
     )
     parser.add_argument(
-        "--lens", default="final_norm", help="final_norm (default), or raw: without the final norm"
+        "--temperature", type=options.above_zero, default=1.0, help="T in p = softmax(z/T) (1)"
     )
     parser.add_argument(
-        "--chat", default="auto", help="chat template: auto (default), always, never"
+        "--lens",
+        choices=("final_norm", "raw"),
+        default="final_norm",
+        help="read layers through the final norm (default), or raw: without it",
     )
-    parser.add_argument("--layerwise-prompts", type=options.positive, default=8, help="(8)")
-    parser.add_argument("--layerwise-steps", type=options.positive, default=16, help="(16)")
+    parser.add_argument(
+        "--chat",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="use the chat template; auto (default): if there is one",
+    )
+    parser.add_argument(
+        "--layerwise-prompts", type=options.positive, default=8, help="prompts read by layer (8)"
+    )
+    parser.add_argument(
+        "--layerwise-steps", type=options.positive, default=16, help="steps of each of them (16)"
+    )
     report = parser.add_argument_group("instead of a study")
     report.add_argument("--kl-report", action="store_true", help="statistics of KL over a text")
     report.add_argument(

@@ -185,8 +185,10 @@ BAD_INPUT = {
     "temperature": (
         "compare dense dense --prompts prompts.txt --no-choices --temperature 0 --output new",
         "temperature",
-        "use 1",
+        "above 0",
     ),
+    "infinite temperature": ("compare dense dense --temperature inf", "'inf'", "above 0"),
+    "chat": ("compare dense dense --chat allways --output new", "allways", "'always'"),
     "lens": (
         "compare dense dense --prompts prompts.txt --no-choices --lens rawr --output new",
         "rawr",
@@ -204,6 +206,7 @@ BAD_INPUT = {
     "dtype": ("inspect dense --dtype int3", "int3", "float32"),
     "unknown command": ("prun dense", "prun", "did you mean prune?"),
     "unknown option": ("prune dense --sparsty 0.5", "--sparsty", "did you mean --sparsity?"),
+    "option like no other": ("prune dense --bogus", "option --bogus (see", "--help"),
     "stray argument": ("inspect dense twice", "twice", "--help"),
     "not a number": ("drop dense --count many", "--count", "whole number"),
     "negative seed": ("prune dense --seed -1 --output new", "--seed", "whole number"),

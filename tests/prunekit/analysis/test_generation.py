@@ -88,6 +88,8 @@ def test_chat_template_is_used_where_there_is_one(word_tokenizer):
     assert plain == [[7, 8]]
     with pytest.raises(PrunekitError, match="no chat template"):
         generation.encode(word_tokenizer, ["w7"], chat="always")
+    with pytest.raises(PrunekitError, match="unknown chat 'allways': use one of auto, always"):
+        generation.encode(word_tokenizer, ["w7"], chat="allways")
     word_tokenizer.chat_template = (
         "{% for m in messages %}w50 {{ m['content'] }} {% endfor %}"
         "{% if add_generation_prompt %}w51{% endif %}"
