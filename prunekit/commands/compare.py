@@ -85,6 +85,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     prompts = [item.prompt for item in load_prompts(args.prompts)][: args.limit]
     choices = None if args.no_choices else load_choices(args.choices)[: args.limit]
 
+    options.find(sources)
     from prunekit.comparison import compare
 
     dense, tokenizer = options.load(sources[0], args)
@@ -104,7 +105,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         chat=args.chat,
         seed=args.seed,
         progress=not args.quiet,
-        names=(_name(sources[0]), _name(sources[1])),
+        names=_names(*sources),
     )
     study.save(folder, overwrite=args.overwrite)
     page = str(Path(folder) / "index.html")
@@ -122,6 +123,7 @@ def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> 
 
     text = load_heldout() if args.text is None else "\n\n".join(texts.read_file(args.text))
 
+    options.find(sources)
     from prunekit.analysis.kl_report import kl_report
     from prunekit.report.divergence import kl_table
 
@@ -136,7 +138,7 @@ def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> 
         batch_size=args.batch_size,
         progress=not args.quiet,
     )
-    names = (_name(sources[0]), _name(sources[1]))
+    names = _names(*sources)
     data = {"dense": names[0], "pruned": names[1], "context": args.context, **found}
     options.emit(args, answer, lambda: data, lambda: kl_table(found, names))
 
@@ -150,6 +152,14 @@ def summary_data(study: Any) -> dict[str, Any]:
         name: interval_to_dict(value) if isinstance(value, Interval) else value
         for name, value in study.summary().items()
     }
+
+
+def _names(dense: str, pruned: str) -> tuple[str, str]:
+    """Short names for the two models, longer ones where the short ones are the same."""
+    short = _name(dense), _name(pruned)
+    return options.told_apart(
+        *(short if short[0] != short[1] or dense == pruned else (dense, pruned))
+    )
 
 
 def _name(source: str) -> str:

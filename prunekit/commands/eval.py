@@ -42,16 +42,13 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     if not args.tasks:
         raise PrunekitError("which tasks? give --tasks, such as --tasks arc_easy,gsm8k")
 
-    from prunekit.checkpoint.sources import located
     from prunekit.evaluation.tasks import run_tasks
 
     sources = {source: source}
     if args.pruned:
-        same = args.pruned == source
-        sources = {f"{source} (dense)": source} if same else sources
-        sources[f"{source} (pruned)" if same else args.pruned] = args.pruned
-    for name in sources.values():
-        located(name)  # a wrong second name must not show after hours with the first
+        both = (source, args.pruned)
+        sources = dict(zip(options.told_apart(*both), both, strict=True))
+    options.find(sources.values())
     found: dict[str, list[TaskScore]] = {}
     for label, name in sources.items():
         model, tokenizer = options.load(name, args)

@@ -6,7 +6,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -123,6 +123,23 @@ def needed(value: str | None, what: str) -> str:
     if value is None:
         raise PrunekitError(f"which {what}? give 'demo', a folder, a .gguf file or a Hub id")
     return value
+
+
+def find(sources: Iterable[str]) -> None:
+    """Find all models before one is loaded: a wrong second name must not show after hours.
+
+    Raises:
+        PrunekitError: One is nowhere.
+    """
+    from prunekit.checkpoint.sources import located
+
+    for source in sources:
+        located(source)
+
+
+def told_apart(dense: str, pruned: str) -> tuple[str, str]:
+    """Two names as they are, or with the role of each behind it where they are the same."""
+    return (dense, pruned) if dense != pruned else (f"{dense} (dense)", f"{pruned} (pruned)")
 
 
 def load(source: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -55,18 +55,24 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 
 def studies_side_by_side(studies: Mapping[str, Findings]) -> RenderableType:
-    """One table for several studies of the same dense model, a column each."""
+    """One table for several studies of the same dense model, whose own column comes once."""
     from prunekit.report import build
 
     tables = {name: build.tables(study) for name, study in studies.items()}
     first = next(iter(tables.values()))
     parts: list[RenderableType] = []
     for place, shape in enumerate(first):
-        scored = "pruned" in shape.columns
-        made = plain_table(shape.title, ["", *(["dense"] if scored else []), *studies, ""])
+        once = ["dense"] if "pruned" in shape.columns else []
+        own = shape.columns[1 + len(once) : -1]  # between the names and the remarks
+        heads = [name if len(own) == 1 else f"{name}: {part}" for name in studies for part in own]
+        made = plain_table(shape.title, ["", *once, *heads, ""])
         for index, row in enumerate(shape.rows):
-            pruned = [found[place].rows[index][2 if scored else 1] for found in tables.values()]
-            cells = [row[0], *([row[1]] if scored else []), *pruned]
+            pruned = [
+                cell
+                for found in tables.values()
+                for cell in found[place].rows[index][-1 - len(own) : -1]
+            ]
+            cells = [*row[: 1 + len(once)], *pruned]
             remark = (
                 "" if len({str(t[place].rows[index][-1]) for t in tables.values()}) > 1 else row[-1]
             )

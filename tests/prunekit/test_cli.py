@@ -536,11 +536,30 @@ def test_kl_report(here, capsys):
     before = snapshot(here)
     assert cli.main([*line.split(), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["dense"], found["pruned"], found["context"]) == ("dense", "dense", 16)
+    assert found["dense"] == "dense (dense)" and found["pruned"] == "dense (pruned)"
+    assert found["context"] == 16
     assert found["rows"] > 16 and found["kl_max"] == 0 and found["same_top"] == 1
     assert cli.main(line.split()) == 0
-    assert "KL(dense ‖ dense)" in capsys.readouterr().out
+    assert "KL(dense (dense) ‖ dense (pruned))" in capsys.readouterr().out
     assert snapshot(here) == before  # nothing is written
+
+
+def test_names_of_a_pair_are_short_and_differ():
+    from prunekit.commands.compare import _names
+
+    assert _names("demo", "out/a") == ("SmolLM2-135M-Instruct", "a")
+    assert _names("one/model", "two/model") == ("one/model", "two/model")
+    assert _names("x/model", "x/model") == ("model (dense)", "model (pruned)")
+
+
+@pytest.mark.parametrize("report", ["", "--kl-report"])
+def test_a_wrong_second_model_is_found_before_the_first_is_loaded(
+    report, here, monkeypatch, capsys
+):
+    monkeypatch.setattr(checkpoint, "load", lambda *a, **k: pytest.fail("loaded the first"))
+    line = f"compare dense ./no/such/model --output new {report}"
+    assert cli.main(line.split()) == 2
+    assert "./no/such/model doesn't exist" in capsys.readouterr().err
 
 
 def test_doctor_compiles_kernels(monkeypatch, capsys):
