@@ -296,7 +296,6 @@ def research_function(path: Path | None) -> Callable[[Inputs], Tensor]:
 
 #: Ways to compare (N, V) logits. Those that return means are probed on a few rows.
 _LOGITS = (
-    MetricPeer("prunekernels KL", _ours_kl, ("kl", "reverse_kl"), precision=FLOAT32),
     MetricPeer("prunekernels core", _ours, STATISTICS, precision=FLOAT32),
     MetricPeer(
         "prunekernels precise",
@@ -307,6 +306,7 @@ _LOGITS = (
     MetricPeer(
         "prunekernels full", functools.partial(_ours, level="full"), STATISTICS, precision=FLOAT32
     ),
+    MetricPeer("prunekernels KL", _ours_kl, ("kl", "reverse_kl"), precision=FLOAT32),
     MetricPeer(
         "torch eager",
         lambda i: statistics(i.base, i.other)[:4],

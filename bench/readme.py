@@ -85,10 +85,11 @@ def pruning() -> str:
             row["passes_needed"],
             row["of_passes"] and f"{float(row['of_passes']):.2f}",
             f"{float(row['beyond_seconds']):.1f} s",
+            row["perplexity"] and f"{float(row['perplexity']):.1f}",
         ]
         for row in found
     ]
-    head = ["method", "provider", "in all", "passes needed", "of the passes", "beyond them"]
+    head = ["method", "provider", "in all", "passes", "of the passes", "beyond them", "leaves"]
     beyond = {(r["method"], r["provider"]): float(r["beyond_seconds"]) for r in found}
     ratio = beyond["sparsegpt", "research"] / beyond["sparsegpt", "prunekit"]
     drop = next(float(r["of_passes"]) for r in found if r["method"] == "drop scores, attn and mlp")
@@ -97,6 +98,38 @@ def pruning() -> str:
         f"(aim: 4), and scores for dropping sublayers take {drop:.2f} of their pass (aim: 1.1)."
     )
     return f"{table(head, body)}\n\n{said}"
+
+
+def prunings() -> str:
+    """Pruning beside the research code's: seconds, and the perplexity that is left."""
+    found = {(row["method"], row["provider"]): row for row in rows("prune.csv")}
+    body = []
+    for method in (method for method, provider in found if provider == "research"):
+        ours, theirs = found[method, "prunekit"], found[method, "research"]
+        cells = [method]
+        for row in (ours, theirs):
+            seconds, beyond = float(row["seconds"]), float(row["beyond_seconds"])
+            cells += [f"{seconds:.0f} s", f"{beyond:.1f} s", f"{float(row['perplexity']):.1f}"]
+        body.append(cells)
+    head = [f"{whose}: {what}" for whose in ("prunekit", "research") for what in PRUNINGS]
+    return table(["method", *head], body)
+
+
+def memory() -> str:
+    """Peak memory of pruning."""
+    body = [
+        [
+            row["method"],
+            *(f"{int(row[name]) / 1e6:.0f} MB" for name in MEMORY),
+            row["peak_of_model_and_statistics"] + "×",
+        ]
+        for row in rows("prune_memory.csv")
+    ]
+    return table(["method", "model", "a block's statistics", "added at the peak", "peak"], body)
+
+
+PRUNINGS = ("in all", "beyond the passes", "perplexity")
+MEMORY = ("model_bytes", "block_statistics_bytes", "added_bytes")
 
 
 def models() -> str:
@@ -165,6 +198,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "models": models,
     "headlines": headlines,
     "pruning": pruning,
+    "prunings": prunings,
+    "memory": memory,
 }
 
 
