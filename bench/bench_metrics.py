@@ -108,6 +108,7 @@ def make(case: Case, options: argparse.Namespace, session: Session) -> list[Cont
     N, V = sizes["N"], sizes["V"]
     count = session.copies(2 * N * V * dtype.itemsize)
     sets = [logits(N, V, dtype, device) for _ in range(count)]
+    torch._dynamo.reset()  # dynamo compiles a function for eight shapes, then no more
     found = []
     for peer in metric_peers.logit_peers(options.research):
         level = peer.name.split()[1] if peer.name.startswith("prunekernels") else "core"

@@ -19,13 +19,15 @@ import prunekernels
 import torch
 import torch.nn.functional as F
 from harness import Absent, Verdict
-from peers import package
+from peers import compiled, package
 from torch import Tensor
 
 #: Largest error relative to the truth's largest value that still counts as right, by the
 #: precision that a peer computes in. A divergence in bf16 keeps two digits.
 FLOAT32, ROUNDED = 1e-3, 0.1
 WIDTH = 576  # of the hidden states that the research code gets beside logits
+#: Where torch.compile is measured, because each shape takes long to tune: rows at least, and V.
+COMPILED_ROWS, COMPILED_VOCABULARIES = 256, (32000, 152064)
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,12 @@ def _eager_head(inputs: Inputs) -> tuple[Tensor, ...]:
     return statistics(inputs.base @ inputs.head.t(), inputs.other @ inputs.head.t())[:4]
 
 
-@functools.cache
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, mode="max-autotune-no-cudagraphs", dynamic=False)
+def _compiled(function: Callable[..., Any], inputs: Inputs) -> Any:
+    rows, vocabulary = inputs.base.shape
+    if rows < COMPILED_ROWS or vocabulary not in COMPILED_VOCABULARIES:
+        where = " or ".join(map(str, COMPILED_VOCABULARIES))
+        raise Absent(f"tuning takes long: only for {COMPILED_ROWS} rows or more of {where} logits")
+    return compiled(function)(inputs.base, inputs.other)
 
 
 def _log_probabilities(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -315,14 +320,12 @@ _LOGITS = (
     ),
     MetricPeer(
         "torch.compile",
-        lambda i: _compiled(statistics)(i.base, i.other)[:4],
+        lambda i: _compiled(statistics, i)[:4],
         STATISTICS,
         precision=FLOAT32,
         on_cpu=False,
     ),
-    MetricPeer(
-        "torch.compile KL", lambda i: _compiled(kl_only)(i.base, i.other), ("kl",), on_cpu=False
-    ),
+    MetricPeer("torch.compile KL", lambda i: _compiled(kl_only, i), ("kl",), on_cpu=False),
     MetricPeer("torch eager KL", lambda i: kl_only(i.base, i.other), ("kl",)),
     MetricPeer("Liger kl_div", _liger_kl, ("kl",), mean=True, on_cpu=False),
     MetricPeer("Liger jsd", _liger_jsd, ("js",), mean=True, on_cpu=False),

@@ -8,9 +8,11 @@ import sys
 import types
 
 import bench_sparse
+import metric_peers
 import peers
 import pytest
 import torch
+from harness import Absent
 from prunekernels import nm_mask
 from torch import Tensor
 
@@ -48,6 +50,16 @@ def test_compiled_code_raises_where_dynamo_would_run_eager_code_instead(quick_co
         run(torch.ones(limit + 2))
     torch._dynamo.reset()
     assert peers.compiled(twice)(torch.ones(limit + 2)).sum() == 2 * limit + 4
+
+
+def test_statistics_compile_as_a_whole_and_only_where_they_are_measured(quick_compile):
+    rows, vocabulary = metric_peers.COMPILED_ROWS, metric_peers.COMPILED_VOCABULARIES[0]
+    small = metric_peers.Inputs(torch.randn(2, 50), torch.randn(2, 50), torch.arange(2))
+    for function in (metric_peers.statistics, metric_peers.kl_only):
+        with pytest.raises(Absent, match=f"{rows} rows or more of {vocabulary}"):
+            metric_peers._compiled(function, small)
+        found = peers.compiled(function)(small.base, small.other)
+        torch.testing.assert_close(found, function(small.base, small.other), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
