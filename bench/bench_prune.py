@@ -18,6 +18,7 @@ import gc
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -221,10 +222,36 @@ def measure_one_memory(options: argparse.Namespace) -> None:
     widths = {ref.input_group: ref.matrix.shape[1] for ref in refs}
     hessian = isinstance(method, SparseGPT)
     sums = sum(4 * width * width if hessian else 8 * width for width in widths.values())
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = status("VmRSS")
-    bench.pruned(method, **settings)
-    print(model, sums, status("VmHWM") - before)
+    before = status("RssAnon")
+    with Peak() as peak:
+        bench.pruned(method, **settings)
+    print(model, sums, peak.bytes - before)
+
+
+class Peak(threading.Thread):
+    """The most memory that this process allocated while it ran, looked at every millisecond.
+
+    Linux's own high-water mark also counts pages of libraries, which come into memory with the
+    first call of a function, and which an idle machine takes out again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.bytes = 0
+        self._stop_it = threading.Event()
+
+    def __enter__(self) -> Peak:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop_it.set()
+        self.join()
+
+    def run(self) -> None:
+        """Look until it is over."""
+        while not self._stop_it.wait(0.001):
+            self.bytes = max(self.bytes, status("RssAnon"))
 
 
 def measure_memory(options: argparse.Namespace) -> list[dict[str, Any]]:

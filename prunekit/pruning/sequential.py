@@ -111,8 +111,8 @@ def prune_(
             refs = chosen[index]
             done = record.restore(index, refs) if record is not None and refs else None
             if done is None:
-                statistics = _observe(arch, stream, index, refs, assigned)
-                done = _prune_layer_(refs, assigned, statistics)
+                # unnamed, so that its sums are gone before the next layer's are allocated
+                done = _prune_layer_(refs, assigned, _observe(arch, stream, index, refs, assigned))
                 if record is not None and refs:
                     record.write(index, refs, done)
             reports += done

@@ -83,35 +83,38 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
     Raises:
         PrunekitError: Not even the highest damping makes H positive definite.
     """
-    flipped = hessian.double().flip(0, 1)
-    mean = float(flipped.diagonal().mean())
-    added = 0.0
+    diagonal = hessian.diagonal().double()
+    mean = float(diagonal.mean())
     for factor in _DAMPING_STEPS:
-        flipped.diagonal().add_(damping * factor * mean - added)
-        added = damping * factor * mean
-        lower, failed = torch.linalg.cholesky_ex(flipped)
+        # in place, since a float64 copy of H is the largest thing that SparseGPT holds
+        lower = hessian.flip(0, 1).double()
+        lower.diagonal().copy_((diagonal + damping * factor * mean).flip(0))
+        failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         # what is not finite in a row reaches its diagonal
         if not failed and bool(torch.isfinite(lower.diagonal()).all()):
-            return InverseFactor(_lower_inverse(lower.float()).flip(0, 1), damping * factor)
+            inverse = lower.float()
+            del lower
+            _invert_lower_(inverse)
+            return InverseFactor(inverse.flip(0, 1), damping * factor)
     raise PrunekitError(
         f"the Hessian is not positive definite even with damping {damping * _DAMPING_STEPS[-1]:g}: "
         "calibrate on more tokens, or raise damping"
     )
 
 
-def _lower_inverse(lower: Tensor) -> Tensor:
-    """Inverse of a lower triangular matrix; halves, so that matrix products do the work."""
+def _invert_lower_(lower: Tensor) -> None:
+    """Invert a lower triangular matrix in place; halves, so that matrix products do the work."""
     width = lower.shape[0]
     if width <= _INVERSE_BLOCK:
         identity = torch.eye(width, dtype=lower.dtype, device=lower.device)
-        return torch.linalg.solve_triangular(lower, identity, upper=False)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
     half = width // 2
-    inverse = torch.zeros_like(lower)
-    first, last = _lower_inverse(lower[:half, :half]), _lower_inverse(lower[half:, half:])
-    inverse[:half, :half] = first
-    inverse[half:, half:] = last
-    inverse[half:, :half] = (last @ (lower[half:, :half] @ first)).neg_()
-    return inverse
+    first, below, last = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    _invert_lower_(first)
+    _invert_lower_(last)
+    below.copy_(last @ (below @ first)).neg_()
 
 
 def sparsify(

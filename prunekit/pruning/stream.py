@@ -94,24 +94,38 @@ class _Waiting:
     def __init__(self, offload: str | None) -> None:
         self._offload = offload
         self._held: dict[int, Tensor] = {}
+        self._stored: dict[int, tuple[torch.Size, torch.dtype]] = {}
         # deleted with this object
         self._folder = tempfile.TemporaryDirectory() if offload == "disk" else None
 
     def __getitem__(self, position: int) -> Tensor:
-        return self._held[position]
+        if self._folder is None:
+            return self._held[position]
+        # read, not mapped: a mapped file's pages count as this process's memory
+        shape, dtype = self._stored[position]
+        hidden = torch.empty(shape, dtype=dtype)
+        with self._path(position).open("rb") as file:
+            file.readinto(_bytes(hidden))
+        return hidden
 
     def __setitem__(self, position: int, hidden: Tensor) -> None:
         if self._offload is not None:
             hidden = hidden.cpu()
-        if self._folder is not None:
-            held = self._held.get(position)
-            if held is None:
-                path = Path(self._folder.name) / str(position)
-                held = torch.from_file(
-                    str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
-                ).view(hidden.shape)
-            hidden = held.copy_(hidden)
-        self._held[position] = hidden
+        if self._folder is None:
+            self._held[position] = hidden
+            return
+        self._stored[position] = (hidden.shape, hidden.dtype)
+        with self._path(position).open("wb") as file:
+            file.write(_bytes(hidden.contiguous()))
+
+    def _path(self, position: int) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / str(position)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
 @contextlib.contextmanager

@@ -104,6 +104,27 @@ def test_ten_random_kills(tiny, tmp_path):
     assert len(set(done)) > 2, done
 
 
+@needs_fork
+@pytest.mark.slow
+def test_one_run_killed_ten_times(tiny, tmp_path):
+    whole, folder, chance = tmp_path / "whole", tmp_path / "killed", random.Random(7)
+    for place in (whole, folder):
+        place.mkdir()
+    start(tiny, whole, "model").join()
+    done = [0]
+    for _ in range(10):
+        process = start(tiny, folder, "model", pause=0.02)
+        time.sleep(0.05 + chance.random() * 0.3)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "it had finished before it was killed"
+        done.append(journal.finished_blocks(folder / "journal"))
+    assert done == sorted(done), "a finished layer was lost"
+    start(tiny, folder, "model").join()
+    assert (folder / "model").read_bytes() == (whole / "model").read_bytes()
+    assert (folder / "report.json").read_text() == (whole / "report.json").read_text()
+
+
 def test_resuming_prunes_only_what_is_left(tiny, token_ids, tmp_path, monkeypatch):
     record, original = tmp_path / "journal", blocks.run_layer
 
