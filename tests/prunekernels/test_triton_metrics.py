@@ -9,7 +9,7 @@ from interpreter import run_interpreted
 from prunekernels import head_pair_stats, pair_stats, reference, vector_stats
 from prunekernels.runtime import interpreting
 from rows import adversarial, broad_against_certain
-from tolerances import allowed
+from tolerances import worse_than_allowed
 
 pytest.importorskip("triton")
 
@@ -167,47 +167,6 @@ def test_small_divergences(level, kl, allowed):
     )
 
 
-def worse_than_allowed(got, base, other, names=None, **options):
-    """Fields off by more than METRICS' table allows and twice what eager's core sums are off.
-
-    Sums are float32 at every level, hence core's part of the table; KL and φ sums are held to the
-    precise part apart.
-    """
-    options.setdefault("level", "core")
-    eager = pair_stats(base, other, impl="eager", **{**options, "level": "core"}).as_dict()
-    exact = reference.pair_stats(base.double(), other.double(), **options)
-    temperature, vocab = options.get("temperature", 1.0), base.shape[-1]
-    # Where other's top token lies far above its logit at base's, x and z are centred far off.
-    moved = other.amax(1) - other.gather(1, base.argmax(1, keepdim=True)).squeeze(1)
-    moved = moved.double() / temperature
-    bent = dict.fromkeys(("kl_estimate", "one_minus_cos_prob_estimate", "uniform_variance"), 2)
-    shifted = dict.fromkeys(("entropy_other", "lse_other", "kl_other_base", "kl_base_other"), 1)
-    worse = []
-    for name, value in got.items():
-        want = exact[name]
-        if names is not None and name not in names:
-            continue
-        if not value.is_floating_point():
-            assert torch.equal(value, want), name
-            continue
-        limit = allowed(name, exact, vocab=vocab, temperature=temperature)
-        if name in eager:
-            limit = limit + 2 * (eager[name].double() - want).abs()
-        power = {**bent, **shifted}.get(name)
-        if power is not None:
-            # six roundings of a number of that size
-            size = torch.where(moved > (20 if power == 2 else 2), moved, 0.0)
-            limit = limit + 6 * 2.0**-24 * size**power
-        if name.startswith("kl_") and options["level"] != "core" and power == 1:
-            precise = allowed(name, exact, level="precise", vocab=vocab, temperature=temperature)
-            limit = torch.where(moved > 2, limit, precise + 1e-13)
-        off = (value.double() - want).abs()
-        same = torch.where(want.isnan(), value.isnan(), value.double() == want)
-        for row in (~((off <= limit) | same)).nonzero().flatten().tolist():
-            worse.append((name, row, off[row].item(), limit[row].item(), want[row].item()))
-    return worse
-
-
 @interpreted
 @pytest.mark.parametrize(
     ("level", "temperature"),
@@ -310,46 +269,6 @@ def test_swapping_the_rows_swaps_the_fields(level):
         ("margin_base", "margin_other"),
     ):
         torch.testing.assert_close(getattr(there, left), getattr(back, right), rtol=1e-5, atol=3e-7)
-
-
-def of_splits(base, other, labels, splits, level="precise"):
-    """Statistics from any number of splits, by name."""
-    from prunekernels.metrics import merge_triton, pair_triton
-    from prunekernels.metrics.fields import unpack_pair
-
-    kind = merge_triton.Kind(1.0, level, "base", True, "")
-    packed, _, _ = pair_triton.partial_state(base, other, labels, kind, splits=splits).finish()
-    what = {"level": level, "labels": True, "subset": False, "topk": 0, "fields": ""}
-    return unpack_pair(packed, base.shape[:-1], **what).as_dict()
-
-
-@pytest.fixture
-def tiles_of_32(monkeypatch):
-    """So that a short row has a tile for each of 37 splits."""
-    from prunekernels import tuning
-
-    small = tuning.PairConfig(lanes=8, units=1, num_warps=4)
-    monkeypatch.setattr(tuning, "pair_config", lambda warp=32: small)
-
-
-def check_splits(base, other, splits, level):
-    """Any number of splits is as near the truth as the table allows, and labels are found once."""
-    labels = torch.full(base.shape[:-1], base.shape[-1] - 1)
-    got = of_splits(base, other, labels, splits, level)
-    again = of_splits(base, other, labels, splits, level)
-    for name, value in got.items():
-        assert torch.equal(value.nan_to_num(7), again[name].nan_to_num(7)), name
-    worse = worse_than_allowed(got, base, other, level=level, labels=labels)
-    assert not worse, (splits, worse)
-
-
-@interpreted
-@pytest.mark.parametrize("counts", [range(1, 20, 6), range(24, 38, 13)], ids=["few", "many"])
-def test_splits_agree(counts, tiles_of_32):
-    base, other = pair(1, 37 * 32 + 13)
-    base[0, 900], other[0, 900], other[0, 1000] = 15.0, -5.0, 16.0  # β moves by 21, late
-    for splits in counts:
-        check_splits(base, other, splits, "precise")
 
 
 @interpreted
