@@ -36,6 +36,11 @@ def table(head: list[str], body: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def duration(ms: float) -> str:
+    """Milliseconds, or seconds from one on."""
+    return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.2f} s"
+
+
 def quality() -> str:
     """Perplexity by method and pattern."""
     body = [
@@ -60,7 +65,8 @@ def against_research() -> str:
     found: dict[str, dict[str, dict[str, str]]] = {}
     for file in ("research.csv", "metrics.csv"):
         for row in rows(file) if (CPU / file).is_file() else []:
-            name = f"{row['op']} {row['mode']}, {row['shape']}".replace("_", " ")
+            mode = "" if row["mode"] == "statistics" else f" ({row['mode']})"
+            name = f"`{row['op']}`{mode}, {row['shape']}"
             if row.get("status", "ok") == "ok":
                 found.setdefault(name, {})[row["provider"]] = row
     body = []
@@ -69,7 +75,7 @@ def against_research() -> str:
         ours = [row for key, row in providers.items() if key.startswith("prunek")]
         if theirs is not None and ours:
             fast, slow = (float(row["p50_ms"]) for row in (ours[0], theirs))
-            body.append([name, f"{fast:.3g} ms", f"{slow:.3g} ms", f"{slow / fast:.1f}×"])
+            body.append([name, duration(fast), duration(slow), f"{slow / fast:.1f}×"])
     head = ["what", "prunekit", "research code", "ratio"]
     return table(head, body) if body else "Not measured on this version yet."
 
