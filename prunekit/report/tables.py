@@ -101,6 +101,7 @@ def records(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 def plain_table(title: str, columns: Sequence[str]) -> Table:
     """An empty table in the house style."""
     made = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    made.min_width = len(title)  # a title is not wrapped to the width of its columns
     for number, name in enumerate(columns):
         last = number == len(columns) - 1
         made.add_column(Text(name), overflow="fold", style="dim" if last and not name else "")
