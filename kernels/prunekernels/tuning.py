@@ -279,15 +279,19 @@ class BitmapMmaConfig(NamedTuple):
         token_tiles: Tiles of 8 tokens.
         stages: Slots of the shared-memory rings.
         splits: Programs that share the columns of one block of rows.
+        count_bits: Whether tensor cores count bits, or add bytes that the lanes have counted.
     """
 
     row_tiles: int
     token_tiles: int
     stages: int
     splits: int
+    count_bits: bool = True
 
 
-def bitmap_mma(tokens: int, rows: int, columns: int, processors: int) -> BitmapMmaConfig:
+def bitmap_mma(
+    tokens: int, rows: int, columns: int, processors: int, capability: tuple[int, int]
+) -> BitmapMmaConfig:
     """Tile of the tensor-core bitmap kernel (predicted).
 
     Args:
@@ -295,6 +299,7 @@ def bitmap_mma(tokens: int, rows: int, columns: int, processors: int) -> BitmapM
         rows: N.
         columns: K.
         processors: Multiprocessors of the device.
+        capability: Its CUDA compute capability; Blackwell's tensor cores do not count bits.
     """
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     blocks = -(-rows // 64) * -(-tokens // (8 * token_tiles))
@@ -302,7 +307,7 @@ def bitmap_mma(tokens: int, rows: int, columns: int, processors: int) -> BitmapM
     # four programs fit a multiprocessor, and a few more than fit would double the time; a split is
     # worth its float32 parts from four stages on
     splits = max(1, min(4 * processors // blocks, stages // 4))
-    return BitmapMmaConfig(1, token_tiles, 3, splits)
+    return BitmapMmaConfig(1, token_tiles, 3, splits, capability < (10, 0))
 
 
 #: Longest row whose keys one program holds on chip.

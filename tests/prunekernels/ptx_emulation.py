@@ -7,8 +7,9 @@ only when `cp.async.wait_group` demands it (`lazy`) or at once (`eager`): right 
 result both ways. Warps must not touch the same shared bytes, one of them writing, without a barrier
 between them; that raises too. Programs run one after another.
 
-`mma_sp_m16n8k32` and `mma_m16n8k16` are NVIDIA's tensor-core instructions, written from the PTX
-ISA. `Machine` stands where a `@gluon.jit` kernel stands in its launcher.
+`mma_sp_m16n8k32`, `mma_m16n8k16`, `mma_m16n8k32_u8` and `mma_m16n8k256_b1` are NVIDIA's tensor-core
+instructions, written from the PTX ISA. `Machine` stands where a `@gluon.jit` kernel stands in its
+launcher.
 """
 
 from __future__ import annotations
@@ -103,6 +104,57 @@ def mma_m16n8k16(a: Array, b: Array, c: Array, kind: str) -> Array:
     product = left @ right
     at = product[:, LANE // 4 + 8 * (REGISTER // 2), 2 * (LANE % 4) + REGISTER % 2]
     return (c + at).astype(np.float32)
+
+
+def mma_m16n8k32_u8(a: Array, b: Array, c: Array) -> Array:
+    """D (16×8) = A (16×32) · B (32×8) + C of unsigned bytes for each warp: `mma.m16n8k32`.
+
+    Args:
+        a: uint32 (warps, 32 lanes, 4): byte i of register r is column 4·(lane%4) + i + 16·(r/2) of
+            row lane/4 + 8·(r%2).
+        b: uint32 (warps, 32, 2): byte i of register r is row 4·(lane%4) + i + 16·r of column
+            lane/4.
+        c: int32 (warps, 32, 4), laid out as for `mma_sp_m16n8k32`.
+
+    Returns:
+        int32 (warps, 32, 4), laid out like `c`.
+    """
+    return _integer_product(a, b, c, 8)
+
+
+def mma_m16n8k256_b1(a: Array, b: Array, c: Array) -> Array:
+    """D (16×8) = how many bits A (16×256) and B (256×8) share, + C: `mma.m16n8k256.and.popc`.
+
+    Args:
+        a: uint32 (warps, 32 lanes, 4): bit i of register r is column 32·(lane%4) + i + 128·(r/2) of
+            row lane/4 + 8·(r%2).
+        b: uint32 (warps, 32, 2): bit i of register r is row 32·(lane%4) + i + 128·r of column
+            lane/4.
+        c: int32 (warps, 32, 4), laid out as for `mma_sp_m16n8k32`.
+
+    Returns:
+        int32 (warps, 32, 4), laid out like `c`.
+    """
+    return _integer_product(a, b, c, 1)
+
+
+def _integer_product(a: Array, b: Array, c: Array, bits: int) -> Array:
+    """A·B + C of unsigned integers of so many bits; a lane's registers hold 32 / bits of a row."""
+    count = 32 // bits
+    part = np.arange(count)
+    left = np.zeros((a.shape[0], 16, 8 * count), np.int64)
+    right = np.zeros((a.shape[0], 8 * count, 8), np.int64)
+    lane, register, part = LANE[..., None], REGISTER[..., None], part[None, None]
+    k = count * (lane % 4) + part
+    mask = np.uint32(2**bits - 1)
+    parts = (bits * part).astype(np.uint32)
+    left[:, lane // 4 + 8 * (register % 2), k + 4 * count * (register // 2)] = (
+        a[..., None] >> parts & mask
+    )
+    right[:, k + 4 * count * register[:, :2], lane // 4] = b[..., None] >> parts & mask
+    product = left @ right
+    at = product[:, LANE // 4 + 8 * (REGISTER // 2), 2 * (LANE % 4) + REGISTER % 2]
+    return (c + at).astype(np.int32)
 
 
 @dataclass
@@ -248,10 +300,7 @@ class Program:
             elif name == "ret":
                 at[active] = end
             elif active.any():
-                if (
-                    name in ("bar", "mma", "wgmma", "ldmatrix", "shfl", "redux")
-                    and not active.all()
-                ):
+                if name in ("bar", "mma", "wgmma", "ldmatrix", "shfl") and not active.all():
                     raise ValueError(f"only some threads arrive: {instruction.text}")
                 handler = getattr(self, f"_{name}", None)
                 if handler is None:
@@ -397,12 +446,17 @@ class Program:
             return np.stack([self._value(n, kind).reshape(-1, 32) for n in names], 2)
 
         d, a, b, c = operands[:4]
-        parts = fragment(a, "u32"), fragment(b, "u32"), fragment(c, "f32")
+        sums = "s32" if "s32" in opcode else "f32"
+        parts = fragment(a, "u32"), fragment(b, "u32"), fragment(c, sums)
         if opcode[1:6] == ["sp::ordered_metadata", "sync", "aligned", "m16n8k32", "row"]:
             metadata = self._value(operands[4], "u32").reshape(-1, 32)
             result = mma_sp_m16n8k32(*parts, metadata, int(operands[5], 0), opcode[8])
         elif opcode[1:5] == ["sync", "aligned", "m16n8k16", "row"]:
             result = mma_m16n8k16(*parts, opcode[7])
+        elif opcode[3] == "m16n8k32" and opcode[4:] == ["row", "col", "s32", "u8", "u8", "s32"]:
+            result = mma_m16n8k32_u8(*parts)
+        elif opcode[3] == "m16n8k256" and opcode[6:] == ["s32", "b1", "b1", "s32", "and", "popc"]:
+            result = mma_m16n8k256_b1(*parts)
         else:
             raise ValueError(f"unknown shape: {opcode}")
         for i, name in enumerate(d):
@@ -459,20 +513,10 @@ class Program:
             raise ValueError(f"unknown instruction: {opcode}")
 
     def _shfl(self, opcode: list[str], operands: list[Any], active: Array) -> None:
-        if opcode[1:] != ["sync", "up", "b32"] or operands[3] != "0":
+        if opcode[1:] != ["sync", "bfly", "b32"] or operands[3] != "31":
             raise ValueError(f"unknown instruction: {opcode}")
-        target, within = operands[0].split("|")
-        source = np.arange(self.threads) - int(operands[2], 0)
-        inside = source >= self.warp * 32
-        values = self._value(operands[1], "u32")
-        self._set(target, values[np.where(inside, source, np.arange(self.threads))], active)
-        self._set(within, inside, active)
-
-    def _redux(self, opcode: list[str], operands: list[Any], active: Array) -> None:
-        if opcode[1:] != ["sync", "add", "s32"]:
-            raise ValueError(f"unknown instruction: {opcode}")
-        sums = self._value(operands[1], "u32").reshape(-1, 32).sum(1, dtype=np.uint32)
-        self._set(operands[0], np.repeat(sums, 32), active)
+        source = np.arange(self.threads) ^ int(operands[2], 0)
+        self._set(operands[0], self._value(operands[1], "u32")[source], active)
 
     def _prmt(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         low, high = (self._value(o, "u32").astype(np.uint64) for o in operands[1:3])
@@ -535,6 +579,9 @@ class Program:
     def _xor(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         self._binary(opcode, operands, active, np.bitwise_xor)
 
+    def _not(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        self._set(operands[0], ~self._value(operands[1], opcode[-1].replace("b", "u")), active)
+
     def _shift(self, opcode: list[str], operands: list[Any], active: Array, function: Any) -> None:
         value = self._value(operands[1], opcode[-1].replace("b", "u"))
         count = self._value(operands[2], "u32").astype(value.dtype)
@@ -547,10 +594,12 @@ class Program:
         self._shift(opcode, operands, active, np.right_shift)
 
     def _bfe(self, opcode: list[str], operands: list[Any], active: Array) -> None:
-        if opcode[-1] != "u32":
-            raise ValueError(f"unknown instruction: {opcode}")
         value, start, count = (self._value(o, "u32") for o in operands[1:])
-        self._set(operands[0], value >> start & ((np.uint32(1) << count) - np.uint32(1)), active)
+        field = value >> start & ((np.uint32(1) << count) - np.uint32(1))
+        if opcode[-1] == "s32":
+            sign = np.uint32(1) << count - np.uint32(1)
+            field = (field ^ sign) - sign
+        self._set(operands[0], field, active)
 
     def _mul(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         if "wide" in opcode:

@@ -123,24 +123,24 @@ def test_the_order_is_that_of_the_tensor_core_operand():
         words[1, 2, lane] = 1 << (8 * step + element)
         assert torch.equal(packed.bitmap.long() & 0xFFFFFFFF, words)
         assert packed.starts.tolist() == [0] * 6 + [1]
-    # values follow step, lane, element
+    # values follow step, half of its columns, lane, element
     weight = torch.zeros(16, 64, dtype=torch.float16)
-    for number, place in enumerate([(0, 1), (8, 1), (0, 2), (1, 0), (0, 16), (9, 63)]):
+    for number, place in enumerate([(0, 1), (8, 1), (0, 2), (1, 0), (0, 9), (0, 16), (9, 63)]):
         weight[place] = number + 1
-    assert bitmap_pack(weight).values.tolist() == [1, 2, 3, 4, 5, 6, 0, 0]
+    assert bitmap_pack(weight).values.tolist() == [1, 2, 3, 4, 5, 6, 7, 0]
 
 
 @pytest.mark.parametrize(
-    ("sparsity", "most"), [(0.3, 2.4), (0.5, 2.0), (0.6, 1.8), (0.7, 1.4), (0.9, 1.0)]
+    ("sparsity", "most"), [(0.0, 2.0), (0.3, 2.0), (0.5, 1.3), (0.6, 1.1), (0.7, 1.05), (0.9, 1.0)]
 )
 def test_loads_of_a_warp_meet_few_banks_twice(sparsity, most):
     # what a load from shared memory costs: the most words that its lanes want from one bank
     packed = bitmap_pack(torch.ones(64, 1024) * (torch.rand(64, 1024) >= sparsity))
-    bits = packed.bitmap.view(torch.uint8).view(-1, 32, 4).transpose(1, 2)
-    used = (bits[..., None] >> torch.arange(8) & 1).bool()  # (tile, step, lane, element)
+    bits = packed.bitmap[..., None] >> torch.arange(32) & 1
+    used = bits.bool().view(-1, 32, 8, 4).transpose(1, 2)  # (tile, run, lane, element)
     flat = used.flatten(1).long()
     word = (flat.cumsum(1) - flat).view(used.shape) // 2
-    load = used.transpose(2, 3).flatten(0, 2)  # a load is one element of one step
+    load = used.transpose(2, 3).flatten(0, 2)  # a load is one element of one run
     word = word.transpose(2, 3).flatten(0, 2)
     wanted = torch.zeros(load.shape[0], 32 * 32, dtype=torch.bool)
     wanted[torch.arange(load.shape[0])[:, None], word % 1024 * load] = True
@@ -239,11 +239,13 @@ def test_states_that_do_not_fit_are_refused():
 
     with pytest.raises(ValueError, match="values"):
         BitmapSparse.from_state_dict({k: v for k, v in state.items() if k != "values"})
-    refused("version 2 is unknown", header=torch.tensor([2, 16, 64, 0]))
-    refused("value type 9", header=torch.tensor([1, 16, 64, 9]))
+    # the first version has its values in another order
+    for version in (1, 3):
+        refused(f"version {version} is unknown", header=torch.tensor([version, 16, 64, 0]))
+    refused("value type 9", header=torch.tensor([2, 16, 64, 9]))
     refused("value type 0.*float16", values=state["values"].half())
-    refused("4 numbers", header=torch.tensor([1, 16]))
-    refused(r"bitmap .* of shape \(2, 1, 32\)", header=torch.tensor([1, 32, 64, 0]))
+    refused("4 numbers", header=torch.tensor([2, 16]))
+    refused(r"bitmap .* of shape \(2, 1, 32\)", header=torch.tensor([2, 32, 64, 0]))
     refused("starts .* int32", starts=state["starts"].long())
     refused("multiple of 8", values=state["values"][:-1])
     refused("contiguous", values=torch.ones(2048, dtype=torch.bfloat16)[::2])

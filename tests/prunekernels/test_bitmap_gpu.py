@@ -63,13 +63,14 @@ def test_every_sparsity(impl, density):
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
 @pytest.mark.parametrize("token_tiles", [1, 2, 4, 8])
-def test_every_configuration_of_the_tensor_core_kernel(token_tiles, splits):
+@pytest.mark.parametrize("count_bits", [True, False])
+def test_every_configuration_of_the_tensor_core_kernel(count_bits, token_tiles, splits):
     from prunekernels.sparse import mma_bitmap
 
     weight = ragged(700, 4160, torch.bfloat16, "cuda")
     x = torch.randn(50, 4160, device="cuda").to(torch.bfloat16)
     packed = bitmap_pack(weight)
-    config = BitmapMmaConfig(1, token_tiles, 3, splits)
+    config = BitmapMmaConfig(1, token_tiles, 3, splits, count_bits)
     arguments = (x, packed.bitmap, packed.starts, packed.values, 700, None, "none", config)
     got = mma_bitmap.launch(*arguments)
     assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)

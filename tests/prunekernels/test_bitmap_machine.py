@@ -57,6 +57,7 @@ CASES = [
     # dtype, tokens, rows, columns, config, activation, bias
     (torch.bfloat16, 3, 80, 832, BitmapMmaConfig(1, 1, 3, 2), "silu", True),
     (torch.float16, 1, 33, 61, BitmapMmaConfig(1, 1, 3, 1), "none", False),
+    (torch.bfloat16, 3, 80, 320, BitmapMmaConfig(1, 1, 3, 2, count_bits=False), "none", True),
 ]
 MORE = [
     (torch.bfloat16, 1, 64, 1024, BitmapMmaConfig(1, 1, 3, 1), "none", False),
@@ -65,6 +66,8 @@ MORE = [
     (torch.bfloat16, 40, 70, 704, BitmapMmaConfig(1, 4, 3, 3), "gelu_tanh", True),
     (torch.bfloat16, 9, 33, 1024, BitmapMmaConfig(1, 1, 3, 8), "none", False),
     (torch.bfloat16, 70, 40, 320, BitmapMmaConfig(1, 8, 3, 1), "none", True),
+    (torch.float16, 13, 100, 300, BitmapMmaConfig(1, 2, 3, 1, count_bits=False), "gelu", True),
+    (torch.bfloat16, 4, 200, 200, BitmapMmaConfig(2, 1, 3, 1), "none", False),
 ]
 PARAMETERS = [pytest.param(*c) for c in CASES]
 PARAMETERS += [pytest.param(*c, marks=pytest.mark.slow) for c in MORE]
@@ -84,10 +87,11 @@ def test_linear(machine, dtype, tokens, rows, columns, config, activation, has_b
     assert torch.equal(got, machine(x, weight, bias, activation, config, lazy=False))
 
 
+@pytest.mark.parametrize("count_bits", [True, False])
 @pytest.mark.parametrize(
     "kind", ["full", pytest.param("empty", marks=pytest.mark.slow), "one row", "one block"]
 )
-def test_extreme_weights(machine, kind):
+def test_extreme_weights(machine, kind, count_bits):
     weight = torch.zeros(64, 320)
     if kind == "full":
         # the largest counts that the packed sums must hold
@@ -97,7 +101,8 @@ def test_extreme_weights(machine, kind):
     elif kind == "one block":
         weight[:, 128:192] = torch.randn(64, 64)
     weight, x = weight.to(torch.bfloat16), torch.randn(2, 320).to(torch.bfloat16)
-    got = machine(x, weight, None, "none", BitmapMmaConfig(1, 1, 3, 1), arch=90)
+    config = BitmapMmaConfig(1, 1, 3, 1, count_bits)
+    got = machine(x, weight, None, "none", config, arch=90)
     assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prunekernels.sparse.layout_bitmap import (
     BLOCK_K,
+    LANES,
     TILE,
     UNIT,
     chunks,
@@ -45,8 +46,9 @@ def bitmap_unpack(
     bits, pair = _INTEGERS[values.dtype.itemsize]
     # eight elements at a time: tables say where the values of a byte's bits are, and which to keep
     set_ = set_bits(values.device)
-    offset = ((set_.cumsum(1) - set_) * set_).to(torch.int32)
-    count, keep = set_.sum(1, dtype=torch.int32), -set_.to(bits)
+    runs = set_.view(256, 2, 4)
+    offset = ((runs.cumsum(2) - runs) * runs).to(torch.int32)
+    count, keep = runs.sum(2, dtype=torch.int32), -set_.to(bits)
     order = None
     for first, last in chunks(lines, columns):
         begin, end = (int(starts[blocks * line]) * UNIT for line in (first, last))
@@ -56,10 +58,12 @@ def bitmap_unpack(
             continue
         bytes_ = step_bytes(bitmap[first:last])
         before = (starts_of(starts, first, last, columns)[:-1, None] - begin // UNIT) * UNIT
-        counts = count.index_select(0, bytes_).view(before.shape[0], -1)
-        # of a byte behind the last value, nothing is kept
+        counts = count.index_select(0, bytes_).view(-1, LANES, 2).transpose(1, 2)
+        counts = counts.reshape(len(before), -1)
+        # of a run behind the last value, nothing is kept
         before = (before + counts.cumsum(1, dtype=torch.int32) - counts).clamp_(max=end - begin - 1)
-        number = offset.index_select(0, bytes_).add_(before.view(-1, 1))
+        before = before.view(-1, 2, LANES).transpose(1, 2).reshape(-1, 2, 1)
+        number = offset.index_select(0, bytes_).add_(before)
         elements = values[begin:end].view(bits).index_select(0, number.view(-1))
         elements &= keep.index_select(0, bytes_).view(-1)
         if order is None:

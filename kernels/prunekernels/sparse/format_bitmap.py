@@ -11,6 +11,7 @@ from torch import Tensor
 from prunekernels.sparse.expand_bitmap import bitmap_unpack
 from prunekernels.sparse.layout_bitmap import (
     BLOCK_K,
+    LANES,
     TILE,
     UNIT,
     VALUE_CODES,
@@ -185,7 +186,7 @@ def bitmap_pack(weight: Tensor) -> BitmapSparse:
         padded[: chunk.shape[0], :columns] = chunk
         # row = (h, g), column = (block, step, u, t, c)
         elements = padded.view(last - first, 2, 8, blocks, 4, 2, 4, 2)
-        elements = elements.permute(0, 3, 4, 2, 6, 5, 1, 7).reshape(-1, TILE)
+        elements = elements.permute(0, 3, 4, 5, 2, 6, 1, 7).reshape(-1, TILE)
         used = elements != 0
         counts = used.sum(1)
         bitmap[first:last] = _words(used).view(last - first, blocks, 32)
@@ -263,7 +264,8 @@ def _with_filling(used: Tensor, counts: Tensor) -> Tensor:
 
 
 def _words(used: Tensor) -> Tensor:
-    """Bitmap words (tiles, 32) of flags (tiles, 1024)."""
-    # eight flags are the bytes of a 64-bit word; the product gathers them in its upper byte
-    bytes_ = (used.view(torch.int64) * 0x0102040810204080 >> 56).to(torch.uint8)
-    return bytes_.view(-1, 4, 32).transpose(1, 2).contiguous().view(torch.int32).squeeze(2)
+    """Bitmap words (tiles, 32) of flags (tiles, 1024) in the order of the values."""
+    # four flags are the bytes of a 32-bit word; the product gathers them in its top nibble
+    runs = (used.view(torch.int32) * 0x01020408 >> 24 & 15).to(torch.uint8).view(-1, 4, 2, LANES)
+    bytes_ = runs[:, :, 0] | runs[:, :, 1] << 4
+    return bytes_.transpose(1, 2).contiguous().view(torch.int32).squeeze(2)

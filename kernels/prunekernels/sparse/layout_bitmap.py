@@ -1,13 +1,15 @@
 """The bitmap format: any sparsity, one bit per weight and the non-zero values.
 
 A weight has N rows (outputs) and K columns (inputs), padded to lines of 16 rows and blocks of 64
-columns. A line and a block meet in a *tile* of 1024 weights, read in the order in which the lanes
-of a warp hold the left operand of four `mma.m16n8k16`: step (16 columns), lane, element. For
-lane = 4·g + t, element i = 4·u + 2·h + c is row g + 8·h, column 16·step + 8·u + 2·t + c.
+columns. A line and a block meet in a *tile* of 1024 weights. The bits follow the order in which the
+lanes of a warp hold the left operand of four `mma.m16n8k16`: step (16 columns), lane, element. For
+lane = 4·g + t, element i = 4·u + 2·h + c is row g + 8·h, column 16·step + 8·u + 2·t + c. The
+values follow a finer one: the four elements of a lane that share step and u are a *run*, and the
+runs of all lanes with one step and u lie side by side.
 
     bitmap  int32 (lines, blocks, 32): bit 8·step + i of a lane's word says element i is not zero
-    values  (8·units,): the non-zeros of tile after tile, each tile filled up with zeros to a unit
-            of 8 values, so that tiles can be copied 16 bytes at a time
+    values  (8·units,): the non-zeros of tile after tile, in the order (step, u, lane, h, c), each
+            tile filled up with zeros to a unit of 8 values, so that 16 bytes are copied at a time
     starts  int32 (lines·blocks + 1,): the unit where each tile starts, and the number of units
 
 Nothing depends on how the non-zeros are spread: full and empty rows, tiles and weights are all
@@ -26,8 +28,10 @@ from torch import Tensor
 
 from prunekernels.sparse.stacking import ROWS
 
-VERSION = 1
+VERSION = 2
 BLOCK_K, TILE = 64, 1024
+#: Runs of four elements in a bitmap word, and lanes in a tile.
+RUNS, LANES = 8, 32
 UNIT = 8
 
 #: Value types and their numbers in a stored header.

@@ -4,10 +4,9 @@
 
 Four warps per program, each with a line of 16 weight rows, walk their columns in stages of 128.
 The values of a stage and the x of all warps come through rings in shared memory (`cp.async`), the
-bitmap words through registers. A lane's word holds the bits of its own operand elements in four
-`mma.m16n8k16`, and its values lie side by side, so an element costs a test, a load and an addition
-that happen only if its bit is set: no population count. Where a lane starts in each of the four
-steps are counts of bits in the lanes before it: one sum over the warp, four counts to a word.
+bitmap words through registers. Per element there is a test, and a load if its bit is set. Where a
+lane's values are, tensor cores find out, for each pair of elements that share an operand register
+(`addresses_bitmap`).
 Columns may be split over programs; the last to arrive adds the parts in their fixed order, so
 results are bitwise repeatable.
 
@@ -31,6 +30,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.gluon_compat import barrier
+from prunekernels.sparse.addresses_bitmap import (
+    addresses,
+    lane_masks,
+    offsets,
+    parts_of,
+    quad_masks,
+)
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.fragments import axis, finish, x_layout
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
@@ -68,34 +74,20 @@ def _mma_text(kind, half):
 
 
 @gluon.constexpr_function
-def _scan_text():
-    """$0 = the sum of $1 over this lane and those before it."""
-    lines = ["{", ".reg .pred p;", ".reg .b32 t;", "mov.b32 $0, $1;"]
-    for distance in (1, 2, 4, 8, 16):
-        lines += [
-            f"shfl.sync.up.b32 t|p, $0, {distance}, 0, -1;",
-            "@p add.s32 $0, $0, t;",
-        ]
-    return "\n".join([*lines, "}"])
-
-
-@gluon.constexpr_function
 def _expand_text(step):
-    """$0..$3 = the lane's operand of a step: word $4, address $8 of its first value."""
-    lines = ["{", ".reg .pred p;", ".reg .b32 t, a, b, lo, hi;", "mov.b32 a, $8;"]
-    for element in range(8):
-        bit, half = 8 * step + element, ("lo", "hi")[element % 2]
-        # the tested bit, moved to the place of 2, is also the step to the next value; where the bit
-        # is not set, what the test left is the zero to multiply with
-        lines += [f"and.b32 {half}, $4, {1 << bit};", f"setp.ne.b32 p, {half}, 0;"]
-        if element < 7:
-            move = f"shr.u32 t, {half}, {bit - 1};" if bit else "shl.b32 t, lo, 1;"
-            lines += [move, "add.s32 b, a, t;"]
-        lines.append(f"@p ld.shared.u16 {half}, [a];")
-        if element % 2:
-            lines.append(f"prmt.b32 ${element // 2}, lo, hi, 0x5410;")
-        if element < 7:
-            lines.append("mov.b32 a, b;")
+    """$0..$3 = the lane's operand of a step: word $4; $8, $12, $16, $20: where each register's
+    second value is, the first before it."""
+    lines = ["{", ".reg .pred p;", ".reg .b32 lo, hi;"]
+    for register in range(4):
+        for half, offset in (("lo", -2), ("hi", 0)):
+            bit = 8 * step + 2 * register + (half == "hi")
+            # where the bit is not set, what the test left is the zero to multiply with
+            lines += [
+                f"and.b32 {half}, $4, {1 << bit};",
+                f"setp.ne.b32 p, {half}, 0;",
+                f"@p ld.shared.u16 {half}, [${8 + 4 * register} + {offset}];",
+            ]
+        lines.append(f"prmt.b32 ${register}, lo, hi, 0x5410;")
     return "\n".join([*lines, "}"])
 
 
@@ -142,62 +134,33 @@ def _copy_values(values_ptr, begin, end, slot, LANES: gl.constexpr):
 
 
 @gluon.jit
-def _warp_sum(x):
-    """Sum over the lanes of each warp's tile, in all lanes."""
-    return gl.inline_asm_elementwise(
-        "redux.sync.add.s32 $0, $1, -1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
-    )
+def _to_registers(x, NW: gl.constexpr, MT: gl.constexpr, ACC: gl.constexpr):
+    """A number of each lane and tile, (tiles, 32), beside the accumulators."""
+    return gl.convert_layout(gl.reshape(x, [NW, MT, 1, 32, 1]), ACC)
 
 
 @gluon.jit
-def _first_values(word, slot):
-    """Shared addresses of each lane's first values in four steps, and of what follows the tile.
-
-    word: (tiles, 32) bitmap words; slot: (tiles, 32) the address of the tile's values.
-    """
-    # bytes of `count`: how many values the lane has in each step
-    count = word - (word >> 1 & 0x55555555)
-    count = (count & 0x33333333) + (count >> 2 & 0x33333333)
-    count = count + (count >> 4) & 0x0F0F0F0F
-    upto = gl.inline_asm_elementwise(
-        _scan_text(), "=&r,r", [count], dtype=gl.int32, is_pure=False, pack=1
-    )
-    # the lanes before hold at most 31·8 values of a step: bytes do not run over
-    lanes = upto - count
-    # halves: values of the warp in steps 0 and 2, and in steps 1 and 3
-    even = _warp_sum(count & 0x00FF00FF)
-    odd = _warp_sum(count >> 8 & 0x00FF00FF)
-    both = even + odd
-    # halves: values before the lane's in steps 0 and 2, and in steps 1 and 3
-    upper = both << 16
-    at02 = (lanes & 0x00FF00FF) + upper
-    at13 = (lanes >> 8 & 0x00FF00FF) + even + upper
-    total = (both & 0xFFFF) + (both >> 16)
-    # slots are multiples of 16 bytes, and so are the tiles in them
-    return (
-        slot + (at02 & 0xFFFF) * 2,
-        slot + (at13 & 0xFFFF) * 2,
-        slot + (at02 >> 16) * 2,
-        slot + (at13 >> 16) * 2,
-        slot + (total * 2 + 15 & -16),
-    )
-
-
-@gluon.jit
-def _multiply(acc, word, first, b, STEP: gl.constexpr, KIND: gl.constexpr, ACC: gl.constexpr):
+def _multiply(acc, word, a0, a1, a2, a3, b, STEP: gl.constexpr, KIND: gl.constexpr,
+              ACC: gl.constexpr):  # fmt: skip
     """acc + A·B for a step of 16 columns.
 
-    word, first: (tiles, 32); b: (8·token tiles, 16) words of x, whose half STEP % 2 is used.
+    word: (tiles, 32); a0 … a3: (tiles, 32), the addresses for the operand registers; b: (8·token
+    tiles, 16) words of x, whose half STEP % 2 is used.
     """
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
     NT: gl.constexpr = acc.shape[2]
-    word = gl.convert_layout(gl.reshape(word, [NW, MT, 1, 32, 1]), ACC)
-    first = gl.convert_layout(gl.reshape(first, [NW, MT, 1, 32, 1]), ACC)
     a = gl.inline_asm_elementwise(
         _expand_text(STEP),
-        "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r,r,r,r,r",
-        [word, first, axis(4, 4, ACC)],
+        "=&r,=&r,=&r,=&r" + ",r" * 24,
+        [
+            _to_registers(word, NW, MT, ACC),
+            _to_registers(a0, NW, MT, ACC),
+            _to_registers(a1, NW, MT, ACC),
+            _to_registers(a2, NW, MT, ACC),
+            _to_registers(a3, NW, MT, ACC),
+            axis(4, 4, ACC),
+        ],
         dtype=gl.int32,
         is_pure=False,
         pack=4,
@@ -240,6 +203,7 @@ def _bitmap_mma_fwd_kernel(
     MT: gl.constexpr,  # lines per warp
     NT: gl.constexpr,  # tiles of 8 tokens
     RING: gl.constexpr,  # slots of the rings
+    COUNT: gl.constexpr,  # tensor cores count bits, else they add bytes
 ):
     TILES: gl.constexpr = NW * MT
     LANES: gl.constexpr = gl.BlockedLayout([MT, 1], [1, 32], [NW, 1], [1, 0])
@@ -289,6 +253,12 @@ def _bitmap_mma_fwd_kernel(
     end = gl.load(start_ptrs + gl.minimum((first + RING - 1) * 2 + 2, blocks))
     word0 = gl.load(word_ptrs + first * 64)
     word1 = gl.load(word_ptrs + first * 64 + 32, mask=first * 2 + 1 < blocks, other=0)
+    units = gl.load(start_ptrs + first * 2 + 1) - gl.load(start_ptrs + first * 2)
+    quads = quad_masks(lane, COUNT)
+    lanes = (
+        lane_masks(lane, 0, COUNT), lane_masks(lane, 1, COUNT),
+        lane_masks(lane, 2, COUNT), lane_masks(lane, 3, COUNT),
+    )  # fmt: skip
     acc = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
     slot = 0
     for stage in range(first, first + count):
@@ -303,24 +273,24 @@ def _bitmap_mma_fwd_kernel(
         async_copy.commit_group()
         begin = end
         end = gl.load(start_ptrs + gl.minimum(coming * 2 + 4, blocks))
-        following = gl.minimum(stage + 1, stages - 1)
         xs = memory.index(slot)
-        s0, s1, s2, s3, behind = _first_values(word0, values + slot * (TILES * 4096))
-        b = xs.slice(0, 16, dim=1).load(X)
-        acc = _multiply(acc, word0, s0, b, 0, KIND, ACC)
-        acc = _multiply(acc, word0, s1, b, 1, KIND, ACC)
-        b = xs.slice(16, 16, dim=1).load(X)
-        acc = _multiply(acc, word0, s2, b, 2, KIND, ACC)
-        acc = _multiply(acc, word0, s3, b, 3, KIND, ACC)
+        base0 = values + slot * (TILES * 4096)
+        base1 = base0 + units * 16
+        parts = parts_of(word0, word1, COUNT)
+        numbers = offsets(parts, quads, COUNT)
+        for step in gl.static_range(4):
+            p0, p2, q0, q2, p1, p3, q1, q3 = addresses(
+                numbers, parts, base0, base1, lanes[step], COUNT
+            )
+            if step % 2 == 0:
+                b0 = xs.slice(8 * step, 16, dim=1).load(X)
+                b1 = xs.slice(32 + 8 * step, 16, dim=1).load(X)
+            acc = _multiply(acc, word0, p0, p1, p2, p3, b0, step, KIND, ACC)
+            acc = _multiply(acc, word1, q0, q1, q2, q3, b1, step, KIND, ACC)
+        following = gl.minimum(stage + 1, stages - 1)
         word0 = gl.load(word_ptrs + following * 64)
-        s0, s1, s2, s3, behind = _first_values(word1, behind)
-        b = xs.slice(32, 16, dim=1).load(X)
-        acc = _multiply(acc, word1, s0, b, 0, KIND, ACC)
-        acc = _multiply(acc, word1, s1, b, 1, KIND, ACC)
-        b = xs.slice(48, 16, dim=1).load(X)
-        acc = _multiply(acc, word1, s2, b, 2, KIND, ACC)
-        acc = _multiply(acc, word1, s3, b, 3, KIND, ACC)
         word1 = gl.load(word_ptrs + following * 64 + 32, mask=following * 2 + 1 < blocks, other=0)
+        units = gl.load(start_ptrs + following * 2 + 1) - gl.load(start_ptrs + following * 2)
         slot = gl.where(slot == RING - 1, 0, slot + 1)
     async_copy.wait_group(0)
     finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
@@ -337,8 +307,10 @@ def forward(
     activation: str,
 ) -> Tensor:
     """Launch for x (M, K) with M > 0."""
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config = bitmap_mma(x.shape[0], rows, x.shape[1], processors)
+    properties = torch.cuda.get_device_properties(x.device)
+    capability = properties.major, properties.minor
+    processors = properties.multi_processor_count
+    config = bitmap_mma(x.shape[0], rows, x.shape[1], processors, capability)
     return launch(x, bitmap, starts, values, rows, bias, activation, config)
 
 
@@ -387,6 +359,7 @@ def launch(
         MT=config.row_tiles,
         NT=config.token_tiles,
         RING=config.stages,
+        COUNT=config.count_bits,
         num_warps=WARPS,
     )
     return y
@@ -402,6 +375,7 @@ def self_test(device: torch.device) -> str | None:
         None if all results are equal, else what differed.
     """
     random = torch.Generator().manual_seed(0)
+    count_bits = torch.cuda.get_device_capability(device) < (10, 0)
     for dtype, tokens, splits in ((torch.bfloat16, 5, 3), (torch.float16, 20, 1)):
         weight = torch.randint(-2, 3, (200, 1088), generator=random)
         # rows of all sparsities, from empty to full
@@ -409,7 +383,7 @@ def self_test(device: torch.device) -> str | None:
         weight = weight.to(device, dtype)
         x = torch.randint(-2, 3, (tokens, 1088), generator=random).to(device, dtype)
         packed = bitmap_pack(weight)
-        config = BitmapMmaConfig(1, 1 if tokens <= 8 else 4, 3, splits)
+        config = BitmapMmaConfig(1, 1 if tokens <= 8 else 4, 3, splits, count_bits)
         parts = packed.bitmap, packed.starts, packed.values, 200, None, "none", config
         if problem := difference(launch(x, *parts), x, weight):
             return problem
@@ -423,12 +397,12 @@ def compile_cases() -> list[KernelCase]:
         *(_case(kind, tokens, True, every) for kind in ("bf16", "f16") for tokens in (1, 64)),
         *(_case("bf16", tokens, True, every) for tokens in (16, 32)),
         _case("bf16", 1, False, every),
-        _case("bf16", 1, True, (120,)),
+        *(_case("bf16", tokens, True, (100, 120)) for tokens in (1, 64)),
     ]
 
 
 def _case(kind: str, tokens: int, split: bool, archs: Sequence[Arch]) -> KernelCase:
-    config = bitmap_mma(tokens, 14336, 4096, 132)
+    config = bitmap_mma(tokens, 14336, 4096, 132, divmod(archs[0], 10))
     parts = ("bitmap_ptr", "starts_ptr", "values_ptr")
     floating = "*bf16" if kind == "bf16" else "*fp16"
     sizes = ("stride_xm", "M", "N", "lines", "blocks", "stages", "per_split")
@@ -453,6 +427,7 @@ def _case(kind: str, tokens: int, split: bool, archs: Sequence[Arch]) -> KernelC
             "MT": config.row_tiles,
             "NT": config.token_tiles,
             "RING": config.stages,
+            "COUNT": config.count_bits,
         },
         num_warps=WARPS,
         divisible=("x_ptr", *parts, "y_ptr", "parts_ptr", "counter_ptr", "stride_xm", "blocks"),

@@ -7,10 +7,10 @@ in order. Where columns are shared between programs, each stores its float32 par
 kernel adds the parts in their order: results are bitwise repeatable. Runs on every GPU that Triton
 supports and in the interpreter. Format: `layout_bitmap`.
 
-A lane's first value of a step lies behind those of the steps before and of the lanes before it:
-both counts come from the bitmap words, four steps at once in the bytes of one sum. Within a lane a
-multiplication counts: with the eight bits b₀ … b₇ in the nibbles of z, nibble i of z·(16 + 16² + …)
-is b₀ + … + bᵢ₋₁.
+A run's first value lies behind those of the runs before and of the lanes before: both counts come
+from the bitmap words, four runs at once in the bytes of one sum. Within a lane a multiplication
+counts: with the eight bits b₀ … b₇ of a step in the nibbles of z, nibble i of z·(16 + 16² + …) is
+b₀ + … + bᵢ₋₁.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -47,31 +47,40 @@ def _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N
     tile = line * blocks + block
     word = tl.load(bitmap_ptr + tile[:, None] * 32 + tl.arange(0, 32)[None, :])
     start = tl.load(starts_ptr + tile).to(tl.int64) * 8
-    # bytes of `count`: how many values the lane has in each step
+    # how many values the lane has in each run: bytes, of steps, for the first and the second run
     count = word - (word >> 1 & 0x55555555)
     count = (count & 0x33333333) + (count >> 2 & 0x33333333)
-    count = count + (count >> 4) & 0x0F0F0F0F
-    # the lanes before hold at most 31·8 values of a step: bytes do not run over
-    lanes = tl.cumsum(count, 1) - count
-    even = tl.sum(count & 0x00FF00FF, 1)[:, None]
-    odd = tl.sum(count >> 8 & 0x00FF00FF, 1)[:, None]
+    count0 = count & 0x0F0F0F0F
+    count1 = count >> 4 & 0x0F0F0F0F
+    # a run has at most 32·4 values: bytes do not run over
+    lanes0 = tl.cumsum(count0, 1) - count0
+    lanes1 = tl.cumsum(count1, 1) - count1
+    sum0 = tl.sum(count0, 1)[:, None]
+    sum1 = tl.sum(count1, 1)[:, None]
     step = tl.arange(0, 4)[None, :]
-    steps = tl.where(step > 0, even & 0xFFFF, 0) + tl.where(step > 1, odd & 0xFFFF, 0)
-    steps += tl.where(step > 2, even >> 16, 0)
+    steps = tl.zeros((LINES, 4), tl.int32)
+    for s in tl.static_range(3):
+        both = (sum0 >> 8 * s & 255) + (sum1 >> 8 * s & 255)
+        steps += tl.where(step > s, both, 0)
+    step_start = start[:, None] + steps
     shift = 8 * step[:, None, :]
-    first = (start[:, None] + steps)[:, None, :] + (lanes[:, :, None] >> shift & 255)
+    first0 = step_start[:, None, :] + (lanes0[:, :, None] >> shift & 255)
+    # counting goes on from the first run to the second
+    behind0 = (step_start + (sum0 >> 8 * step & 255))[:, None, :]
+    first1 = behind0 + (lanes1[:, :, None] >> shift & 255) - (count0[:, :, None] >> shift & 255)
     # eight bits to eight nibbles
     nibbles = word[:, :, None] >> shift & 255
     nibbles = (nibbles | nibbles << 12) & 0x000F000F
     nibbles = (nibbles | nibbles << 6) & 0x03030303
     nibbles = (nibbles | nibbles << 3) & 0x11111111
     before = nibbles * 0x11111110
-    ptrs = values_ptr + first
+    ptrs0 = values_ptr + first0
+    ptrs1 = values_ptr + first1
     # joined, not broadcast: a thread then holds the eight elements of a lane and step
-    a0 = tl.join(_element(ptrs, nibbles, before, 0), _element(ptrs, nibbles, before, 1))
-    a1 = tl.join(_element(ptrs, nibbles, before, 2), _element(ptrs, nibbles, before, 3))
-    a2 = tl.join(_element(ptrs, nibbles, before, 4), _element(ptrs, nibbles, before, 5))
-    a3 = tl.join(_element(ptrs, nibbles, before, 6), _element(ptrs, nibbles, before, 7))
+    a0 = tl.join(_element(ptrs0, nibbles, before, 0), _element(ptrs0, nibbles, before, 1))
+    a1 = tl.join(_element(ptrs0, nibbles, before, 2), _element(ptrs0, nibbles, before, 3))
+    a2 = tl.join(_element(ptrs1, nibbles, before, 4), _element(ptrs1, nibbles, before, 5))
+    a3 = tl.join(_element(ptrs1, nibbles, before, 6), _element(ptrs1, nibbles, before, 7))
     bits = tl.join(tl.join(a0, a1), tl.join(a2, a3))
     # (line, g, t, step, c, h, u) to row = (line, h, g), column = (step, u, t, c)
     bits = tl.reshape(bits, (LINES, 8, 4, 4, 2, 2, 2))
