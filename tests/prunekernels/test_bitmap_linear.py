@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from allocations import Allocations
 from products import assert_as_good_as_eager, ragged
+from prunekernels.sparse.expand_bitmap import product
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
 from prunekernels.sparse.linear_bitmap import bitmap_linear
@@ -31,8 +33,24 @@ def test_values(dtype, activation, tokens, rows, columns):
 @pytest.mark.parametrize("density", [0.0, 1.0])
 def test_empty_and_full_weights(density):
     weight = torch.full((20, 70), 1.5 * density)
-    x = torch.randn(3, 70)
+    # sums of small integers are exact in any order
+    x = torch.randint(-3, 4, (3, 70)).float()
     assert torch.equal(bitmap_linear(x, bitmap_pack(weight)), F.linear(x, weight))
+
+
+def test_a_product_on_a_cpu_holds_no_dense_weight():
+    beside_the_result = []
+    for rows in (500, 4000):
+        weight = ragged(rows, 1000, torch.bfloat16)
+        packed, x = bitmap_pack(weight), torch.randn(2, 1000).to(torch.bfloat16)
+        parts = packed.bitmap, packed.starts, packed.values, rows
+        with Allocations() as used:
+            y = product(x, *parts, None)
+        # the result has rows to fill up a line
+        beside_the_result.append(used.peak - 2 * y.nbytes)
+    assert beside_the_result[1] < 1.1 * beside_the_result[0]
+    assert beside_the_result[1] < weight.nbytes / 2
+    assert_as_good_as_eager(y, F.linear(x, weight), x.double() @ weight.double().T)
 
 
 def test_leading_dimensions_strides_and_aliasing():

@@ -1,7 +1,7 @@
 """y = activation(x·Wᵀ + bias) with W packed as a bitmap and its non-zero values.
 
-The eager implementation expands the weight for the duration of the call and uses the dense matrix
-multiplication: on a GPU that is also the path for many tokens. Kernels that read the packed
+The eager implementation expands the weight, on a CPU some lines at a time, and uses the dense
+matrix multiplication: on a GPU that is also the path for many tokens. Kernels that read the packed
 tensors are `portable_bitmap` and `mma_bitmap`; the format is `layout_bitmap`.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prunekernels.runtime import interpreting, triton_installed
 from prunekernels.sparse.dispatch import Dispatch, Expected
-from prunekernels.sparse.expand_bitmap import bitmap_unpack
+from prunekernels.sparse.expand_bitmap import bitmap_unpack, product
 from prunekernels.sparse.format_bitmap import BitmapSparse
 from prunekernels.sparse.layer import ACTIVATIONS, check_epilogue, check_input, gradients
 from prunekernels.sparse.layout_bitmap import check_parts
@@ -114,7 +114,10 @@ def _linear_op(
     flat = x.reshape(-1, columns)
     choice = DISPATCH.select(flat, rows, impl)
     if choice.name == "eager" or flat.shape[0] == 0:
-        z = F.linear(flat, expand(bitmap, starts, values, rows, columns), bias)
+        if x.device.type == "cpu":
+            z = product(flat, bitmap, starts, values, rows, bias)
+        else:
+            z = F.linear(flat, expand(bitmap, starts, values, rows, columns), bias)
         y = ACTIVATIONS[activation](z)
     else:
         parts = flat, bitmap, starts, values, rows, bias, activation

@@ -28,7 +28,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from prunekernels.compilation import Arch, KernelCase
+from prunekernels.compilation import KernelCase
 from prunekernels.gluon_compat import barrier
 from prunekernels.sparse.addresses_bitmap import (
     addresses,
@@ -392,7 +392,7 @@ def self_test(device: torch.device) -> str | None:
 
 def compile_cases() -> list[KernelCase]:
     """The specialisations that tests compile without a GPU."""
-    every: Sequence[Arch] = (80, 89, 90)
+    every = (80, 89, 90)
     return [
         *(_case(kind, tokens, True, every) for kind in ("bf16", "f16") for tokens in (1, 64)),
         *(_case("bf16", tokens, True, every) for tokens in (16, 32)),
@@ -401,7 +401,7 @@ def compile_cases() -> list[KernelCase]:
     ]
 
 
-def _case(kind: str, tokens: int, split: bool, archs: Sequence[Arch]) -> KernelCase:
+def _case(kind: str, tokens: int, split: bool, archs: Sequence[int]) -> KernelCase:
     config = bitmap_mma(tokens, 14336, 4096, 132, divmod(archs[0], 10))
     parts = ("bitmap_ptr", "starts_ptr", "values_ptr")
     floating = "*bf16" if kind == "bf16" else "*fp16"
