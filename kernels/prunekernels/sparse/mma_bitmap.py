@@ -297,6 +297,13 @@ def _bitmap_mma_fwd_kernel(
            ACTIVATION, HAS_BIAS, False, SPLIT, ACC)  # fmt: skip
 
 
+def configuration(x: Tensor, rows: int) -> BitmapMmaConfig:
+    """What the table says for x (M, K) and N = rows on the GPU that x is on."""
+    properties = torch.cuda.get_device_properties(x.device)
+    capability = properties.major, properties.minor
+    return bitmap_mma(x.shape[0], rows, x.shape[1], properties.multi_processor_count, capability)
+
+
 def forward(
     x: Tensor,
     bitmap: Tensor,
@@ -307,10 +314,7 @@ def forward(
     activation: str,
 ) -> Tensor:
     """Launch for x (M, K) with M > 0."""
-    properties = torch.cuda.get_device_properties(x.device)
-    capability = properties.major, properties.minor
-    processors = properties.multi_processor_count
-    config = bitmap_mma(x.shape[0], rows, x.shape[1], processors, capability)
+    config = configuration(x, rows)
     return launch(x, bitmap, starts, values, rows, bias, activation, config)
 
 
