@@ -7,20 +7,15 @@ from torch import Tensor
 
 
 def assert_as_good_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """At most twice eager's own error against float64, plus one float32 rounding."""
-    assert got.dtype == eager.dtype and got.shape == eager.shape
-    if exact.numel():
-        floor = 1e-7 * exact.abs().max()
-        error = (got.double() - exact).abs().max()
-        assert error <= 2 * (eager.double() - exact).abs().max() + floor
+    """At most twice eager's own error against float64, plus what another order of sums leaves.
 
-
-def assert_tensor_cores_as_good_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """At most twice eager's own error against float64, plus what another order of sums leaves."""
+    Rounding errors of a float32 sum of K products walk at random: √K·2⁻²⁴ of it, 1e-6 at K = 280.
+    """
     assert got.dtype == eager.dtype and got.shape == eager.shape
     assert not got.isnan().any()
-    error = (got.double() - exact).abs().max()
-    assert error <= 2 * (eager.double() - exact).abs().max() + 1e-6 * exact.abs().max()
+    if exact.numel():
+        error = (got.double() - exact).abs().max()
+        assert error <= 2 * (eager.double() - exact).abs().max() + 1e-6 * exact.abs().max()
 
 
 def assert_interpreted_as_good_as_eager(got: Tensor, eager: Tensor, exact: Tensor) -> None:

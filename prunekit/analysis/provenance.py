@@ -6,6 +6,8 @@ import platform
 from importlib import metadata
 from typing import Any
 
+import torch
+
 from prunekit.architectures import Architecture
 from prunekit.layouts import SUBLAYERS, base_model_type
 from prunekit.packed import weight_count
@@ -13,13 +15,18 @@ from prunekit.packed import weight_count
 
 def versions() -> dict[str, str | None]:
     """Versions of what computed the result; None = not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for package in ("prunekit", "torch", "triton", "transformers", "numpy"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    return found
+    packages = ("prunekit", "torch", "triton", "transformers", "numpy")
+    return {"python": platform.python_version(), **{name: installed(name) for name in packages}}
+
+
+def installed(package: str) -> str | None:
+    """The version of an installed package, torch's with its build; None = not installed."""
+    if package == "torch":
+        return str(torch.__version__)
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def absent_sublayers(arch: Architecture) -> dict[str, list[int]]:

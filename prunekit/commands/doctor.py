@@ -69,6 +69,7 @@ def _facts() -> dict[str, Any]:
     from prunekernels import runtime
     from prunekernels.sparse import dispatch24, linear_bitmap
 
+    from prunekit.analysis.provenance import installed
     from prunekit.checkpoint.gguf_reader import demo_file
     from prunekit.errors import PrunekitError
 
@@ -81,7 +82,7 @@ def _facts() -> dict[str, Any]:
         "versions": {
             "prunekit": own_version(),
             "python": platform.python_version(),
-            **{name: _version(name) for name in _PACKAGES},
+            **{name: installed(name) or "not installed" for name in _PACKAGES},
         },
         "platform": platform.platform(),
         "devices": [torch.cuda.get_device_name(index) for index in gpus] or ["cpu"],
@@ -97,15 +98,6 @@ def _facts() -> dict[str, Any]:
             for name, purpose in _EXTRAS.items()
         },
     }
-
-
-def _version(package: str) -> str:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _shown(found: dict[str, Any]) -> Any:

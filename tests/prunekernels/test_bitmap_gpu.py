@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from products import assert_tensor_cores_as_good_as_eager, ragged
+from products import assert_as_good_as_eager, ragged
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
 from prunekernels.sparse.linear_bitmap import DISPATCH, bitmap_linear, expand
@@ -36,7 +36,7 @@ def test_values_for_all_token_counts(impl, dtype, rows, columns):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         exact = F.linear(x.double(), weight.double(), bias.double())
         got = bitmap_linear(x, packed, bias, impl=impl)
-        assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight, bias), exact)
+        assert_as_good_as_eager(got, F.linear(x, weight, bias), exact)
         assert torch.equal(got, bitmap_linear(x, packed, bias, impl=impl))
 
 
@@ -48,7 +48,7 @@ def test_activations(impl, activation):
     act = ACTIVATIONS[activation]
     got = bitmap_linear(x, bitmap_pack(weight), None, activation, impl=impl)
     exact = act(x.double() @ weight.double().T)
-    assert_tensor_cores_as_good_as_eager(got, act(F.linear(x, weight)), exact)
+    assert_as_good_as_eager(got, act(F.linear(x, weight)), exact)
 
 
 @pytest.mark.parametrize("impl", ["triton", "mma"])
@@ -58,7 +58,7 @@ def test_every_sparsity(impl, density):
     weight = (torch.randn(512, 1024, device="cuda") * kept).to(torch.bfloat16)
     x = torch.randn(3, 1024, device="cuda").to(torch.bfloat16)
     got = bitmap_linear(x, bitmap_pack(weight), impl=impl)
-    assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+    assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
@@ -73,7 +73,7 @@ def test_every_configuration_of_the_tensor_core_kernel(count_bits, token_tiles, 
     config = BitmapMmaConfig(1, token_tiles, 3, splits, count_bits)
     arguments = (x, packed.bitmap, packed.starts, packed.values, 700, None, "none", config)
     got = mma_bitmap.launch(*arguments)
-    assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+    assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
     for _ in range(20):
         assert torch.equal(mma_bitmap.launch(*arguments), got)
 
@@ -116,4 +116,4 @@ def test_gradient_and_one_graph_compile():
     F.silu(F.linear(x2, weight)).float().sum().backward()
     x3 = x.detach().double().requires_grad_()
     F.silu(F.linear(x3, weight.double())).sum().backward()
-    assert_tensor_cores_as_good_as_eager(x.grad, x2.grad, x3.grad)
+    assert_as_good_as_eager(x.grad, x2.grad, x3.grad)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from products import assert_tensor_cores_as_good_as_eager, ragged
+from products import assert_as_good_as_eager, ragged
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.format_bitmap import bitmap_pack
 from prunekernels.sparse.layer import ACTIVATIONS
@@ -82,7 +82,7 @@ def test_linear(machine, dtype, tokens, rows, columns, config, activation, has_b
     act = ACTIVATIONS[activation]
     got = machine(x, weight, bias, activation, config)
     exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
-    assert_tensor_cores_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
+    assert_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
     # other order of programs, copies at once instead of as late as allowed: the same bits
     assert torch.equal(got, machine(x, weight, bias, activation, config, lazy=False))
 
@@ -103,7 +103,7 @@ def test_extreme_weights(machine, kind, count_bits):
     weight, x = weight.to(torch.bfloat16), torch.randn(2, 320).to(torch.bfloat16)
     config = BitmapMmaConfig(1, 1, 3, 1, count_bits)
     got = machine(x, weight, None, "none", config, arch=90)
-    assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+    assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
 
 
 def test_strided_activations(machine):

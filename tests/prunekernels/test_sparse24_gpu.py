@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from products import assert_tensor_cores_as_good_as_eager
+from products import assert_as_good_as_eager
 from prunekernels.sparse.dispatch24 import DISPATCH, expand
 from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.sparse.linear24 import ACTIVATIONS, sparse24_gate_up, sparse24_linear
@@ -46,7 +46,7 @@ def test_values_for_all_token_counts(impl, dtype, rows, columns):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         exact = F.linear(x.double(), weight.double(), bias.double())
         got = sparse24_linear(x, packed, bias, impl=impl)
-        assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight, bias), exact)
+        assert_as_good_as_eager(got, F.linear(x, weight, bias), exact)
         assert torch.equal(got, sparse24_linear(x, packed, bias, impl=impl))
 
 
@@ -62,7 +62,7 @@ def test_the_unproven_hopper_kernel(dtype, rows, columns):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         exact = F.linear(x.double(), weight.double())
         got = sparse24_linear(x, packed, impl="wgmma_sp")
-        assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), exact)
+        assert_as_good_as_eager(got, F.linear(x, weight), exact)
         for _ in range(10):
             assert torch.equal(got, sparse24_linear(x, packed, impl="wgmma_sp"))
 
@@ -75,7 +75,7 @@ def test_activations(impl, activation):
     act = ACTIVATIONS[activation]
     got = sparse24_linear(x, sparse24_pack(weight), None, activation, impl=impl)
     exact = act(x.double() @ weight.double().T)
-    assert_tensor_cores_as_good_as_eager(got, act(F.linear(x, weight)), exact)
+    assert_as_good_as_eager(got, act(F.linear(x, weight)), exact)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -85,7 +85,7 @@ def test_gate_up(impl, tokens):
     x = torch.randn(tokens, 1600, device="cuda").to(torch.bfloat16)
     got = sparse24_gate_up(x, sparse24_pack(gate), sparse24_pack(up), impl=impl)
     exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
-    assert_tensor_cores_as_good_as_eager(got, F.silu(F.linear(x, gate)) * F.linear(x, up), exact)
+    assert_as_good_as_eager(got, F.silu(F.linear(x, gate)) * F.linear(x, up), exact)
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5, 16])
@@ -98,7 +98,7 @@ def test_every_configuration_of_the_tensor_core_kernel(token_tiles, splits):
     config = MmaConfig(2, token_tiles, 2 if token_tiles > 2 else 4, splits)
     arguments = (x, sparse24_pack(weight).packed, None, 700, None, "none", config)
     got = mma24.launch(*arguments)
-    assert_tensor_cores_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
+    assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
     for _ in range(20):
         assert torch.equal(mma24.launch(*arguments), got)
 
@@ -155,4 +155,4 @@ def test_gradient_and_one_graph_compile():
     F.silu(F.linear(x2, weight)).float().sum().backward()
     x3 = x.detach().double().requires_grad_()
     F.silu(F.linear(x3, weight.double())).sum().backward()
-    assert_tensor_cores_as_good_as_eager(x.grad, x2.grad, x3.grad)
+    assert_as_good_as_eager(x.grad, x2.grad, x3.grad)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-from products import assert_tensor_cores_as_good_as_eager
+from products import assert_as_good_as_eager
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.format24 import sparse24_pack
 from prunekernels.sparse.linear24 import ACTIVATIONS
@@ -89,7 +89,7 @@ def test_linear(machine, dtype, tokens, rows, columns, config, activation, has_b
     got = machine(*arguments)
     wide = None if bias is None else bias.double()
     exact = act(F.linear(x.double(), weight.double(), wide))
-    assert_tensor_cores_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
+    assert_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
     # other order of programs, copies at once instead of as late as allowed: the same bits
     assert torch.equal(got, machine(*arguments, lazy=False))
 
@@ -110,7 +110,7 @@ def test_gate_up(machine, tokens, rows, columns, config, arch):
     packed = sparse24_pack(gate).packed, sparse24_pack(up).packed
     got = machine(x, *packed, rows, None, "silu", config, arch=arch)
     exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
-    assert_tensor_cores_as_good_as_eager(got, F.silu(F.linear(x, gate)) * F.linear(x, up), exact)
+    assert_as_good_as_eager(got, F.silu(F.linear(x, gate)) * F.linear(x, up), exact)
 
 
 def test_strided_activations_and_repeated_launches(machine):
@@ -120,7 +120,7 @@ def test_strided_activations_and_repeated_launches(machine):
     arguments = (packed, None, 64, None, "none", MmaConfig(2, 1, 4, 2))
     want = machine(wide[:, 3:515].contiguous(), *arguments)
     assert torch.equal(machine(wide[:, 3:515], *arguments), want)
-    assert_tensor_cores_as_good_as_eager(
+    assert_as_good_as_eager(
         want, F.linear(wide[:, 3:515], weight), wide[:, 3:515].double() @ weight.double().T
     )
 
