@@ -53,6 +53,7 @@ def _pair_sums_kernel(
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     LABELS: tl.constexpr,
+    HALF: tl.constexpr,  # logits of 16 bits
     ROW_TABLE: tl.constexpr,
     SHIFT: tl.constexpr,  # rows start at any element of an aligned vector of 4, alike for both
     PACKED: tl.constexpr,  # bf16 read two at a time, as 32-bit words
@@ -105,6 +106,7 @@ def _pair_sums_kernel(
     unit_a = tl.full((LANES,), -1, tl.int32)
     unit_b = tl.full((LANES,), -1, tl.int32)
     top_b = tl.full((), minus_inf, tl.float32)
+    parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, k, HALF)
 
     for column in range(first, last, TILE):
         tile_a = ()
@@ -152,6 +154,7 @@ def _pair_sums_kernel(
             top_b = tl.max(best_b, 0)
             new_a = ref_a
             new_b = ref_b
+            size = lib.whole_gap(parts)
             if tile_top_a * unit > ref_a:
                 new_a = tile_top_a * unit
                 where = tl.full((LANES,), TILE, tl.int32)
@@ -161,16 +164,21 @@ def _pair_sums_kernel(
                     where = tl.where(value == tile_top_a, tl.minimum(where, here), where)
                 found = tl.min(where, 0)
                 found = tl.where(found < TILE, found, 0)
-                new_b = tl.load(from_b + found * stride_bv).to(tl.float32) * unit
-            new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-            moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
-            s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
+                at_top = tl.load(from_b + found * stride_bv).to(tl.float32)
+                new_b = at_top * unit
+                size = at_top - tile_top_a
+            away = top_b * unit > new_b + far
+            new_b = tl.where(away, top_b * unit, new_b)
+            size = tl.where(away, (new_b - new_a) / k, size)
+            old = (ref_a, ref_b, parts)
+            new = (new_a, new_b, size)
+            s, parts = lib.move(s, old, new, k, step, tl.float64, SUMS, PRECISE, OTHER, HALF)
             ref_a = new_a
             ref_b = new_b
         for u in tl.static_range(4 * UNITS):
             a = tile_a[u]
             b = tile_b[u]
-            y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, False)
+            y, z, x = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, False)
             s = lib.accumulate(s, a, b, y, z, x, None, None, None, SUMS, False, PRECISE, OTHER)
         s = lib.count(s, 4 * UNITS, SUMS)
 
@@ -187,6 +195,7 @@ def _pair_sums_kernel(
         s = lib.zeros((LANES,), tl.float32)
         ref_a = tl.full((), minus_inf, tl.float32)
         ref_b = tl.full((), minus_inf, tl.float32)
+        parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, k, HALF)
         best_a = tl.full((LANES,), minus_inf, tl.float32)
         best_b = tl.full((LANES,), minus_inf, tl.float32)
         next_a = tl.full((LANES,), minus_inf, tl.float32)
@@ -232,16 +241,22 @@ def _pair_sums_kernel(
         if (piece_top_a * unit > ref_a) | (top_b * unit > ref_b + far):
             new_a = ref_a
             new_b = ref_b
+            size = lib.whole_gap(parts)
             if piece_top_a * unit > ref_a:
                 new_a = piece_top_a * unit
                 found = tl.min(tl.where(a == piece_top_a, lanes, LANES), 0)
-                new_b = tl.max(tl.where(lanes == found, b, minus_inf), 0) * unit
-            new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-            moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
-            s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
+                at_top = tl.max(tl.where(lanes == found, b, minus_inf), 0)
+                new_b = at_top * unit
+                size = at_top - piece_top_a
+            away = top_b * unit > new_b + far
+            new_b = tl.where(away, top_b * unit, new_b)
+            size = tl.where(away, (new_b - new_a) / k, size)
+            old = (ref_a, ref_b, parts)
+            new = (new_a, new_b, size)
+            s, parts = lib.move(s, old, new, k, step, tl.float64, SUMS, PRECISE, OTHER, HALF)
             ref_a = new_a
             ref_b = new_b
-        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, True)
+        y, z, x = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, True)
         y = tl.where(whole_a, y, lib.LOWEST)
         z = tl.where(whole_b, z, lib.LOWEST)
         a = tl.where(whole_a, a, 0.0)
@@ -295,10 +310,15 @@ def _pair_sums_kernel(
         tl.sum(broken_a, 0),
         tl.sum(broken_b, 0),
     )
+    totals = ()
+    for i in tl.static_range(len(s)):
+        totals = totals + (tl.sum(s[i], 0),)
+    if not PRECISE:
+        totals = lib.to_exponents(totals, ref_a, ref_b, parts, k, SUMS, OTHER)
     sums = ()
     for i in tl.static_range(len(s)):
         if (SUMS >> i) & 1:
-            sums = sums + (tl.sum(s[i], 0),)
+            sums = sums + (totals[i],)
     fields = head_fields + sums
     out = floats_ptr + pid * len(fields)
     for i in tl.static_range(len(fields)):
@@ -409,7 +429,7 @@ def _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t):
     2·JS = Σ (p+q)(ln 2 − ln(1+ρ²)) − mρ²u, and (√q−√p)² = m(1−ρ)². Where p and q nearly agree
     that cancels, and series of s = (q−p)/(q+p) = tanh(u/2) serve.
     """
-    y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, True, False)
+    y, z, x = lib.exponents(a, b, ref_a, ref_b, None, k, inverse_t, True, False)
     p = tl.exp2(y - norm_a)
     q = tl.exp2(z - norm_b)
     both = p + q
@@ -449,7 +469,8 @@ def partial_state(
         splits = tuning.pair_splits(rows.count, rows.width)
     state = merge_triton.empty_state(base.device, rows.count, splits, kind)
     if rows.count:
-        config = tuning.pair_config(32 if torch.version.hip is None else 64)
+        warp = 32 if torch.version.hip is None else 64
+        config = tuning.pair_config(warp)
         with on(base):
             _pair_sums_kernel[(rows.count * splits,)](
                 base,
@@ -469,6 +490,7 @@ def partial_state(
                 PRECISE=kind.precise,
                 OTHER=kind.by_other,
                 LABELS=labels is not None,
+                HALF=base.element_size() == 2,
                 ROW_TABLE=rows.starts is not None,
                 SHIFT=rows.shift,
                 PACKED=rows.packed,
@@ -477,6 +499,7 @@ def partial_state(
                 UNITS=config.units,
                 num_warps=config.num_warps,
                 num_stages=1,
+                **tuning.pair_options(kind.precise, warp),
             )
     return state
 
@@ -604,7 +627,8 @@ def compile_cases() -> list[KernelCase]:
     chosen = (*((name, "bf16", "base") for name in LOOPS), ("kl", "fp32", "base"))
     planned = [(*what, nvidia) for what in everything + chosen]
     for sums, dtype, weights, archs in planned + [(*what, amd) for what in everything]:
-        config = tuning.pair_config(32 if archs == nvidia else 64)
+        warp = 32 if archs == nvidia else 64
+        config = tuning.pair_config(warp)
         level = "precise" if sums.startswith("precise") else "core"
         kind = Kind(1.0, level, weights, False, ",".join(LOOPS.get(sums, ())))
         outputs = {"floats_ptr": "*fp32", "ids_ptr": "*i64"}
@@ -631,6 +655,7 @@ def compile_cases() -> list[KernelCase]:
                     "PRECISE": kind.precise,
                     "OTHER": kind.by_other,
                     "LABELS": False,
+                    "HALF": dtype != "fp32",
                     "ROW_TABLE": False,
                     "SHIFT": False,
                     "PACKED": dtype == "bf16",
@@ -640,6 +665,7 @@ def compile_cases() -> list[KernelCase]:
                 },
                 num_warps=config.num_warps,
                 num_stages=1,
+                options=tuning.pair_options(kind.precise, warp),
                 divisible=(*pointers, *outputs, *strides),
                 opcodes=("MUFU.EX2", "v_exp_f32"),
                 elements_per_iteration=columns // config.num_warps,
