@@ -49,3 +49,48 @@ def broad_against_certain(size: int) -> tuple[Tensor, Tensor]:
     base, other = 0.05 * torch.randn(3, size), 0.05 * torch.randn(3, size)
     base[:, 7], other[:, 7] = 0.3, torch.tensor([4.0, 5.0, 9.0])
     return base, other
+
+
+def for_splits(size: int, tile: int, splits: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Pairs of rows that are odd with regard to how the vocabulary is split.
+
+    Args:
+        size: V, of whole tiles and a tail.
+        tile: columns of a tile.
+        splits: S; split i takes the tiles from `tiles·i // S` on, the last the tail too.
+    """
+    noise, more = torch.randn(size), torch.randn(size)
+    tiles = size // tile
+    firsts = [tiles * i // splits * tile for i in range(splits)]
+    tail = tiles * tile
+    heights = torch.linspace(8.0, 30.0, splits)
+    rising, falling = noise.clone(), noise.clone()
+    rising[firsts], falling[firsts] = heights, heights.flip(0)
+    # other's top token is 21 nats above its logit at base's, which comes before it
+    late = 3 * torch.randn(size)
+    moved = late + 0.2 * more
+    late[size * 3 // 4], moved[size * 3 // 4], moved[size * 5 // 6] = 15.0, -5.0, 16.0
+    near = noise + 0.1 * more
+    holes = noise.clone()
+    holes[::3] = float("-inf")
+    holes[firsts[splits // 2] : firsts[splits // 2] + tile] = float("-inf")
+    holes[tail:] = float("-inf")
+    one_sided = near.clone()
+    one_sided[tail // 2] = float("-inf")
+    return {
+        "maximum in the last element": (noise + one_hot(size, size - 1, 9.0), near),
+        "maxima on either side of the tail's first": (
+            noise + one_hot(size, tail - 1, 9.0),
+            near + one_hot(size, tail, 9.0),
+        ),
+        "maximum in a split": (
+            noise + one_hot(size, firsts[splits * 2 // 3], 9.0),
+            near + one_hot(size, firsts[splits // 3], 9.0),
+        ),
+        "higher in every split": (rising, rising + 0.1 * more),
+        "higher in every split, and lower in other": (rising, falling),
+        "other's maximum far and late": (late, moved),
+        "without the columns of a split and the tail": (holes, holes + 0.1 * more),
+        "a column that base alone lacks": (one_sided, near),
+        "a column that other alone lacks": (near, one_sided),
+    }

@@ -100,6 +100,9 @@ def precise_kl_rounding(base: Tensor, other: Tensor, *, temperature: float, tile
         `(2, N)` float64, in nats: for KL(p‖q) and KL(q‖p).
     """
     a, b = base.double() / temperature, other.double() / temperature
+    # a column that both rows lack weighs nothing
+    lacking = torch.isneginf(a) & torch.isneginf(b)
+    a, b = a.masked_fill(lacking, -1e9), b.masked_fill(lacking, -1e9)
     t = b - a
     weights = torch.stack([a.softmax(1), b.softmax(1)])
     block = torch.arange(a.shape[1], device=a.device) // tile

@@ -86,6 +86,7 @@ class KernelCase:
         constants: Value of every `constexpr` argument.
         num_warps: Warps per program.
         num_stages: Software pipelining depth (plain Triton).
+        options: Further options of the compiler.
         divisible: Arguments that are multiples of 16 (pointers: aligned to 16 bytes).
         opcodes: Opcode prefixes that must occur, such as `"HMMA.SP.16832.F32.BF16"`; names in lower
             case are looked for on AMD only, others on NVIDIA only.
@@ -103,6 +104,7 @@ class KernelCase:
     constants: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    options: Mapping[str, int] = field(default_factory=dict)
     divisible: Sequence[str] = ()
     opcodes: Sequence[str] = ()
     elements_per_iteration: int = 0
@@ -231,7 +233,7 @@ def _compile(case: KernelCase, arch: Arch) -> Any:
         source_type = GluonASTSource
     source = source_type(kernel, signature, dict(case.constants), attributes)
     kind = ("cuda", arch, 32) if isinstance(arch, int) else ("hip", arch, 64)
-    options: dict[str, int] = {"num_warps": case.num_warps}
+    options = {"num_warps": case.num_warps, **case.options}
     if not kernel.is_gluon():
         options["num_stages"] = case.num_stages
     return triton.compile(source, target=GPUTarget(*kind), options=options)

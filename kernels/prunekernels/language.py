@@ -2,8 +2,10 @@
 
 Exponents are in base 2: w = 2^y, v = 2^z with y = k·a−A, z = k·b−B, k = log2(e)/T. The core level
 takes each by one fused multiply-add, so that a rounded reference A shifts a row but never bends
-it, and x = z−y. The precise level's references are logits, α and β: y = k·(a−α), z = k·(b−β), and
-x = ((b−β)−(a−α))/T, which is exact where it matters. ρ = v−w, d = b−a. A bundle of sums is a tuple:
+it. z−y would have the roundings of both, which are large against a small x: so x = (b−a)−K in
+logits, K near β−α (`gap`), and `to_exponents` makes the finished sums those of z−y. The precise
+level's references are logits, α and β: y = k·(a−α), z = k·(b−β), and x = ((b−β)−(a−α))/T, which is
+exact where it matters. ρ = v−w, d = b−a. A bundle of sums is a tuple:
     W0 W1 W2 Wy V0 V1 Vy R0 S0 C0 Q1 Q2 Pw P2 U1 U2 L1 Z2 Zd D2 ZZ B2 n A Φp Φq V2
 named as in `closed_form` (y and z in base-2 units, x too unless precise); Q1, Q2 = Σ{x, x²}·w², or
 ·v² if the estimates are weighted by the other row, which alone has V2 = Σv·x²; the precise level
@@ -141,8 +143,41 @@ def larger_halves(x, y):
 
 
 @triton.jit
-def exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE: tl.constexpr, FLOOR: tl.constexpr):
-    """y, z and x of logits a and b; with FLOOR, y and z of −inf or nearly so are finite."""
+def gap(size, ref_a, ref_b, k, HALF: tl.constexpr):
+    """The parts of K that x = ((b−Kb)−(a−Ka))−K0 subtracts (core level), two of them 0.
+
+    b−a is exact for logits of 16 bits (unless one is some thousand times the other), and for
+    float32 logits that differ by less than a factor of 2. Where K is so large that those near the
+    references do not, it comes off the larger of the two first, which is then exact.
+
+    size: K, near β−α; not finite where a row holds nothing but −inf yet, and then 0 will do.
+    """
+    size = tl.where(tl.abs(size) < float("inf"), size, 0.0)
+    none = tl.zeros_like(size)
+    if HALF:
+        return (none, none, size)
+    else:
+        apart = tl.abs(size) * k > 0.49 * tl.maximum(tl.abs(ref_a), tl.abs(ref_b))
+        on_b = tl.abs(ref_b) > tl.abs(ref_a)
+        return (
+            tl.where(apart & ~on_b, -size, none),
+            tl.where(apart & on_b, size, none),
+            tl.where(apart, none, size),
+        )
+
+
+@triton.jit
+def whole_gap(parts):
+    """K from its parts."""
+    return parts[1] - parts[0] + parts[2]
+
+
+@triton.jit
+def exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE: tl.constexpr, FLOOR: tl.constexpr):
+    """y, z and x of logits a and b; with FLOOR, y and z of −inf or nearly so are finite.
+
+    parts: of K, from `gap` (core).
+    """
     if PRECISE:
         low_a = a - ref_a
         low_b = b - ref_b
@@ -157,7 +192,7 @@ def exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE: tl.constexpr, FLOOR: tl
     if PRECISE:
         x = (low_b - low_a) * inverse_t
     else:
-        x = z - y
+        x = ((b - parts[1]) - (a - parts[0])) - parts[2]
     return y, z, x
 
 
@@ -315,16 +350,14 @@ def moves(old_a, new_a, old_b, new_b, unit, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def rebase(
-    s, m, DTYPE: tl.constexpr, SUMS: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr
-):
-    """A bundle relative to new references; `m` from `moves`, broadcastable to the sums."""
+def rebase(s, m, x, DTYPE: tl.constexpr, SUMS: tl.constexpr, OTHER: tl.constexpr):
+    """A bundle relative to new references; `m` from `moves`, broadcastable to the sums.
+
+    x: by how much the reference of x grows, in the units of x.
+    """
     da = m[0].to(DTYPE)
     db = m[1].to(DTYPE)
-    if PRECISE:
-        x = m[8].to(DTYPE)
-    else:
-        x = m[2].to(DTYPE)
+    x = x.to(DTYPE)
     ra = m[3].to(DTYPE)
     rb = m[4].to(DTYPE)
     e = m[5].to(DTYPE)
@@ -364,6 +397,47 @@ def rebase(
         rb * (s[26] - x * (2.0 * s[5] - x * s[4])),
     )
     return choose(s, out, SUMS)
+
+
+@triton.jit
+def move(
+    s,
+    old,  # references of a and b, and the parts of K
+    new,  # references of a and b, and K
+    k,
+    unit,
+    DTYPE: tl.constexpr,
+    SUMS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    OTHER: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """A float32 bundle relative to new references, and the parts of K: see `moves` and `gap`."""
+    m = moves(old[0], new[0], old[1], new[1], unit, DTYPE)
+    parts = gap(new[2], new[0], new[1], k, HALF)
+    if PRECISE:
+        x = m[8]
+    else:
+        x = whole_gap(parts).to(DTYPE) - whole_gap(old[2]).to(DTYPE)
+    return rebase(s, m, x, tl.float32, SUMS, OTHER), parts
+
+
+@triton.jit
+def to_exponents(s, ref_a, ref_b, parts, k, SUMS: tl.constexpr, OTHER: tl.constexpr):
+    """A core bundle of x = d−K in logits, with x = z−y instead: in exponents, relative to B−A."""
+    scaled = ()
+    for i in tl.static_range(len(s)):
+        if i == 1 or i == 5 or i == 10 or i == 14:
+            scaled = scaled + (s[i] * k,)
+        elif i == 2 or i == 11 or i == 15 or i == 26:
+            scaled = scaled + (s[i] * k * k,)
+        else:
+            scaled = scaled + (s[i],)
+    rest = ref_b.to(tl.float64) - ref_a.to(tl.float64)
+    rest = rest - whole_gap(parts).to(tl.float64) * tl.cast(k, tl.float64)
+    rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
+    stay = moves(ref_a, ref_a, ref_b, ref_b, 1.0, tl.float32)
+    return rebase(scaled, stay, rest, tl.float32, SUMS, OTHER)
 
 
 @triton.jit

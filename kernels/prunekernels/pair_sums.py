@@ -3,6 +3,7 @@
 Rows are taken a few at a time and summed in buffers that stay in cache and are reused, so the
 extra memory does not grow with the vocabulary, and by some hundred bytes per row. "core" sums in
 float32; "precise" and "full" run the same sums in float64, which leaves nothing to cancel.
+b'−a' would have the roundings of both, which are large against a small x: hence x = (b−a)−(β−α).
 Mathematics: the module docstring of `closed_form`.
 """
 
@@ -23,6 +24,15 @@ _ALMOST_ONE = math.nextafter(1.0, 0.0)
 _INDEX = {name: row for row, name in enumerate(SUMS)}
 _TINY = torch.finfo(torch.float64).tiny
 GROUP_ROWS = 64
+# Sums of weights, of them times x, and times x².
+_MOMENTS = tuple(
+    [_INDEX[name] for name in names]
+    for names in (
+        ("W0", "V0", "R0", "S0", "n"),
+        ("W1", "V1", "R1", "S1", "U1"),
+        ("W2", "V2", "R2", "S2", "U2"),
+    )
+)
 # Smaller weights (the top token's is 1) vanish in float32 sums over any vocabulary, but their
 # squares would be subnormal numbers, on which a CPU is many times slower.
 _NEGLIGIBLE = 2.0**-62
@@ -81,6 +91,10 @@ class PairSums:
 
         self.sums = zeros(len(SUMS), rows)
         self.references = zeros(2, rows)  # α, β
+        # Only second moments lose digits by the roundings of b'−a', which costs an operation less.
+        self.centred = not self.needed.isdisjoint(("W2", "V2", "R1", "S1", "U1"))
+        self.gaps = zeros(3, rows, dtype=self.work)  # of K: see `_split_gaps`
+        self.apart = False
         self.maxima = zeros(2, rows)
         self.margins = zeros(2, rows)
         self.ids = zeros(2, rows, dtype=torch.int64)
@@ -114,13 +128,42 @@ class PairSums:
             index = self.labels[rows, None]
             self.label_logits[0, rows] = base.gather(1, index).squeeze(1).double()
             self.label_logits[1, rows] = other.gather(1, index).squeeze(1).double()
+        if self.centred:
+            self._split_gaps(rows)
         for row in range(0, base.shape[0], self.block_rows):
             block = slice(row, row + self.block_rows)
             self._add_block(start + row, base[block], other[block])
+        if self.centred:
+            self._centre(rows)
         if self.inner is not None and self.subset is not None:
             self.inner.add(
                 start, base.index_select(1, self.subset), other.index_select(1, self.subset)
             )
+
+    def _split_gaps(self, rows: slice) -> None:
+        """K = β−α, rounded: x = ((b−Kb)−(a−Ka))−K0, where two of Ka, Kb and K0 are 0.
+
+        b−a is exact in float64, and in float32 where logits differ by less than a factor of 2.
+        Where K is so large that those near the references do not, it comes off the larger of them
+        first, which is then exact.
+        """
+        alpha, beta = self.references[:, rows]
+        whole = (beta - alpha).to(self.work)
+        apart = whole.abs() > 0.49 * torch.maximum(alpha.abs(), beta.abs())
+        apart &= self.work == torch.float32
+        of_b = beta.abs() > alpha.abs()
+        self.gaps[0, rows] = torch.where(apart & ~of_b, -whole, 0.0)
+        self.gaps[1, rows] = torch.where(apart & of_b, whole, 0.0)
+        self.gaps[2, rows] = torch.where(apart, 0.0, whole)
+        self.apart = bool(apart.any())
+
+    def _centre(self, rows: slice) -> None:
+        """Let sums be those of x relative to β−α, not to K."""
+        of_a, of_b, rest = self.gaps[:, rows].double()
+        shift = self.references[1, rows] - self.references[0, rows] - (of_b - of_a + rest)
+        zeroth, first, second = (self.sums[index][:, rows] for index in _MOMENTS)
+        self.sums[_MOMENTS[2], rows] = second - shift * (2.0 * first - shift * zeroth)
+        self.sums[_MOMENTS[1], rows] = first - shift * zeroth
 
     def _add_block(self, start: int, base: Tensor, other: Tensor) -> None:
         rows = slice(start, start + base.shape[0])
@@ -182,21 +225,35 @@ class PairSums:
             if name in self.needed:
                 torch.sum(torch.mul(left, right, out=product), -1, out=slots[name])
 
+        of_a, of_b, gap = self.gaps[:, rows, None]
         for tile_a, tile_b in zip(
             torch.split(base, self.columns, 1), torch.split(other, self.columns, 1), strict=True
         ):
             a, b = self._load("a", tile_a), self._load("b", tile_b)
             product = self._buffer("product", a.shape)
             xa, xb, w, v = self._powers(rows, a, b)
-            x = self._buffer("x", a.shape)
             slots["n"].fill_(a.shape[1])
             holes = None
             if self.masked:
                 a, b, holes = self._without_holes(a, b, xa, xb, slots)
-            if needs("V1", "W1", "W2", "V2", "R1", "S1", "U1"):
+            x = self._buffer("x", a.shape)
+            if self.centred or needs("Z2", "D2", "L1"):
+                torch.sub(b, a, out=x)
+            if needs("Z2", "D2", "L1"):
+                dot("Z2", a, a)
+                dot("ZZ", a, b)
+                dot("B2", b, b)
+                dot("Zd", a, x)
+                dot("D2", x, x)
+                add("L1", torch.abs(x, out=product))
+            if self.apart:
+                torch.sub(b, of_b, out=x).sub_(torch.sub(a, of_a, out=product))
+            if self.centred:
+                x.sub_(gap)
+            elif needs("V1", "W1"):
                 torch.sub(xb, xa, out=x)
-                if holes is not None:
-                    x.masked_fill_(holes, 0.0)
+            if holes is not None:
+                x.masked_fill_(holes, 0.0)
             add("U1", x)
             dot("U2", x, x)
             add("W0", w)
@@ -222,14 +279,6 @@ class PairSums:
                 rho = torch.sub(v, w, out=xb)
                 dot("Pw", w, rho)
                 dot("P2", rho, rho)
-            if needs("Z2", "D2", "L1"):
-                dot("Z2", a, a)
-                dot("ZZ", a, b)
-                dot("B2", b, b)
-                difference = torch.sub(b, a, out=x)
-                dot("Zd", a, difference)
-                dot("D2", difference, difference)
-                add("L1", difference.abs_())
             total += part
         return total
 

@@ -155,6 +155,19 @@ def pair_config(warp: int = 32) -> PairConfig:
     return PairConfig(lanes=128, units=8, num_warps=128 // warp)
 
 
+def pair_options(precise: bool, warp: int = 32) -> dict[str, int]:
+    """Compiler options of the pair-statistics kernel.
+
+    Four programs of 128 threads share a multiprocessor if each takes 128 registers. Core needs no
+    more, but left to itself the assembler for sm_80 takes up to 167 for some choices of fields.
+
+    Args:
+        precise: Whether the level is above core.
+        warp: Threads of a warp: 32, on AMD's CDNA 64, whose compiler knows no such limit.
+    """
+    return {} if precise or warp != 32 else {"maxnreg": 128}
+
+
 def pair_splits(rows: int, vocab: int) -> int:
     """Programs that share a row, so that few rows fill the machine too (predicted).
 

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import pytest
 import torch
+from accuracy import KLS, LONG, STEPS, check_head, check_pair, of_splits, pair
 from interpreter import run_interpreted
-from prunekernels import head_pair_stats, pair_stats, reference, tuning
+from prunekernels import tuning
 from prunekernels.runtime import interpreting
-from rows import adversarial
-from tolerances import mismatches, precise_kl_rounding, worse_than_allowed
+from rows import adversarial, for_splits, one_hot
+from tolerances import worse_than_allowed
 
 interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's process")
 compiled = pytest.mark.skipif(interpreting(), reason="not of the interpreter's process")
-#: By how much rows differ for a KL of about 0.05, 1e-5 and 1e-7; and rows that do not.
-NOISES = (0.3, 4.5e-3, 4.5e-4, 0.0)
-KLS = ("kl_base_other", "kl_other_base")
-ZEROS = (*KLS, "one_minus_cos_prob", "one_minus_cos_logit", "kl_estimate", "uniform_variance")
-#: The vocabulary from which on roundings average out as they did when the table was found.
-LONG = 151936
+LARGE = (151936, 262144)
+#: Types of the logits and what is added to base and other: b'−a' rounds there, and b−a may.
+SHIFTS = [
+    (torch.float32, (0.0, 3.0)),
+    (torch.float32, (100.0, 0.0)),
+    (torch.bfloat16, (0.0, 0.0)),
+    (torch.float16, (0.0, -3.0)),
+]
 
 
 @compiled
@@ -29,104 +32,82 @@ def test_in_the_interpreter():
     run_interpreted(__file__)
 
 
-def pair(kind, vocab, noises):
-    """Rows with a language model's heavy head over a broad tail, or nearly flat ones."""
-    base = torch.randn(len(noises), vocab)
-    if kind == "flat":
-        base *= 0.01
-    else:
-        head = min(vocab, 20)
-        base *= 2.5
-        base[:, :head] += torch.linspace(14, 4, 20)[:head]
-    return base, base + torch.tensor(noises)[:, None] * torch.randn(base.shape)
-
-
-def check_table(got, base, other, level, sums, rounded_x=0.0):
-    """Every field as the table has it for `sums`, KL for `level`; equal rows exactly 0 and 1.
-
-    rounded_x: what x carries, which makes 2·σ(x)·rounded_x of a variance (σ of 1e-3 and less are
-    beyond the table's figure for variances).
-    """
-    exact = reference.pair_stats(base.double(), other.double(), level=level)
-    vocab = base.shape[-1]
-    rest = {name: value for name, value in got.items() if name not in KLS}
-    estimates = ("kl_estimate", "one_minus_cos_prob_estimate")
-    bent = {name: rounded_x * (2 * exact[name]).sqrt() for name in estimates}
-    wrong = mismatches(rest, exact, level=sums, vocab=vocab, extra=bent)
-    rounding = torch.zeros(2, len(base), dtype=torch.float64)
-    if level != sums and vocab < LONG:
-        rounding = precise_kl_rounding(base, other, temperature=1.0, tile=4096)
-    extra = dict(zip(KLS, rounding, strict=True))
-    kls = {name: got[name] for name in KLS}
-    wrong += mismatches(kls, exact, level=level, vocab=vocab, extra=extra)
-    assert not wrong, "\n".join(wrong)
-    equal = (base == other).all(1)
-    for name in ZEROS:
-        assert (got[name][equal] == 0).all(), name
-    for name in ("cos_prob", "cos_logit"):
-        assert (got[name][equal] == 1).all(), name
-
-
-def check_kernel(kind, vocab, level, noises):
-    base, other = pair(kind, vocab, noises)
-    got = pair_stats(base, other, level=level, impl="triton").as_dict()
-    # At the core level x = z−y, of exponents that are rounded: by 2⁻²² where the mass is, at 4…8.
-    check_table(got, base, other, level, "core", 2.0**-22 if level == "core" else 0.0)
+@compiled
+@pytest.mark.slow
+def test_slow_ones_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_interpreted(__file__, "-m", "slow")
 
 
 @interpreted
 @pytest.mark.parametrize("level", ["core", "full"])
 @pytest.mark.parametrize("vocab", [1, 17, 4096])
 def test_kernels(vocab, level):
-    check_kernel("peaked", vocab, level, NOISES)
+    check_pair("triton", *pair("peaked", vocab), level)
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "offsets"), SHIFTS)
+def test_kernels_of_shifted_and_of_half_precision_rows(dtype, offsets):
+    base, other = pair("peaked", 4096, (4.5e-4, 4.5e-3), dtype=dtype, offsets=offsets)
+    check_pair("triton", base, other, "core")
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("vocab", "kind", "level", "noise", "dtype"),
+    [
+        (151936, "peaked", "core", 4.5e-4, torch.float32),
+        (151936, "peaked", "core", 4.5e-3, torch.bfloat16),
+        (151936, "peaked", "full", 4.5e-3, torch.float32),
+        (262144, "peaked", "core", 4.5e-3, torch.float32),
+        (262144, "flat", "precise", 4.5e-4, torch.float32),
+    ],
+)
+def test_kernels_at_large_vocabularies(vocab, kind, level, noise, dtype):
+    check_pair("triton", *pair(kind, vocab, (noise,), dtype=dtype), level)
+
+
+@interpreted
+@pytest.mark.slow
+def test_precise_kls_at_a_large_vocabulary():
+    """Variances of so little are beyond the table here, where x = b'−a'."""
+    check_pair("triton", *pair("peaked", LONG, (4.5e-4,)), "precise", KLS)
 
 
 @compiled
 @pytest.mark.parametrize("level", ["core", "full"])
 @pytest.mark.parametrize("kind", ["peaked", "flat"])
 @pytest.mark.parametrize(
-    "vocab",
-    [1, 17, 4096, 50257],
+    "vocab", [1, 17, 4096, 50257, *(pytest.param(v, marks=pytest.mark.slow) for v in LARGE)]
 )
 def test_eager(vocab, kind, level):
-    base, other = pair(kind, vocab, NOISES)
-    got = pair_stats(base, other, level=level, impl="eager").as_dict()
-    check_table(got, base, other, level, "core" if level == "core" else "precise")
+    check_pair("eager", *pair(kind, vocab), level)
 
 
-def check_head(impl, vocab, level, steps):
-    """Hidden states and a head whose products float32 holds exactly: only the sums round.
-
-    steps: by how many 2⁻¹³ the hidden states differ at most, per row.
-    """
-    width = 16
-    hidden = torch.randint(-(2**14), 2**14 + 1, (len(steps), width)).float() / 2**13
-    change = torch.stack([torch.randint(-n, n + 1, (width,)) for n in steps]).float() / 2**13
-    head = torch.randint(-16, 17, (vocab, width)).float() / 16
-    base, other = (x.double() @ head.double().T for x in (hidden, hidden + change))
-    assert torch.equal(base.float().double(), base) and torch.equal(other.float().double(), other)
-    assert impl == "eager" or tuning.head_fused(len(steps), width)
-    got = head_pair_stats(hidden, hidden + change, head, level=level, impl=impl).as_dict()
-    check_table(
-        got, base, other, level, "precise" if (impl, level) == ("eager", "precise") else "core"
-    )
+@compiled
+@pytest.mark.parametrize(("dtype", "offsets"), SHIFTS)
+def test_eager_of_shifted_and_of_half_precision_rows(dtype, offsets):
+    check_pair("eager", *pair("peaked", 4096, dtype=dtype, offsets=offsets), "core")
 
 
 @interpreted
 @pytest.mark.parametrize("level", ["core", "precise"])
 @pytest.mark.parametrize("vocab", [1, 17, 1000])
 def test_head(vocab, level):
-    check_head("triton", vocab, level, (1500, 20, 2, 0))
+    """The interpreter takes two minutes for 150,000 tokens: test_metrics_gpu.py has those."""
+    assert tuning.head_fused(len(STEPS), 16)
+    check_head("triton", vocab, level)
 
 
 @compiled
 @pytest.mark.parametrize("level", ["core", "precise"])
 @pytest.mark.parametrize(
-    "vocab",
-    [1, 17, 4096, 50257],
+    "vocab", [1, 17, 4096, 50257, *(pytest.param(v, marks=pytest.mark.slow) for v in LARGE)]
 )
 def test_eager_head(vocab, level):
-    check_head("eager", vocab, level, (1500, 20, 2, 0))
+    check_head("eager", vocab, level)
 
 
 LANES = 8
@@ -140,18 +121,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tuning, "pair_config", lambda warp=32: small)
 
 
-def of_splits(base, other, labels, splits):
-    """Precise statistics from any number of splits, by name."""
-    from prunekernels.metrics import merge_triton, pair_triton
-    from prunekernels.metrics.fields import unpack_pair
-
-    kind = merge_triton.Kind(1.0, "precise", "base", True, "")
-    packed, _, _ = pair_triton.partial_state(base, other, labels, kind, splits=splits).finish()
-    what = {"level": "precise", "labels": True, "subset": False, "topk": 0, "fields": ""}
-    return unpack_pair(packed, base.shape[:-1], **what).as_dict()
-
-
-def check_splits(base, other, splits, ties=None):
+def check_splits(base, other, splits, level="precise", ties=None):
     """Any number of splits is as near the truth as the table allows, and labels are found once.
 
     ties: the row, if any, whose terms are nearly all equal: then additions in a lane round alike,
@@ -159,40 +129,86 @@ def check_splits(base, other, splits, ties=None):
     terms are 4 there.
     """
     labels = torch.full(base.shape[:-1], base.shape[-1] - 1)
-    got = of_splits(base, other, labels, splits)
+    got = of_splits(base, other, labels, splits, level)
     alike = (1 + 4) * 2.0**-25 * base.shape[-1] / LANES / splits
     for name, row, off, limit, truth in worse_than_allowed(
-        got, base, other, tile=TILE, level="precise", labels=labels
+        got, base, other, tile=TILE, level=level, labels=labels
     ):
         more = alike if row == ties else 0.0
         assert off <= limit + more, (splits, name, row, off, limit + more, truth)
     return got
 
 
-@interpreted
-def test_splits_where_beta_moves_late(small_tiles):
-    base = 3 * torch.randn(1, 37 * TILE + 13)
-    other = base + 0.2 * torch.randn(base.shape)
-    base[0, 900], other[0, 900], other[0, 1000] = 15.0, -5.0, 16.0  # β moves by 21, late
-    first = check_splits(base, other, 37)
-    for splits in (1, 24):
-        check_splits(base, other, splits)
-    labels = torch.tensor([base.shape[-1] - 1])
-    for name, value in of_splits(base, other, labels, 37).items():
-        assert torch.equal(value.nan_to_num(7), first[name].nan_to_num(7)), name
+SIZE = 37 * TILE + 13
 
 
 def check_adversarial(splits, count):
     """`count` adversarial rows, others for each number of splits."""
-    cases = adversarial(37 * TILE + 13)
+    cases = adversarial(SIZE)
     rows = [(splits * count + i) % len(cases) for i in range(count)]
     chosen = [list(cases.values())[row] for row in rows]
     base, other = (torch.stack([both[side] for both in chosen]) for side in (0, 1))
     ties = list(cases).index("ties")
-    check_splits(base, other, splits, rows.index(ties) if ties in rows else None)
+    check_splits(base, other, splits, ties=rows.index(ties) if ties in rows else None)
+
+
+def check_split_rows(splits, name):
+    """One of the rows of `for_splits`.
+
+    Where one row alone lacks a column, a KL is infinite and the other is core's: the mass that only
+    one of them has is not small against 1, and φ's sums have nothing to keep.
+    """
+    base, other = for_splits(SIZE, TILE, splits)[name]
+    level = "core" if "alone" in name else "precise"
+    return check_splits(base[None], other[None], splits, level)
+
+
+SPLIT_ROWS = list(for_splits(SIZE, TILE, 1))
 
 
 @interpreted
-@pytest.mark.parametrize("splits", [18])
+@pytest.mark.parametrize("splits", [5, 18])
 def test_splits_of_adversarial_rows(splits, small_tiles):
-    check_adversarial(splits, 2)
+    check_adversarial(splits, 1)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("splits", "name"),
+    [
+        (1, "other's maximum far and late"),
+        (3, "higher in every split"),
+        (7, "a column that base alone lacks"),
+        (12, "without the columns of a split and the tail"),
+        (37, "maximum in the last element"),
+    ],
+)
+def test_splits_of_rows_that_are_odd_for_them(splits, name, small_tiles):
+    check_split_rows(splits, name)
+
+
+@interpreted
+def test_splits_are_repeatable(small_tiles):
+    name = "other's maximum far and late"
+    base, other = (row[None] for row in for_splits(SIZE, TILE, 24)[name])
+    labels = torch.tensor([SIZE - 1])
+    first = of_splits(base, other, labels, 24, "precise")
+    for name, value in of_splits(base, other, labels, 24, "precise").items():
+        assert torch.equal(value.nan_to_num(7), first[name].nan_to_num(7)), name
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("splits", range(1, 38))
+def test_every_number_of_splits(splits, small_tiles):
+    """Each on an adversarial row and on one that is odd for it, which change with the number."""
+    check_adversarial(splits, 1)
+    check_split_rows(splits, SPLIT_ROWS[splits % len(SPLIT_ROWS)])
+
+
+@interpreted
+@pytest.mark.slow
+def test_the_maximum_in_each_of_six_splits(small_tiles):
+    noise, more = torch.randn(SIZE), torch.randn(SIZE)
+    base = torch.stack([noise + one_hot(SIZE, 37 * i // 6 * TILE + 9, 9.0) for i in range(6)])
+    check_splits(base, base + 0.1 * more, 6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accuracy
 import pytest
 import torch
 from prunekernels import (
@@ -13,11 +14,12 @@ from prunekernels import (
     pair_state,
     pair_stats,
     reference,
+    tuning,
     vector_stats,
 )
 from prunekernels.runtime import select
-from rows import adversarial
-from tolerances import allowed
+from rows import adversarial, for_splits
+from tolerances import allowed, worse_than_allowed
 from torch import Tensor
 
 pytestmark = [
@@ -78,6 +80,46 @@ def test_values(vocab: int, dtype: torch.dtype, level: str) -> None:
         assert all(torch.equal(again[name], x) or x.isnan().any() for name, x in found.items())
 
 
+@pytest.mark.parametrize("level", ["core", "precise", "full"])
+@pytest.mark.parametrize("kind", ["peaked", "flat"])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_accuracy_table(vocab: int, kind: str, level: str) -> None:
+    """Above core, variances of rows with a KL of 1e-7 are beyond it: x = b'−a' there."""
+    noises = accuracy.NOISES if level == "core" else (0.3, 4.5e-3, 0.0)
+    base, other = accuracy.pair(kind, vocab, noises, device="cuda")
+    accuracy.check_pair("triton", base, other, level)
+    if level != "core":
+        base, other = accuracy.pair(kind, vocab, (4.5e-4,), device="cuda")
+        accuracy.check_pair("triton", base, other, level, accuracy.KLS)
+
+
+@pytest.mark.parametrize("level", ["core", "precise"])
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_accuracy_table_of_heads(vocab: int, level: str) -> None:
+    steps = accuracy.STEPS if level == "core" else (1500, 20, 0)
+    assert tuning.head_fused(len(steps), 16)
+    accuracy.check_head("triton", vocab, level, steps=steps, device="cuda")
+
+
+@pytest.mark.parametrize("splits", range(1, 38))
+def test_every_number_of_splits(splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows that have a tile for each, as near the truth as the table allows, and repeatable."""
+    config = tuning.PairConfig(lanes=128, units=1, num_warps=4)
+    monkeypatch.setattr(tuning, "pair_config", lambda warp=32: config)
+    tile = 4 * config.lanes
+    size = 37 * tile + 13
+    cases = for_splits(size, tile, splits)
+    labels = torch.tensor([size - 1], device="cuda")
+    for name, rows in cases.items():
+        base, other = (row[None].cuda() for row in rows)
+        level = "core" if "alone" in name else "precise"
+        got = accuracy.of_splits(base, other, labels, splits, level)
+        worse = worse_than_allowed(got, base, other, tile=tile, level=level, labels=labels)
+        assert not worse, (name, worse)
+        again = accuracy.of_splits(base, other, labels, splits, level)
+        assert all(torch.equal(again[n].nan_to_num(7), x.nan_to_num(7)) for n, x in got.items())
+
+
 @pytest.mark.parametrize("rows", [1, 3, 130, 2048])
 def test_rows_that_share_the_machine_differently(rows: int) -> None:
     base, other = pair(rows, 50257, torch.bfloat16)
@@ -98,6 +140,25 @@ def test_adversarial_rows(level: str) -> None:
         assert torch.equal(found[name], exact[name]), name
     same = pair_stats(base, base.clone(), level=level, impl="triton")
     assert (same.kl_base_other == 0).all() and (same.cos_prob == 1).all()
+
+
+@pytest.mark.parametrize("level", ["core", "precise"])
+def test_temperature_scales_exactly_and_rows_swap(level: str) -> None:
+    base, other = pair(3, 50257, torch.float32)
+    first = pair_stats(base, other, temperature=0.7, level=level).as_dict()
+    twice = pair_stats(2 * base, 2 * other, temperature=1.4, level=level).as_dict()
+    options: dict[str, Any] = {"temperature": 0.7, "level": level, "weights": "other"}
+    back = pair_stats(other, base, **options).as_dict()
+    for name in ("kl_base_other", "kl_other_base", "entropy_base", "cos_prob", "kl_estimate"):
+        assert torch.equal(twice[name], first[name]), name
+    for name, swapped in (
+        ("kl_base_other", "kl_other_base"),
+        ("kl_other_base", "kl_base_other"),
+        ("entropy_base", "entropy_other"),
+        ("cos_prob", "cos_prob"),
+        ("kl_estimate", "kl_estimate"),
+    ):
+        torch.testing.assert_close(first[name], back[swapped], rtol=1e-5, atol=3e-7)
 
 
 def test_broken_and_excluded_elements() -> None:

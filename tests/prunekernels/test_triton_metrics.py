@@ -136,22 +136,6 @@ def test_a_real_vocabulary():
 
 
 @interpreted
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("vocab", "level", "dtype"),
-    [
-        (50257, "full", torch.float32),
-        (151936, "core", torch.bfloat16),
-        (262144, "precise", torch.float32),
-    ],
-)
-def test_large_vocabularies(vocab, level, dtype):
-    base, other = pair(1, vocab, dtype)
-    compare(base, other, level=level)
-    compare(base * 0.01, other * 0.01, level=level)  # nearly flat rows
-
-
-@interpreted
 @pytest.mark.parametrize(("level", "kl", "allowed"), [("core", 1e-5, 0.1), ("precise", 1e-7, 1e-4)])
 def test_small_divergences(level, kl, allowed):
     base, noise = torch.randn(2, 6000) * 3, torch.randn(2, 6000)
@@ -162,9 +146,7 @@ def test_small_divergences(level, kl, allowed):
         assert (getattr(got, name) / exact[name] - 1).abs().max() < allowed, name
     apart = exact["one_minus_cos_prob"]
     assert (got.one_minus_cos_prob - apart).abs().max() < 3e-10 + 1e-5 * apart.max()
-    assert ((got.kl_estimate / exact["kl_estimate"]) - 1).abs().max() < (
-        2e-3 if level == "core" else 4e-6
-    )
+    assert ((got.kl_estimate / exact["kl_estimate"]) - 1).abs().max() < 4e-6
 
 
 @interpreted
@@ -243,11 +225,13 @@ def test_no_rows():
 
 
 @interpreted
-def test_repeatable_and_temperature_scales_exactly():
-    base, other = pair(2, 5000)
-    first = pair_stats(base, other, temperature=0.7, level="precise", impl="triton").as_dict()
-    again = pair_stats(base, other, temperature=0.7, level="precise", impl="triton").as_dict()
-    twice = pair_stats(2 * base, 2 * other, temperature=1.4, level="precise", impl="triton")
+@pytest.mark.parametrize("level", ["core", "precise"])
+def test_repeatable_and_temperature_scales_exactly(level):
+    base, other = pair(1, 5000)
+    other[:, 3000] += 25.0  # away from base's top, so that β moves to it
+    first = pair_stats(base, other, temperature=0.7, level=level, impl="triton").as_dict()
+    again = pair_stats(base, other, temperature=0.7, level=level, impl="triton").as_dict()
+    twice = pair_stats(2 * base, 2 * other, temperature=1.4, level=level, impl="triton")
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
     for name in ("kl_base_other", "kl_other_base", "entropy_base", "cos_prob", "kl_estimate"):

@@ -88,6 +88,7 @@ def _head_pair_kernel(
     zero = tl.zeros((BLOCK_N,), tl.float32)
     ref_a = zero + minus_inf
     ref_b = zero + minus_inf
+    parts = lib.gap(zero, ref_a, ref_b, k, False)
     top_a = zero + minus_inf
     top_b = zero + minus_inf
     second_a = zero + minus_inf
@@ -157,7 +158,7 @@ def _head_pair_kernel(
         best_a, at_a, next_a = _tile_lead(a, columns)
         best_b, at_b, next_b = _tile_lead(b, columns)
         found = columns[None, :] == at_a[:, None]
-        new_b = tl.max(tl.where(found, b, minus_inf), 1) * unit
+        at_top = tl.max(tl.where(found, b, minus_inf), 1)
         second_a = tl.where(best_a > top_a, tl.maximum(top_a, next_a), tl.maximum(second_a, best_a))
         second_b = tl.where(best_b > top_b, tl.maximum(top_b, next_b), tl.maximum(second_b, best_b))
         id_a = tl.where(best_a > top_a, at_a, id_a)
@@ -167,16 +168,21 @@ def _head_pair_kernel(
 
         moved = best_a * unit > ref_a
         new_a = tl.where(moved, best_a * unit, ref_a)
-        new_b = tl.where(moved, new_b, ref_b)
-        new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-        moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float32)
-        s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
+        new_b = tl.where(moved, at_top * unit, ref_b)
+        size = tl.where(moved, at_top - best_a, lib.whole_gap(parts))
+        away = top_b * unit > new_b + far
+        new_b = tl.where(away, top_b * unit, new_b)
+        size = tl.where(away, (new_b - new_a) / k, size)
+        old = (ref_a, ref_b, parts)
+        new = (new_a, new_b, size)
+        s, parts = lib.move(s, old, new, k, step, tl.float32, SUMS, PRECISE, OTHER, False)
         ref_a = new_a
         ref_b = new_b
 
         safe_a = tl.where(ref_a == minus_inf, 0.0, ref_a)[:, None]
         safe_b = tl.where(ref_b == minus_inf, 0.0, ref_b)[:, None]
-        y, z, x = lib.exponents(a, b, safe_a, safe_b, k, inverse_t, PRECISE, True)
+        gaps = (parts[0][:, None], parts[1][:, None], parts[2][:, None])
+        y, z, x = lib.exponents(a, b, safe_a, safe_b, gaps, k, inverse_t, PRECISE, True)
         y = tl.where(whole_a, y, lib.LOWEST)
         z = tl.where(whole_b, z, lib.LOWEST)
         a = tl.where(whole_a, a, 0.0)
@@ -189,6 +195,8 @@ def _head_pair_kernel(
             none, a, b, y, z, x, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER
         )
         s = lib.add_columns(s, terms, SUMS)
+    if not PRECISE:
+        s = lib.to_exponents(s, ref_a, ref_b, parts, k, SUMS, OTHER)
 
     head_fields = (
         ref_a,

@@ -136,7 +136,8 @@ def _pair_merge_kernel(
             else:
                 part = part + (tl.zeros((ROWS, SPLITS), tl.float64),)
         moves = lib.moves(a, ref_a[:, None], b, ref_b[:, None], 1.0, tl.float64)
-        part = lib.rebase(part, moves, tl.float64, SUMS, PRECISE, OTHER)
+        x = moves[8] if PRECISE else moves[2]
+        part = lib.rebase(part, moves, x, tl.float64, SUMS, OTHER)
         s = lib.add_columns(s, part, SUMS)
 
     nan = float("nan")

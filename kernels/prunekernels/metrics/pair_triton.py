@@ -6,7 +6,7 @@ across them: tiles of 4096 without masks, then what is left over at either end i
 are taken from the others, not from the logits. Where a split turns out to hold −inf, NaN or +inf,
 or rows so different in size that this would cancel, it is summed again, in masked pieces alone.
 Partial sums are merged in a fixed order by `merge_triton`; "full" then reads the logits a second
-time, with both normalisers known.
+time (`second_pass_triton`).
 """
 
 
@@ -27,6 +27,7 @@ from prunekernels.compilation import Arch, KernelCase
 from prunekernels.metrics import merge_triton
 from prunekernels.metrics.merge_triton import Kind, State
 from prunekernels.metrics.rows import PairRows
+from prunekernels.metrics.second_pass_triton import second_pass
 from prunekernels.pair_sums import take_rows
 from prunekernels.runtime import on
 
@@ -53,6 +54,7 @@ def _pair_sums_kernel(
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     LABELS: tl.constexpr,
+    HALF: tl.constexpr,  # logits of 16 bits
     ROW_TABLE: tl.constexpr,
     SHIFT: tl.constexpr,  # rows start at any element of an aligned vector of 4, alike for both
     PACKED: tl.constexpr,  # bf16 read two at a time, as 32-bit words
@@ -105,6 +107,7 @@ def _pair_sums_kernel(
     unit_a = tl.full((LANES,), -1, tl.int32)
     unit_b = tl.full((LANES,), -1, tl.int32)
     top_b = tl.full((), minus_inf, tl.float32)
+    parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, k, HALF)
 
     for column in range(first, last, TILE):
         tile_a = ()
@@ -152,6 +155,7 @@ def _pair_sums_kernel(
             top_b = tl.max(best_b, 0)
             new_a = ref_a
             new_b = ref_b
+            size = lib.whole_gap(parts)
             if tile_top_a * unit > ref_a:
                 new_a = tile_top_a * unit
                 where = tl.full((LANES,), TILE, tl.int32)
@@ -161,16 +165,21 @@ def _pair_sums_kernel(
                     where = tl.where(value == tile_top_a, tl.minimum(where, here), where)
                 found = tl.min(where, 0)
                 found = tl.where(found < TILE, found, 0)
-                new_b = tl.load(from_b + found * stride_bv).to(tl.float32) * unit
-            new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-            moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
-            s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
+                at_top = tl.load(from_b + found * stride_bv).to(tl.float32)
+                new_b = at_top * unit
+                size = at_top - tile_top_a
+            away = top_b * unit > new_b + far
+            new_b = tl.where(away, top_b * unit, new_b)
+            size = tl.where(away, (new_b - new_a) / k, size)
+            old = (ref_a, ref_b, parts)
+            new = (new_a, new_b, size)
+            s, parts = lib.move(s, old, new, k, step, tl.float64, SUMS, PRECISE, OTHER, HALF)
             ref_a = new_a
             ref_b = new_b
         for u in tl.static_range(4 * UNITS):
             a = tile_a[u]
             b = tile_b[u]
-            y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, False)
+            y, z, x = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, False)
             s = lib.accumulate(s, a, b, y, z, x, None, None, None, SUMS, False, PRECISE, OTHER)
         s = lib.count(s, 4 * UNITS, SUMS)
 
@@ -187,6 +196,7 @@ def _pair_sums_kernel(
         s = lib.zeros((LANES,), tl.float32)
         ref_a = tl.full((), minus_inf, tl.float32)
         ref_b = tl.full((), minus_inf, tl.float32)
+        parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, k, HALF)
         best_a = tl.full((LANES,), minus_inf, tl.float32)
         best_b = tl.full((LANES,), minus_inf, tl.float32)
         next_a = tl.full((LANES,), minus_inf, tl.float32)
@@ -232,16 +242,22 @@ def _pair_sums_kernel(
         if (piece_top_a * unit > ref_a) | (top_b * unit > ref_b + far):
             new_a = ref_a
             new_b = ref_b
+            size = lib.whole_gap(parts)
             if piece_top_a * unit > ref_a:
                 new_a = piece_top_a * unit
                 found = tl.min(tl.where(a == piece_top_a, lanes, LANES), 0)
-                new_b = tl.max(tl.where(lanes == found, b, minus_inf), 0) * unit
-            new_b = tl.where(top_b * unit > new_b + far, top_b * unit, new_b)
-            moves = lib.moves(ref_a, new_a, ref_b, new_b, step, tl.float64)
-            s = lib.rebase(s, moves, tl.float32, SUMS, PRECISE, OTHER)
+                at_top = tl.max(tl.where(lanes == found, b, minus_inf), 0)
+                new_b = at_top * unit
+                size = at_top - piece_top_a
+            away = top_b * unit > new_b + far
+            new_b = tl.where(away, top_b * unit, new_b)
+            size = tl.where(away, (new_b - new_a) / k, size)
+            old = (ref_a, ref_b, parts)
+            new = (new_a, new_b, size)
+            s, parts = lib.move(s, old, new, k, step, tl.float64, SUMS, PRECISE, OTHER, HALF)
             ref_a = new_a
             ref_b = new_b
-        y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, PRECISE, True)
+        y, z, x = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, True)
         y = tl.where(whole_a, y, lib.LOWEST)
         z = tl.where(whole_b, z, lib.LOWEST)
         a = tl.where(whole_a, a, 0.0)
@@ -295,10 +311,15 @@ def _pair_sums_kernel(
         tl.sum(broken_a, 0),
         tl.sum(broken_b, 0),
     )
+    totals = ()
+    for i in tl.static_range(len(s)):
+        totals = totals + (tl.sum(s[i], 0),)
+    if not PRECISE:
+        totals = lib.to_exponents(totals, ref_a, ref_b, parts, k, SUMS, OTHER)
     sums = ()
     for i in tl.static_range(len(s)):
         if (SUMS >> i) & 1:
-            sums = sums + (tl.sum(s[i], 0),)
+            sums = sums + (totals[i],)
     fields = head_fields + sums
     out = floats_ptr + pid * len(fields)
     for i in tl.static_range(len(fields)):
@@ -334,107 +355,6 @@ def _quarters(ptr, stride, skip, LANES: tl.constexpr):
     return (q0.to(tl.float32), q1.to(tl.float32), q2.to(tl.float32), q3.to(tl.float32))
 
 
-@triton.jit(do_not_specialize=["N", "V", "S"])
-def _pair_full_kernel(
-    base_ptr,  # logits a
-    other_ptr,  # logits b
-    starts_ptr,  # (2, N) int64 first element of each row, with ROW_TABLE
-    norms_ptr,  # (4, N) float64, from the merge kernel
-    sums_ptr,  # (N, S, 3) fp32: 2·JS, Σ|q−p|, Σ(√q−√p)²
-    N,
-    V,
-    S,
-    stride_an,
-    stride_av,
-    stride_bn,
-    stride_bv,
-    k,  # log2(e)/T
-    inverse_t,  # 1/T
-    ROW_TABLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    pid = tl.program_id(0).to(tl.int64)
-    row = pid // S
-    split = pid % S
-    if ROW_TABLE:
-        start_a = tl.load(starts_ptr + row)
-        start_b = tl.load(starts_ptr + N + row)
-    else:
-        start_a = row * stride_an
-        start_b = row * stride_bn
-    ref_a = tl.load(norms_ptr + row).to(tl.float32)
-    ref_b = tl.load(norms_ptr + N + row).to(tl.float32)
-    norm_a = tl.load(norms_ptr + 2 * N + row)
-    norm_b = tl.load(norms_ptr + 3 * N + row)
-    apart = (norm_b - norm_a).to(tl.float32)
-    norm_a = (norm_a * lib.LOG2E).to(tl.float32)
-    norm_b = (norm_b * lib.LOG2E).to(tl.float32)
-    whole = V // BLOCK
-    first = (whole.to(tl.int64) * split // S).to(tl.int32) * BLOCK
-    last = (whole.to(tl.int64) * (split + 1) // S).to(tl.int32) * BLOCK
-    lanes = tl.arange(0, BLOCK)
-    js = tl.zeros((BLOCK,), tl.float32)
-    tv = tl.zeros((BLOCK,), tl.float32)
-    he = tl.zeros((BLOCK,), tl.float32)
-    for column in range(first, last, BLOCK):
-        from_a = base_ptr + (start_a + tl.cast(column, tl.int64) * stride_av)
-        from_b = other_ptr + (start_b + tl.cast(column, tl.int64) * stride_bv)
-        a = tl.load(from_a + lanes * stride_av).to(tl.float32)
-        b = tl.load(from_b + lanes * stride_bv).to(tl.float32)
-        terms = _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t)
-        js += terms[0]
-        tv += terms[1]
-        he += terms[2]
-    if (split == S - 1) & (last < V):
-        columns = last + lanes
-        mask = columns < V
-        at_a = base_ptr + start_a + columns.to(tl.int64) * stride_av
-        at_b = other_ptr + start_b + columns.to(tl.int64) * stride_bv
-        a = tl.load(at_a, mask=mask, other=float("-inf")).to(tl.float32)
-        b = tl.load(at_b, mask=mask, other=float("-inf")).to(tl.float32)
-        terms = _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t)
-        js += terms[0]
-        tv += terms[1]
-        he += terms[2]
-    tl.store(sums_ptr + pid * 3, tl.sum(js, 0))
-    tl.store(sums_ptr + pid * 3 + 1, tl.sum(tv, 0))
-    tl.store(sums_ptr + pid * 3 + 2, tl.sum(he, 0))
-
-
-@triton.jit
-def _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t):
-    """Terms of 2·JS, Σ|q−p| and Σ(√q−√p)² from logits and normalisers.
-
-    With u = |ln(q/p)|, ρ = e^{−u/2} and m the larger of p and q, the smaller is mρ²:
-    2·JS = Σ (p+q)(ln 2 − ln(1+ρ²)) − mρ²u, and (√q−√p)² = m(1−ρ)². Where p and q nearly agree
-    that cancels, and series of s = (q−p)/(q+p) = tanh(u/2) serve.
-    """
-    y, z, x = lib.exponents(a, b, ref_a, ref_b, k, inverse_t, True, False)
-    p = tl.exp2(y - norm_a)
-    q = tl.exp2(z - norm_b)
-    both = p + q
-    half = tl.abs(0.5 * (x - apart))
-    half = tl.where(half < 1.0e4, half, 1.0e4)  # infinite or NaN where a logit is −inf
-    rho = tl.exp2(half * -lib.LOG2E)
-    r = rho * rho
-    larger = tl.maximum(p, q)
-    close = half < 0.25
-    h2 = half * half
-    s = half * (1.0 - h2 * (0.33333333 - h2 * (0.13333333 - h2 * 0.053968254)))
-    s2 = s * s
-    bend = 0.083333333 + s2 * (0.033333333 + s2 * (0.017857143 + s2 * 0.011111111))
-    near = both * s2
-    js = both * (lib.LN2 - tl.log(1.0 + r)) - larger * r * (2.0 * half)
-    # 1 − √(1−s²)
-    cap = 0.5 + s2 * (0.125 + s2 * (0.0625 + s2 * (0.0390625 + s2 * 0.02734375)))
-    he = larger * (1.0 - rho) * (1.0 - rho)
-    return (
-        tl.where(close, near * (0.5 + s2 * bend), js),
-        tl.where(close, both * s, tl.abs(q - p)),
-        tl.where(close, near * cap, he),
-    )
-
-
 def partial_state(
     base: Tensor,
     other: Tensor,
@@ -449,7 +369,8 @@ def partial_state(
         splits = tuning.pair_splits(rows.count, rows.width)
     state = merge_triton.empty_state(base.device, rows.count, splits, kind)
     if rows.count:
-        config = tuning.pair_config(32 if torch.version.hip is None else 64)
+        warp = 32 if torch.version.hip is None else 64
+        config = tuning.pair_config(warp)
         with on(base):
             _pair_sums_kernel[(rows.count * splits,)](
                 base,
@@ -469,6 +390,7 @@ def partial_state(
                 PRECISE=kind.precise,
                 OTHER=kind.by_other,
                 LABELS=labels is not None,
+                HALF=base.element_size() == 2,
                 ROW_TABLE=rows.starts is not None,
                 SHIFT=rows.shift,
                 PACKED=rows.packed,
@@ -477,36 +399,9 @@ def partial_state(
                 UNITS=config.units,
                 num_warps=config.num_warps,
                 num_stages=1,
+                **tuning.pair_options(kind.precise, warp),
             )
     return state
-
-
-def second_pass(base: Tensor, other: Tensor, norms: Tensor, temperature: float) -> Tensor:
-    """js, total_variation and hellinger `(3, N)` fp32, from the normalisers of the first pass."""
-    rows = PairRows(base, other)
-    splits = tuning.pair_splits(rows.count, rows.width)
-    sums = torch.empty(rows.count, splits, 3, dtype=torch.float32, device=base.device)
-    if rows.count:
-        with on(base):
-            _pair_full_kernel[(rows.count * splits,)](
-                base,
-                other,
-                rows.starts,
-                norms,
-                sums,
-                rows.count,
-                rows.width,
-                splits,
-                *rows.strides,
-                merge_triton.exponent_scale(temperature),
-                1.0 / temperature,
-                ROW_TABLE=rows.starts is not None,
-                BLOCK=1024,
-                num_warps=4,
-                num_stages=1,
-            )
-    js, tv, he = sums.double().sum(1).unbind(-1)
-    return torch.stack([0.5 * js, 0.5 * tv, torch.sqrt(0.5 * he)]).float()
 
 
 def pair_stats(
@@ -586,7 +481,7 @@ LOOPS: dict[str, tuple[str, ...]] = {
 
 
 def compile_cases() -> list[KernelCase]:
-    """First passes as they run on contiguous logits, and the second pass."""
+    """The pass over contiguous logits for what is asked most."""
     integers = dict.fromkeys(("N", "V", "S"), "i32")
     strides = dict.fromkeys(("stride_an", "stride_bn"), "i64")
     pointers = ("base_ptr", "other_ptr")
@@ -604,7 +499,8 @@ def compile_cases() -> list[KernelCase]:
     chosen = (*((name, "bf16", "base") for name in LOOPS), ("kl", "fp32", "base"))
     planned = [(*what, nvidia) for what in everything + chosen]
     for sums, dtype, weights, archs in planned + [(*what, amd) for what in everything]:
-        config = tuning.pair_config(32 if archs == nvidia else 64)
+        warp = 32 if archs == nvidia else 64
+        config = tuning.pair_config(warp)
         level = "precise" if sums.startswith("precise") else "core"
         kind = Kind(1.0, level, weights, False, ",".join(LOOPS.get(sums, ())))
         outputs = {"floats_ptr": "*fp32", "ids_ptr": "*i64"}
@@ -631,6 +527,7 @@ def compile_cases() -> list[KernelCase]:
                     "PRECISE": kind.precise,
                     "OTHER": kind.by_other,
                     "LABELS": False,
+                    "HALF": dtype != "fp32",
                     "ROW_TABLE": False,
                     "SHIFT": False,
                     "PACKED": dtype == "bf16",
@@ -640,6 +537,7 @@ def compile_cases() -> list[KernelCase]:
                 },
                 num_warps=config.num_warps,
                 num_stages=1,
+                options=tuning.pair_options(kind.precise, warp),
                 divisible=(*pointers, *outputs, *strides),
                 opcodes=("MUFU.EX2", "v_exp_f32"),
                 elements_per_iteration=columns // config.num_warps,
@@ -648,31 +546,4 @@ def compile_cases() -> list[KernelCase]:
                 archs=archs,
             )
         )
-    cases += [
-        KernelCase(
-            name=f"pair_stats/second_pass/{dtype}",
-            kernel=_pair_full_kernel,
-            signature={
-                **dict.fromkeys(pointers, f"*{dtype}"),
-                **integers,
-                **strides,
-                **numbers,
-                "norms_ptr": "*fp64",
-                "sums_ptr": "*fp32",
-            },
-            constants={
-                "starts_ptr": None,
-                "stride_av": 1,
-                "stride_bv": 1,
-                "ROW_TABLE": False,
-                "BLOCK": 1024,
-            },
-            num_stages=1,
-            divisible=(*pointers, *strides),
-            opcodes=("MUFU.EX2", "v_exp_f32"),
-            elements_per_iteration=1024 // 4,
-            archs=(80, 89, 90, "gfx942"),
-        )
-        for dtype in ("bf16", "fp32")
-    ]
     return cases
