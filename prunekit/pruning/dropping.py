@@ -154,7 +154,7 @@ def drop_(
     calibration: CalibrationInput,
     *,
     tokenizer: Any = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     calibration_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> DropReport:
@@ -168,7 +168,7 @@ def drop_(
         drop: What to drop.
         calibration: What to score on; see `prunekit.calibration`.
         tokenizer: Needed if the calibration is a file or a data set.
-        batch_size: Sequences that run together.
+        batch_size: Sequences that run together; see `prunekit.pruning.prune_`.
         calibration_dtype: Run the calibration passes in this type, such as torch.bfloat16, with
             rounded copies of each layer's weights; see `prunekit.pruning.prune_`. Scores are formed
             in float32 as ever, from rounded activations.
@@ -185,7 +185,7 @@ def drop_(
     _check_count(arch, drop)
     with evaluating(model):
         found = sequences(calibration, model, tokenizer, progress=progress)
-        together = batches(found, batch_size)
+        together = batches(found, batch_size, model.get_input_embeddings().weight.device)
 
         def score(without: Collection[Part] = ()) -> dict[Part, float]:
             return mean_cosines(
