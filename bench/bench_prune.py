@@ -7,9 +7,9 @@
 
 DIR is a checkout of CASE-Lab-UMD/Pruning-on-Representations; its own functions are called, on the
 same model and tokens, in turns with prunekit's. Prints a table and writes prune.csv (or
-prune_memory.csv, prune_draws.csv, or prune_layer.csv with the columns of the other benchmarks) below
-results/. One pass is every layer run once over all samples; Wanda and SparseGPT need two, drop scores one,
-magnitude none.
+prune_memory.csv, prune_draws.csv, or prune_layer.csv with the columns of the other benchmarks)
+below results/. One pass is every layer run once over all samples; Wanda and SparseGPT need two,
+drop scores one, magnitude none.
 """
 
 from __future__ import annotations
