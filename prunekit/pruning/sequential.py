@@ -20,7 +20,7 @@ from prunekit.progress import track
 from prunekit.pruning import scores, sparsegpt
 from prunekit.pruning.journal import Journal, fingerprint
 from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
-from prunekit.pruning.report import MatrixReport, PruneReport
+from prunekit.pruning.report import MatrixReport, PruneReport, dtype_name
 from prunekit.pruning.statistics import InputStatistics, LayerCollector
 from prunekit.pruning.stream import Stream
 from prunekit.weight_refs import WeightRef
@@ -130,6 +130,7 @@ def prune_(
         tuple(name for name in names if name not in assigned),
         len(found),
         sum(map(len, found)),
+        None if calibration is None else dtype_name(calibration_dtype),
     )
 
 

@@ -15,10 +15,12 @@ from prunekit.calibration import Calibration
 from prunekit.errors import PrunekitError
 from prunekit.pruning import (
     DEFAULT_IGNORE,
+    Drop,
     Magnitude,
     Recipe,
     SparseGPT,
     Wanda,
+    drop_,
     method_from_dict,
     patterns,
     prune_,
@@ -732,6 +734,21 @@ def test_report_as_data_and_table(tiny, token_ids):
         "mlp.experts.down_proj", "16", "32×48", "magnitude", "unstructured",
     ]  # fmt: skip
     assert len(report.table(verbose=True).splitlines()) == len(report.matrices) + 2
+
+
+def test_reports_say_in_which_type_calibration_ran(tiny, token_ids):
+    for dtype, name in ((torch.bfloat16, "bfloat16"), (None, None)):
+        settings = {"calibration_dtype": dtype, "progress": False}
+        found = [
+            prune_(tiny("llama"), Wanda(), token_ids, **settings),
+            drop_(tiny("llama"), Drop("attn", 1), token_ids, **settings),
+        ]
+        for report in found:
+            assert report.to_dict()["calibration_dtype"] == name
+            told = "Calibration passes ran in bfloat16, on copies of the weights: activations"
+            assert (told in report.table()) == (name is not None)
+    magnitude = prune(tiny("llama"), Magnitude(), calibration_dtype=torch.bfloat16)
+    assert magnitude.calibration_dtype is None  # no pass ran
 
 
 # --- bad input: nothing is changed
