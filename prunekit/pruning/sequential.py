@@ -254,6 +254,7 @@ def _prune_layer_(
                 relative_error=None,
                 note=result.note,
             )
+        del result, results  # before the next group's H is factored
     return _with_errors([done[ref.name] for ref in refs], errors)
 
 

@@ -91,7 +91,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
     for factor in _DAMPING_STEPS:
         # A float64 copy of H is the largest thing that SparseGPT holds. It is factored in place,
         # for which LAPACK wants columns of consecutive numbers: those of the symmetric H are rows.
-        lower = hessian.flip(0, 1).double().t()
+        lower = _reversed(hessian).t()
         lower.diagonal().copy_((diagonal + damping * factor * mean).flip(0))
         failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
@@ -105,6 +105,16 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
         f"the Hessian is not positive definite even with damping {damping * _DAMPING_STEPS[-1]:g}: "
         "calibrate on more tokens, or raise damping"
     )
+
+
+def _reversed(matrix: Tensor) -> Tensor:
+    """`matrix.flip(0, 1).double()`, of a square matrix, without the flipped matrix between."""
+    found = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device)
+    width = len(matrix)
+    for start in range(0, width, _TRIANGLE_BLOCK):
+        part = matrix[start : start + _TRIANGLE_BLOCK]
+        found[width - start - len(part) : width - start] = part.flip(0, 1)
+    return found
 
 
 def _invert_lower_(lower: Tensor) -> None:
