@@ -145,7 +145,7 @@ class PruneReport:
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:
-    """ "bfloat16" for torch.bfloat16."""
+    """A type without its module: bfloat16 for torch.bfloat16."""
     return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
