@@ -2,18 +2,20 @@
 
     python bench/bench_prune.py --text c4.json --research DIR --rounds 3 --quality
     python bench/bench_prune.py --text c4.json --memory
+    python bench/bench_prune.py --text c4.json --research DIR --draws 4
     python bench/bench_prune.py --layer 8B [--research DIR]     one layer's shape, on a GPU
 
 DIR is a checkout of CASE-Lab-UMD/Pruning-on-Representations; its own functions are called, on the
 same model and tokens, in turns with prunekit's. Prints a table and writes prune.csv (or
-prune_memory.csv, or prune_layer.csv with the columns of the other benchmarks) below results/. One
-pass is every layer run once over all samples; Wanda and SparseGPT need two, drop scores one,
-magnitude none.
+prune_memory.csv, prune_draws.csv, or prune_layer.csv with the columns of the other benchmarks)
+below results/. One pass is every layer run once over all samples; Wanda and SparseGPT need two,
+drop scores one, magnitude none.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import statistics
 import subprocess
@@ -58,7 +60,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, help="of prunekit (its default)")
     parser.add_argument(
         "--layers", type=int, help="only the model's first layers, for a quick look"
     )
@@ -71,6 +73,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--quality", action="store_true", help="also the perplexity it leaves")
     parser.add_argument("--scored", type=int, default=16384, help="tokens that are scored")
     parser.add_argument("--memory", action="store_true", help="measure peak memory instead")
+    parser.add_argument(
+        "--draws",
+        type=int,
+        metavar="N",
+        help="measure instead what SparseGPT leaves after N disjoint draws of calibration text",
+    )
     parser.add_argument("--measured", help=argparse.SUPPRESS)  # one process of --memory
     options = parser.parse_args()
     if options.text is None and options.layer is None:
@@ -98,12 +106,21 @@ class Bench:
             for part in (texts[:split], texts[split:])
         ]
         wanted = options.samples * options.length
-        self.tokens = torch.tensor(ids[0][:wanted]).view(options.samples, options.length).to(device)
+        if len(ids[0]) < (options.draws or 1) * wanted:
+            raise SystemExit(f"{options.text} calibrates with {len(ids[0])} tokens at most")
+        self.pool = torch.tensor(ids[0]).to(device)
+        self.draw(0)
         self.scored = ids[1][: options.scored]
+
+    def draw(self, number: int) -> None:
+        """Calibrate on the text's draw `number`."""
+        wanted = self.options.samples * self.options.length
+        drawn = self.pool[number * wanted : (number + 1) * wanted]
+        self.tokens = drawn.view(self.options.samples, self.options.length)
 
     def batches(self) -> list[torch.Tensor]:
         """The calibration tokens as they run together."""
-        return calibration.batches(self.tokens, self.options.batch_size)
+        return calibration.batches(self.tokens, self.options.batch_size, self.tokens.device)
 
     @torch.inference_mode()
     def passed(self) -> None:
@@ -115,8 +132,8 @@ class Bench:
     def pruned(self, method: Method, **settings: Any) -> None:
         """Prune by prunekit."""
         tokens = self.tokens if method.calibrated else None
-        size = self.options.batch_size
-        prune_(self.model, method, tokens, batch_size=size, progress=False, **settings)
+        settings = {"batch_size": self.options.batch_size, **settings}
+        prune_(self.model, method, tokens, progress=False, **settings)
 
     def scored_parts(self, *units: str) -> None:
         """Drop scores by prunekit."""
@@ -202,6 +219,37 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_draws(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """What SparseGPT leaves on each draw, in turns; a row per draw and provider.
+
+    Two batch sizes of prunekit differ by the order of float32 sums and nothing else: what lies
+    between them is rounding.
+    """
+    bench = Bench(options)
+    dense = {name: value.clone() for name, value in bench.model.state_dict().items()}
+    rows: list[dict[str, Any]] = []
+    began = time.monotonic()
+    for number in range(options.draws):
+        if rows and options.minutes and time.monotonic() - began > 60 * options.minutes:
+            say(f"time is up after {number} draws")
+            break
+        bench.draw(number)
+        every: dict[str, Callable[[], None]] = {
+            "prunekit": lambda: bench.pruned(SparseGPT()),
+            "prunekit, 8 together": lambda: bench.pruned(SparseGPT(), batch_size=8),
+        }
+        if options.research:
+            functions = pruning_functions(bench.model, bench.tokens, options.research)
+            every["research"] = functions["sparsegpt"]
+        for provider, function in every.items():
+            bench.model.load_state_dict(dense)
+            function()
+            left = bench.perplexity()
+            say(f"draw {number}, {provider}: {left:.3f}")
+            rows.append({"draw": number, "provider": provider, "perplexity": f"{left:.4f}"})
+    return rows
+
+
 def status(field: str) -> int:
     """A memory field of this process, in bytes (Linux)."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -222,6 +270,8 @@ def measure_one_memory(options: argparse.Namespace) -> None:
     widths = {ref.input_group: ref.matrix.shape[1] for ref in refs}
     hessian = isinstance(method, SparseGPT)
     sums = sum(4 * width * width if hessian else 8 * width for width in widths.values())
+    # what loading has freed but glibc still holds would hide as much of what pruning takes
+    ctypes.CDLL(None).malloc_trim(0)
     before = status("RssAnon")
     with Peak() as peak:
         bench.pruned(method, **settings)
@@ -285,19 +335,23 @@ def main() -> int:
     if options.measured:
         measure_one_memory(options)
         return 0
-    rows = measure_memory(options) if options.memory else measure(options)
+    measurement, name = measure, "prune.csv"
+    if options.memory:
+        measurement, name = measure_memory, "prune_memory.csv"
+    elif options.draws:
+        measurement, name = measure_draws, "prune_draws.csv"
+    rows = measurement(options)
     context = {
         "model": options.model,
         "layers": options.layers or "all",
         "text": Path(options.text).name,
         "samples": options.samples,
         "length": options.length,
-        "batch_size": options.batch_size,
+        "batch_size": options.batch_size or "default",
         **provenance(options.device),
     }
     for row in rows:
         print("  ".join(f"{value!s:>10}" for value in row.values()))
-    name = "prune_memory.csv" if options.memory else "prune.csv"
     write_csv(options.output, name, [{**row, **context} for row in rows])
     return 0
 

@@ -69,7 +69,7 @@ def exact_scores(model: Any, tokens: Tensor) -> Tensor:
 def our_scores(model: Any, tokens: Tensor) -> Tensor:
     """Both sublayers' scores in one pass."""
     arch = Architecture(model)
-    found = mean_cosines(arch, batches(tokens, 8), SUBLAYERS, progress=False)
+    found = mean_cosines(arch, batches(tokens, 8, tokens.device), SUBLAYERS, progress=False)
     layers = range(len(arch.layers))
     return torch.tensor([[found[name, layer] for layer in layers] for name in SUBLAYERS])
 

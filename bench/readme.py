@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -136,6 +138,27 @@ def memory() -> str:
     return table(["method", "model", "a block's statistics", "added at the peak", "peak"], body)
 
 
+def draws() -> str:
+    """Perplexities that SparseGPT leaves after several draws of calibration text, in pairs."""
+    if not (CPU / "prune_draws.csv").is_file():
+        return "Not measured on this version yet."
+    found: dict[str, dict[str, float]] = {}
+    for row in rows("prune_draws.csv"):
+        found.setdefault(row["provider"], {})[row["draw"]] = float(row["perplexity"])
+    ours, others = found.pop("prunekit"), found
+    body = [[draw, *(f"{each[draw]:.2f}" for each in (ours, *others.values()))] for draw in ours]
+    said = []
+    for name, other in others.items():
+        apart = [math.log(ours[draw] / other[draw]) for draw in ours]
+        error = statistics.stdev(apart) / len(apart) ** 0.5
+        largest = max(map(abs, apart))
+        said.append(
+            f"- prunekit − {name}: {statistics.mean(apart):+.4f} ± {error:.4f} of the logarithm "
+            f"(mean of {len(apart)} draws and its standard error), at most {largest:.4f} apart."
+        )
+    return "\n\n".join([table(["draw", "prunekit", *others], body), "\n".join(said)])
+
+
 PRUNINGS = ("in all", "beyond the passes", "perplexity")
 MEMORY = ("model_bytes", "block_statistics_bytes", "added_bytes")
 
@@ -208,6 +231,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "pruning": pruning,
     "prunings": prunings,
     "memory": memory,
+    "draws": draws,
 }
 
 

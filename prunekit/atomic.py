@@ -35,9 +35,7 @@ def replaced_folder(
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
     except OSError as error:
-        raise PrunekitError(
-            f"{target.parent} can't be written ({error.strerror}): choose another folder"
-        ) from error
+        raise _unwritable(target.parent, error) from error
     try:
         written = temporary / "new"
         written.mkdir()
@@ -89,8 +87,10 @@ def check_target(
     parent = next(path for path in target.parents if path.exists())
     if not parent.is_dir():
         raise PrunekitError(f"{parent} is a file: choose another folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise PrunekitError(f"{parent} can't be written: choose another folder")
+    try:  # a folder's permissions don't tell: no process can create one below /proc
+        Path(tempfile.mkdtemp(dir=parent, prefix=".prunekit-")).rmdir()
+    except OSError as error:
+        raise _unwritable(parent, error) from error
     if not target.exists():
         return target
     if not target.is_dir():
@@ -106,6 +106,10 @@ def check_target(
             f"another folder"
         )
     return target
+
+
+def _unwritable(folder: Path, error: OSError) -> PrunekitError:
+    return PrunekitError(f"{folder} can't be written ({error.strerror}): choose another folder")
 
 
 def _give_usual_permissions(folder: Path) -> None:

@@ -24,6 +24,8 @@ from prunekit.progress import track
 SELF = "self"
 _GENERATED_TOGETHER = 32  # sequences sampled in one batch
 _TOKENIZED_TOGETHER = 32  # texts tokenised in one call
+_TOGETHER = 8  # sequences that run together on an accelerator
+_CPU_TOKENS = 1024  # tokens that run together on a CPU: the results of more leave its caches
 _POOL = 4  # windows are drawn from up to this many times the tokens that are needed
 
 
@@ -153,26 +155,31 @@ def sequences(
     return [sequence.to("cpu", torch.int64) for sequence in found]
 
 
-def batches(sequences: Sequence[Tensor] | Tensor, batch_size: int) -> list[Tensor]:
+def batches(
+    sequences: Sequence[Tensor] | Tensor, batch_size: int | None, device: torch.device
+) -> list[Tensor]:
     """Stack sequences of equal length, so that no batch needs padding.
 
     Args:
         sequences: 1-D tensors, or one (samples, length) tensor.
-        batch_size: Most sequences per batch.
+        batch_size: Most sequences per batch. None: 8 on an accelerator, and on a CPU as many as
+            make 1024 tokens, which are as fast as more and hold less memory.
+        device: Where they will run.
 
     Returns:
         (up to batch_size, length) tensors; lengths in order of first appearance.
     """
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise PrunekitError(f"batch_size {batch_size} is too small: use at least 1")
     by_length: dict[int, list[Tensor]] = {}
     for sequence in sequences:
         by_length.setdefault(len(sequence), []).append(sequence)
-    return [
-        torch.stack(same[start : start + batch_size])
-        for same in by_length.values()
-        for start in range(0, len(same), batch_size)
-    ]
+    found = []
+    for length, same in by_length.items():
+        usual = max(1, _CPU_TOKENS // length) if device.type == "cpu" else _TOGETHER
+        step = batch_size or usual
+        found += [torch.stack(same[i : i + step]) for i in range(0, len(same), step)]
+    return found
 
 
 def _sampled(model: PreTrainedModel, calibration: Calibration, progress: bool) -> Tensor:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -53,3 +56,14 @@ class Allocations(TorchDispatchMode):
             self.now -= size
         else:
             self.live[pointer] = (count - 1, size)
+
+
+def cpu_peak(function: Callable[[], object]) -> int:
+    """Most bytes that `function` holds at once on a CPU, what operators use inside included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        function()
+    assert profiled.profiler is not None
+    events = profiled.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in changes))

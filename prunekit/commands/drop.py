@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", default="auto", help="auto (default) or zeroed")
     options.add_output(parser, "folder for the checkpoint")
     options.add_calibration(parser)
-    options.add_running(parser)
+    options.add_running(parser, batch_size=None)
     options.add_common(parser)
 
 

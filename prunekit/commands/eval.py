@@ -39,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, answer: TextIO) -> None:
     """Carry the command out."""
     source = options.needed(args.model, "model")
-    if not args.tasks:
+    tasks = [task.strip() for task in (args.tasks or "").split(",") if task.strip()]
+    if not tasks:
         raise PrunekitError("which tasks? give --tasks, such as --tasks arc_easy,gsm8k")
 
     from prunekit.evaluation.tasks import run_tasks
@@ -55,7 +56,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         found[label] = run_tasks(
             model,
             tokenizer,
-            [task.strip() for task in args.tasks.split(",") if task.strip()],
+            tasks,
             limit=args.limit,
             few_shot=args.few_shot,
             task_folder=args.task_folder,

@@ -29,13 +29,14 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE.yaml", help="read options from a file; flags win")
 
 
-def add_running(parser: argparse.ArgumentParser, *, batch_size: int = 8) -> None:
-    """Options of commands that run a model."""
+def add_running(parser: argparse.ArgumentParser, *, batch_size: int | None = 8) -> None:
+    """Options of commands that run a model; a `batch_size` of None suits the device."""
     group = parser.add_argument_group("running the model")
     group.add_argument("--seed", type=whole, default=0, help="seed of everything random (0)")
     add_placement(group)
+    usual = "8; on a CPU 1024 tokens" if batch_size is None else batch_size
     group.add_argument(
-        "--batch-size", type=positive, default=batch_size, help=f"run together ({batch_size})"
+        "--batch-size", type=positive, default=batch_size, help=f"run together ({usual})"
     )
 
 

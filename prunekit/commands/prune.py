@@ -63,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="don't record calibrated layers in DIR.journal, from which a killed run goes on",
     )
-    options.add_running(parser)
+    options.add_running(parser, batch_size=None)
     options.add_common(parser)
 
 

@@ -22,7 +22,7 @@ from prunekit.errors import PrunekitError
 from prunekit.layouts import SUBLAYERS
 from prunekit.modeling import drop_blocks_, drop_sublayers_
 from prunekit.pruning.cosines import BLOCK, Part, mean_cosines, parts
-from prunekit.pruning.report import align
+from prunekit.pruning.report import align, calibrated_in, dtype_name
 from prunekit.pruning.sequential import evaluating
 
 UNITS = (*SUBLAYERS, "all", BLOCK)
@@ -93,6 +93,7 @@ class DropReport:
         parameters_after: And after.
         sequences: Number of calibration sequences.
         tokens: Number of calibration tokens.
+        calibration_dtype: See `prunekit.pruning.PruneReport`.
     """
 
     unit: str
@@ -104,6 +105,7 @@ class DropReport:
     parameters_after: int
     sequences: int
     tokens: int
+    calibration_dtype: str | None = None
 
     def _layers(self, unit: str) -> tuple[int, ...]:
         return tuple(sorted(part.layer for part in self.dropped if part.unit == unit))
@@ -144,7 +146,7 @@ class DropReport:
                 mark = "  dropped" if (unit, layer) in gone else ""
                 cells.append("absent" if score is None else f"{score:.6f}{mark}")
             rows.append((str(layer), *cells))
-        return "\n".join(align(rows))
+        return "\n".join([*align(rows), *calibrated_in(self.calibration_dtype)])
 
 
 @torch.inference_mode()
@@ -154,7 +156,7 @@ def drop_(
     calibration: CalibrationInput,
     *,
     tokenizer: Any = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     calibration_dtype: torch.dtype | None = None,
     progress: bool = True,
 ) -> DropReport:
@@ -168,7 +170,7 @@ def drop_(
         drop: What to drop.
         calibration: What to score on; see `prunekit.calibration`.
         tokenizer: Needed if the calibration is a file or a data set.
-        batch_size: Sequences that run together.
+        batch_size: Sequences that run together; see `prunekit.pruning.prune_`.
         calibration_dtype: Run the calibration passes in this type, such as torch.bfloat16, with
             rounded copies of each layer's weights; see `prunekit.pruning.prune_`. Scores are formed
             in float32 as ever, from rounded activations.
@@ -185,7 +187,7 @@ def drop_(
     _check_count(arch, drop)
     with evaluating(model):
         found = sequences(calibration, model, tokenizer, progress=progress)
-        together = batches(found, batch_size)
+        together = batches(found, batch_size, model.get_input_embeddings().weight.device)
 
         def score(without: Collection[Part] = ()) -> dict[Part, float]:
             return mean_cosines(
@@ -222,6 +224,7 @@ def drop_(
         parameters_after=_parameters(model),
         sequences=len(found),
         tokens=sum(map(len, found)),
+        calibration_dtype=dtype_name(calibration_dtype),
     )
 
 

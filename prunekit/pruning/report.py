@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class MatrixReport:
@@ -67,6 +69,8 @@ class PruneReport:
         left_dense: Names of the layers' other matrices: ignored, or matched by no rule.
         sequences: Number of calibration sequences, 0 without calibration.
         tokens: Number of calibration tokens.
+        calibration_dtype: Type that was asked for the calibration passes, such as "bfloat16";
+            None: the model's own, or no calibration.
     """
 
     recipe: dict[str, Any]
@@ -74,6 +78,7 @@ class PruneReport:
     left_dense: tuple[str, ...] = ()
     sequences: int = 0
     tokens: int = 0
+    calibration_dtype: str | None = None
 
     @property
     def size(self) -> int:
@@ -101,6 +106,7 @@ class PruneReport:
             "recipe": self.recipe,
             "sequences": self.sequences,
             "tokens": self.tokens,
+            "calibration_dtype": self.calibration_dtype,
             "size": self.size,
             "kept": self.kept,
             "zeros": self.zeros,
@@ -135,7 +141,22 @@ class PruneReport:
             )
         rows.append(("all", str(len(self.matrices)), "", "", "", f"{self.sparsity:.4f}", ""))
         notes = [f"{m.name}: {m.note}" for m in self.matrices if m.note]
-        return "\n".join([*align(rows), *notes])
+        return "\n".join([*align(rows), *notes, *calibrated_in(self.calibration_dtype)])
+
+
+def dtype_name(dtype: torch.dtype | None) -> str | None:
+    """A type without its module: bfloat16 for torch.bfloat16."""
+    return None if dtype is None else str(dtype).removeprefix("torch.")
+
+
+def calibrated_in(dtype: str | None) -> list[str]:
+    """The line below a table that says what a `calibration_dtype` changed; none without one."""
+    if dtype is None:
+        return []
+    return [
+        f"Calibration passes ran in {dtype}, on copies of the weights: activations are of that "
+        "type, weights were judged and stored in their own."
+    ]
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

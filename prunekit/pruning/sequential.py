@@ -20,7 +20,7 @@ from prunekit.progress import track
 from prunekit.pruning import scores, sparsegpt
 from prunekit.pruning.journal import Journal, fingerprint
 from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
-from prunekit.pruning.report import MatrixReport, PruneReport
+from prunekit.pruning.report import MatrixReport, PruneReport, dtype_name
 from prunekit.pruning.statistics import InputStatistics, LayerCollector
 from prunekit.pruning.stream import Stream
 from prunekit.weight_refs import WeightRef
@@ -36,7 +36,7 @@ def prune_(
     calibration: CalibrationInput | None = None,
     *,
     tokenizer: Any = None,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     calibration_dtype: torch.dtype | None = None,
     offload: str | None = None,
     journal: Path | str | None = None,
@@ -61,7 +61,8 @@ def prune_(
             the only method: given, it only serves to measure output errors, given up to 128
             inputs per matrix.
         tokenizer: Needed if the calibration is a file or a data set.
-        batch_size: Sequences that run together.
+        batch_size: Sequences that run together; None suits the device, see
+            `prunekit.calibration.batches`.
         calibration_dtype: Run the calibration passes in this type, such as torch.bfloat16, which
             takes half of the time on processors that multiply it faster. Weights are scored and
             updated in float32 as ever; it is the activations that are rounded.
@@ -88,10 +89,15 @@ def prune_(
     assigned = recipe.assign(names)
     chosen = [[ref for ref in refs if ref.name in assigned] for refs in layers]
     _check(chosen, assigned, calibrated=calibration is not None)
+    device = model.get_input_embeddings().weight.device
     with evaluating(model):
         record = None
         if journal is not None:
-            settings = {"batch_size": batch_size, "calibration_dtype": str(calibration_dtype)}
+            settings = {
+                "batch_size": batch_size,
+                "calibration_dtype": str(calibration_dtype),
+                "device": device.type,  # decides about the batches, too
+            }
             record = Journal(journal, _facts(model, recipe, calibration, settings))
         found: list[Tensor] = []
         stream = None
@@ -101,7 +107,7 @@ def prune_(
                 return sequences(calibration, model, tokenizer, progress=progress)
 
             found = compute() if record is None else record.tokens(compute)
-            together = batches(found, batch_size)
+            together = batches(found, batch_size, device)
             stream = Stream(arch, together, dtype=calibration_dtype, offload=offload)
         if record is not None:
             record.start()
@@ -124,6 +130,7 @@ def prune_(
         tuple(name for name in names if name not in assigned),
         len(found),
         sum(map(len, found)),
+        None if calibration is None else dtype_name(calibration_dtype),
     )
 
 
@@ -247,6 +254,7 @@ def _prune_layer_(
                 relative_error=None,
                 note=result.note,
             )
+        del result, results  # before the next group's H is factored
     return _with_errors([done[ref.name] for ref in refs], errors)
 
 

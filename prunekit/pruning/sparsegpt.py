@@ -48,9 +48,12 @@ def accumulate_(hessian: Tensor, rows: Tensor) -> None:
 
 
 def mirror_(hessian: Tensor) -> None:
-    """Copy the lower triangle of `hessian` (in, in) onto the upper one."""
-    lower = hessian.tril()
-    torch.add(lower, lower.tril(-1).t(), out=hessian)
+    """Copy the lower triangle of `hessian` (in, in) onto the upper one, without a second matrix."""
+    for start in range(0, hessian.shape[0], _TRIANGLE_BLOCK):
+        stop = min(start + _TRIANGLE_BLOCK, hessian.shape[0])
+        square = hessian[start:stop, start:stop]
+        square.copy_(square.tril() + square.tril(-1).t())
+        hessian[start:stop, stop:] = hessian[stop:, start:stop].t()
 
 
 @dataclass(frozen=True)
@@ -86,14 +89,15 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
     diagonal = hessian.diagonal().double()
     mean = float(diagonal.mean())
     for factor in _DAMPING_STEPS:
-        # in place, since a float64 copy of H is the largest thing that SparseGPT holds
-        lower = hessian.flip(0, 1).double()
+        # A float64 copy of H is the largest thing that SparseGPT holds. It is factored in place,
+        # for which LAPACK wants columns of consecutive numbers: those of the symmetric H are rows.
+        lower = _reversed(hessian).t()
         lower.diagonal().copy_((diagonal + damping * factor * mean).flip(0))
         failed = torch.zeros((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         # what is not finite in a row reaches its diagonal
         if not failed and bool(torch.isfinite(lower.diagonal()).all()):
-            inverse = lower.float()
+            inverse = lower.to(torch.float32, memory_format=torch.contiguous_format)
             del lower
             _invert_lower_(inverse)
             return InverseFactor(inverse.flip(0, 1), damping * factor)
@@ -101,6 +105,16 @@ def inverse_factor(hessian: Tensor, damping: float) -> InverseFactor:
         f"the Hessian is not positive definite even with damping {damping * _DAMPING_STEPS[-1]:g}: "
         "calibrate on more tokens, or raise damping"
     )
+
+
+def _reversed(matrix: Tensor) -> Tensor:
+    """`matrix.flip(0, 1).double()`, of a square matrix, without the flipped matrix between."""
+    found = torch.empty(matrix.shape, dtype=torch.float64, device=matrix.device)
+    width = len(matrix)
+    for start in range(0, width, _TRIANGLE_BLOCK):
+        part = matrix[start : start + _TRIANGLE_BLOCK]
+        found[width - start - len(part) : width - start] = part.flip(0, 1)
+    return found
 
 
 def _invert_lower_(lower: Tensor) -> None:
@@ -139,8 +153,8 @@ def sparsify(
         For each matrix the pruned and updated weights, float32, and the mask, True = keep.
     """
     sizes = [matrix.shape[0] for matrix in matrices]
-    # Transposed: a visited column of all rows is contiguous.
-    weight = torch.cat([matrix.float() for matrix in matrices]).t().contiguous()
+    # Transposed: a visited column of all rows is contiguous. One copy, made by `cat`.
+    weight = torch.cat([matrix.t() for matrix in matrices], dim=1).float()
     keep = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
     if pattern.structured:
         block = max(pattern.of, block - block % pattern.of)

@@ -112,7 +112,12 @@ class _Waiting:
         if self._offload is not None:
             hidden = hidden.cpu()
         if self._folder is None:
-            self._held[position] = hidden
+            held = self._held.get(position)
+            if held is None or not _alike(held, hidden):
+                self._held[position] = hidden
+            else:
+                # in place: what moved with every layer would leave holes in the heap for good
+                held.copy_(hidden)
             return
         self._stored[position] = (hidden.shape, hidden.dtype)
         with self._path(position).open("wb") as file:
@@ -121,6 +126,10 @@ class _Waiting:
     def _path(self, position: int) -> Path:
         assert self._folder is not None
         return Path(self._folder.name) / str(position)
+
+
+def _alike(first: Tensor, second: Tensor) -> bool:
+    return (first.shape, first.dtype, first.device) == (second.shape, second.dtype, second.device)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

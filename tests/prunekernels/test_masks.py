@@ -19,7 +19,10 @@ def tied(*shape: int) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("keep", "of"),
-    [(1, 1), (1, 2), (1, 4), (2, 4), (3, 4), (4, 4), (4, 8), (5, 16), (7, 24), (16, 32)],
+    [
+        *((1, 1), (1, 2), (1, 4), (2, 4), (3, 4), (4, 4), (4, 8), (5, 16), (7, 24), (16, 32)),
+        *((24, 25), (25, 25), (1, 40), (63, 64), (50, 200)),
+    ],
 )
 def test_nm_matches_a_stable_sort(keep: int, of: int, dtype: torch.dtype) -> None:
     for scores in (torch.randn(13, of * 11), tied(13, of * 11), torch.randn(3, 2, of)):

@@ -329,8 +329,18 @@ def test_unusable_tokens(tiny, given, message):
 
 def test_batches_hold_equal_lengths_and_every_sequence_once():
     ragged = [torch.full((length,), index) for index, length in enumerate([3, 5, 3, 3, 5, 1])]
-    got = batches(ragged, 2)
+    got = batches(ragged, 2, torch.device("cpu"))
     assert [tuple(batch.shape) for batch in got] == [(2, 3), (1, 3), (2, 5), (1, 1)]
     assert [batch[:, 0].tolist() for batch in got] == [[0, 2], [3], [1, 4], [5]]
     with pytest.raises(PrunekitError, match="batch_size 0"):
-        batches(ragged, 0)
+        batches(ragged, 0, torch.device("cpu"))
+
+
+def test_by_default_a_cpu_runs_1024_tokens_together_and_an_accelerator_8_sequences():
+    sequences = [torch.zeros(length) for length in (256,) * 9 + (700,) * 2 + (2048,)]
+    found = {
+        device: [tuple(batch.shape) for batch in batches(sequences, None, torch.device(device))]
+        for device in ("cpu", "cuda")
+    }
+    assert found["cpu"] == [(4, 256), (4, 256), (1, 256), (1, 700), (1, 700), (1, 2048)]
+    assert found["cuda"] == [(8, 256), (1, 256), (2, 700), (1, 2048)]

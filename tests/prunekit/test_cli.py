@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
-import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -166,6 +168,7 @@ BAD_INPUT = {
     "NaN weights": (f"prune nan {QUICK} --output new", "up_proj", ""),
     "NaN compared": ("compare dense nan --no-choices --output new", "up_proj", "again"),
     "no tasks": ("eval dense", "which tasks", "--tasks"),
+    "commas for tasks": ("eval ./no/such --tasks , ", "which tasks", "--tasks"),
     "NaN inspected": ("inspect nan", "up_proj", "again"),
     "truncated": ("inspect truncated", "truncated", "again"),
     "foreign": ("inspect foreign", "foreign", "folder"),
@@ -237,12 +240,29 @@ def test_bad_input_is_one_line_that_names_the_fix(case, here, capfd):
     assert snapshot(here) == before
 
 
-def test_unwritable_output_is_found_before_any_work(here, capfd, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # the tests may run as root
+@pytest.mark.parametrize(
+    "line", ["prune dense", "drop dense --count 1", "swap dense", "compare dense dense"]
+)
+@pytest.mark.parametrize("where", ["a full disk", "/proc"])
+def test_unwritable_output_is_found_before_any_work(line, where, here, capfd, monkeypatch):
+    folder = Path("new")
+    if where == "/proc":  # where nobody creates a folder, root included
+        if not Path(where).is_dir():
+            pytest.skip("no /proc here")
+        folder = Path(where) / "new" / "below"
+    else:
+
+        def refuse(*_, **__):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(tempfile, "mkdtemp", refuse)
     monkeypatch.setattr(checkpoint, "load", lambda *_, **__: pytest.fail("loaded the model"))
-    assert cli.main(["prune", "dense", "--output", "new"]) == 2
+    before = snapshot(here)
+    assert cli.main([*line.split(), "--output", str(folder)]) == 2
     err = capfd.readouterr().err
-    assert "can't be written: choose another folder" in err and err.count("\n") == 1
+    assert err.count("\n") == 1
+    assert re.search(r"can't be written \(No .*\): choose another folder", err)
+    assert snapshot(here) == before
 
 
 def test_output_is_checked_before_the_model_is_loaded(here, capfd, monkeypatch):
@@ -306,12 +326,14 @@ def test_what_ends_a_command_is_explained(error, status, fix, monkeypatch):
 
 def test_prune_saves_and_reports(here, tmp_path, capsys):
     folder = tmp_path / "pruned"
-    line = f"prune dense --pattern 2:4 --ignore *.q_proj {QUICK} --json --output {folder}"
+    line = f"prune dense --pattern 2:4 --ignore *.q_proj {QUICK} --calibration-dtype bfloat16"
+    line += f" --json --output {folder}"
     assert cli.main(line.split()) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
     assert err == ""
     report = found["report"]
+    assert report["calibration_dtype"] == "bfloat16"
     assert report["sparsity"] == 0.5 and report["recipe"]["rules"]["*"]["method"] == "wanda"
     assert sorted(report["left_dense"]) == [
         f"model.layers.{layer}.self_attn.q_proj" for layer in range(3)

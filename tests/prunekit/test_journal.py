@@ -179,6 +179,12 @@ def test_journals_of_other_runs_are_refused(tiny, token_ids, tmp_path):
         with pytest.raises(PrunekitError, match=f"run with another {what}: delete it"):
             call()
     run()
+    facts = tmp_path / "j" / "run.json"
+    recorded = facts.read_text()
+    facts.write_text(recorded.replace('"device": "cpu"', '"device": "cuda"'))
+    with pytest.raises(PrunekitError, match="run with another device: delete it"):
+        run()
+    facts.write_text(recorded)
     damaged = tmp_path / "j" / "block-0002.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:100])
     with pytest.raises(PrunekitError, match=r"damaged: block-0002.*delete it to start anew"):

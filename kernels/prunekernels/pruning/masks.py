@@ -157,7 +157,7 @@ def rowwise_prune_(
 
 
 def group_impl(op: str, of: int, impl: str) -> str:
-    """The implementation for groups of `of`: above 32, a stable sort by torch.
+    """The implementation for groups of `of`: above 32, a selection by torch.
 
     Raises:
         ValueError: "triton" was asked for and has no kernel for such groups.

@@ -13,6 +13,7 @@ from torch import Tensor
 from prunekernels import checks
 from prunekernels.pair_sums import take_rows
 
+_COMPARED = 24  # size of a group up to which comparing all pairs is fastest
 _LONG_ROW = 1 << 16  # scores from which a sample brackets the cut
 _SAMPLE = 1 << 11
 
@@ -39,8 +40,11 @@ def nm_mask(
     step = max(1, (1 << (18 if scores.device.type == "cpu" else 26)) // width)
     for start, block in _blocks("nm_mask", scores, norms, absolute, step):
         groups = block.reshape(-1, of)
-        chosen = _rank_small(groups, keep) if of <= 16 else _rank_sorted(groups, keep)
-        flat[start : start + len(block)] = chosen.reshape(len(block), width)
+        chosen = flat[start : start + len(block)].view(-1, of)
+        if of <= _COMPARED:
+            chosen.copy_(_rank_small(groups, keep))
+        else:
+            _select(groups, of - keep, chosen)
     if inplace:
         scores.masked_fill_(mask.logical_not(), 0)
     return mask
@@ -95,10 +99,19 @@ def rank_columns(columns: Tensor, keep: int) -> Tensor:
     return beaten < keep
 
 
-def _rank_sorted(groups: Tensor, keep: int) -> Tensor:
-    order = groups.sort(stable=True, dim=-1, descending=True).indices[:, :keep]
-    chosen = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
-    return chosen.scatter_(1, order, True)
+def _select(rows: Tensor, prune: int, keep: Tensor) -> None:
+    """Write which of each row (count, size) stay: all but the `prune` smallest."""
+    if prune == 0:
+        keep.fill_(True)
+        return
+    cut = _cuts(rows, prune)
+    torch.gt(rows, cut, out=keep)
+    kept = keep.view(torch.uint8).sum(-1, dtype=torch.int32)  # twice as fast as of bools
+    missing = rows.shape[1] - prune - kept  # members equal to the cut that stay
+    tied = (missing > 0).nonzero().squeeze(1)
+    if tied.numel():
+        equal = rows[tied] == cut[tied]
+        keep[tied] |= equal & (equal.cumsum(-1) <= missing[tied, None])
 
 
 def rowwise_mask(
@@ -115,21 +128,13 @@ def rowwise_mask(
     """
     checks.finite("rowwise_mask", scores, norms)
     width = scores.shape[-1]
-    mask = torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-    if prune == 0 or mask.numel() == 0:
+    mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
+    if mask.numel() == 0:
         return mask
     flat = mask.view(-1, width)
     step = max(1, (1 << (20 if scores.device.type == "cpu" else 26)) // width)
     for start, block in _blocks("rowwise_mask", scores, norms, absolute, step):
-        cut = _cuts(block, prune)
-        keep = torch.gt(block, cut)
-        surplus = prune - (width - keep.sum(-1))  # ≤ 0: members equal to the cut that stay
-        tied = (surplus < 0).nonzero().squeeze(1)
-        if tied.numel():
-            equal = block[tied] == cut[tied]
-            spared = equal & (equal.cumsum(-1) <= -surplus[tied, None])
-            keep[tied] = keep[tied] | spared
-        flat[start : start + len(block)] = keep
+        _select(block, prune, flat[start : start + len(block)])
     if inplace:
         scores.masked_fill_(mask.logical_not(), 0)
     return mask
