@@ -2,14 +2,14 @@
 
 Exponents are in base 2: w = 2^y, v = 2^z with y = k·a−A, z = k·b−B, k = log2(e)/T. The core level
 takes each by one fused multiply-add, so that a rounded reference A shifts a row but never bends
-it. z−y would have the roundings of both, which are large against a small x: so x = (b−a)−K in
-logits, K near β−α (`gap`), and `to_exponents` makes the finished sums those of z−y. The precise
-level's references are logits, α and β: y = k·(a−α), z = k·(b−β), and x = ((b−β)−(a−α))/T, which is
-exact where it matters. ρ = v−w, d = b−a. A bundle of sums is a tuple:
+it. The precise level's references are logits, α and β: y = k·(a−α), z = k·(b−β). z−y would have
+the roundings of both, which are large against a small x: so x = (b−a)−K in logits, K near β−α
+(`gap`), and `to_states` makes the finished sums those of a state: x = z−y, or (b−β−a+α)/T if
+precise. ρ = v−w, d = b−a. A bundle of sums is a tuple:
     W0 W1 W2 Wy V0 V1 Vy R0 S0 C0 Q1 Q2 Pw P2 U1 U2 L1 Z2 Zd D2 ZZ B2 n A Φp Φq V2
-named as in `closed_form` (y and z in base-2 units, x too unless precise); Q1, Q2 = Σ{x, x²}·w², or
-·v² if the estimates are weighted by the other row, which alone has V2 = Σv·x²; the precise level
-alone has A = Σρ, Φp = Σw·φ(t), Φq = Σv·φ(−t), with t = x, φ(t) = eᵗ−1−t (METRICS, "One pass").
+named as in `closed_form`; Q1, Q2 = Σ{x, x²}·w², or ·v² if the estimates are weighted by the other
+row, which alone has V2 = Σv·x²; the precise level alone has A = Σρ, Φp = Σw·φ(t), Φq = Σv·φ(−t),
+with φ(t) = eᵗ−1−t (METRICS, "One pass"), and t = ((b−β)−(a−α))/T, whose roundings ρ shares.
 A constant SUMS has bit i set where sum i is wanted; the others stay 0, and the compiler drops them
 with all that only they need. W0, W1, V0 and V1 are always wanted.
 Where nothing is masked, four sums are left to `complete`, which takes them from the others, and
@@ -143,21 +143,22 @@ def larger_halves(x, y):
 
 
 @triton.jit
-def gap(size, ref_a, ref_b, k, HALF: tl.constexpr):
-    """The parts of K that x = ((b−Kb)−(a−Ka))−K0 subtracts (core level), two of them 0.
+def gap(size, ref_a, ref_b, unit, HALF: tl.constexpr):
+    """The parts of K that x = ((b−Kb)−(a−Ka))−K0 subtracts, two of them 0.
 
     b−a is exact for logits of 16 bits (unless one is some thousand times the other), and for
     float32 logits that differ by less than a factor of 2. Where K is so large that those near the
     references do not, it comes off the larger of the two first, which is then exact.
 
     size: K, near β−α; not finite where a row holds nothing but −inf yet, and then 0 will do.
+    unit: of the references, in logits.
     """
     size = tl.where(tl.abs(size) < float("inf"), size, 0.0)
     none = tl.zeros_like(size)
     if HALF:
         return (none, none, size)
     else:
-        apart = tl.abs(size) * k > 0.49 * tl.maximum(tl.abs(ref_a), tl.abs(ref_b))
+        apart = tl.abs(size) * unit > 0.49 * tl.maximum(tl.abs(ref_a), tl.abs(ref_b))
         on_b = tl.abs(ref_b) > tl.abs(ref_a)
         return (
             tl.where(apart & ~on_b, -size, none),
@@ -174,26 +175,25 @@ def whole_gap(parts):
 
 @triton.jit
 def exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE: tl.constexpr, FLOOR: tl.constexpr):
-    """y, z and x of logits a and b; with FLOOR, y and z of −inf or nearly so are finite.
+    """y, z, x and t of logits a and b; with FLOOR, y and z of −inf or nearly so are finite.
 
-    parts: of K, from `gap` (core).
+    parts: of K, from `gap`. t: of the precise level alone.
     """
+    x = ((b - parts[1]) - (a - parts[0])) - parts[2]
     if PRECISE:
         low_a = a - ref_a
         low_b = b - ref_b
         y = low_a * k
         z = low_b * k
+        t = (low_b - low_a) * inverse_t
     else:
         y = fma(a, k, -ref_a)
         z = fma(b, k, -ref_b)
+        t = x
     if FLOOR:
         y = tl.maximum(y, LOWEST)
         z = tl.maximum(z, LOWEST)
-    if PRECISE:
-        x = (low_b - low_a) * inverse_t
-    else:
-        x = ((b - parts[1]) - (a - parts[0])) - parts[2]
-    return y, z, x
+    return y, z, x, t
 
 
 @triton.jit
@@ -204,6 +204,7 @@ def accumulate(
     y,
     z,
     x,
+    t,
     whole_a,
     whole_b,
     keep,
@@ -214,7 +215,7 @@ def accumulate(
 ):
     """Add the terms of one block of logits to a bundle of the same shape.
 
-    a, b: logits. y, z, x: from `exponents`. With MASKED, whole_a and whole_b say where each is a
+    a, b: logits. y, z, x, t: from `exponents`. With MASKED, whole_a and whole_b say where each is a
     finite number and keep where at least one is; elsewhere a, b are 0 and y, z at their floor.
     """
     w = tl.exp2(y)
@@ -226,6 +227,7 @@ def accumulate(
         v = tl.where(whole_b, v, 0.0)
         both = whole_a & whole_b
         x = tl.where(both, x, 0.0)
+        t = tl.where(both, t, 0.0)
         d = tl.where(both, d, 0.0)
         a = tl.where(both, a, 0.0)
         b = tl.where(both, b, 0.0)
@@ -239,7 +241,6 @@ def accumulate(
     phi_p = rho
     phi_q = rho
     if PRECISE:
-        t = x
         t2 = t * t
         even = t2 * (0.5 + t2 * (0.041666667 + t2 * 0.0013888889))
         odd = t * t2 * (0.16666667 + t2 * (0.0083333333 + t2 * 0.0001984127))
@@ -404,38 +405,49 @@ def move(
     s,
     old,  # references of a and b, and the parts of K
     new,  # references of a and b, and K
-    k,
-    unit,
+    unit,  # of the references, in logits
+    step,  # of the references, in exponents
     DTYPE: tl.constexpr,
     SUMS: tl.constexpr,
-    PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     HALF: tl.constexpr,
 ):
     """A float32 bundle relative to new references, and the parts of K: see `moves` and `gap`."""
-    m = moves(old[0], new[0], old[1], new[1], unit, DTYPE)
-    parts = gap(new[2], new[0], new[1], k, HALF)
-    if PRECISE:
-        x = m[8]
-    else:
-        x = whole_gap(parts).to(DTYPE) - whole_gap(old[2]).to(DTYPE)
+    m = moves(old[0], new[0], old[1], new[1], step, DTYPE)
+    parts = gap(new[2], new[0], new[1], unit, HALF)
+    x = whole_gap(parts).to(DTYPE) - whole_gap(old[2]).to(DTYPE)
     return rebase(s, m, x, tl.float32, SUMS, OTHER), parts
 
 
 @triton.jit
-def to_exponents(s, ref_a, ref_b, parts, k, SUMS: tl.constexpr, OTHER: tl.constexpr):
-    """A core bundle of x = d−K in logits, with x = z−y instead: in exponents, relative to B−A."""
+def to_states(
+    s,
+    ref_a,
+    ref_b,
+    parts,
+    k,
+    inverse_t,
+    SUMS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    OTHER: tl.constexpr,
+):
+    """A bundle of x = d−K in logits, with the x of a state: relative to the references."""
+    if PRECISE:
+        scale = inverse_t
+        rest = (ref_b.to(tl.float64) - ref_a.to(tl.float64)) * tl.cast(inverse_t, tl.float64)
+    else:
+        scale = k
+        rest = ref_b.to(tl.float64) - ref_a.to(tl.float64)
+    rest = rest - whole_gap(parts).to(tl.float64) * tl.cast(scale, tl.float64)
+    rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
     scaled = ()
     for i in tl.static_range(len(s)):
         if i == 1 or i == 5 or i == 10 or i == 14:
-            scaled = scaled + (s[i] * k,)
+            scaled = scaled + (s[i] * scale,)
         elif i == 2 or i == 11 or i == 15 or i == 26:
-            scaled = scaled + (s[i] * k * k,)
+            scaled = scaled + (s[i] * scale * scale,)
         else:
             scaled = scaled + (s[i],)
-    rest = ref_b.to(tl.float64) - ref_a.to(tl.float64)
-    rest = rest - whole_gap(parts).to(tl.float64) * tl.cast(k, tl.float64)
-    rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
     stay = moves(ref_a, ref_a, ref_b, ref_b, 1.0, tl.float32)
     return rebase(scaled, stay, rest, tl.float32, SUMS, OTHER)
 

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interp
 #: a bfloat16 pair may take 31 of an H200's before issue, and not memory, is what limits, a float32
 #: pair 62. On sm_89, where bytes limit long before, a bfloat16 pair takes 31.6.
 SLOTS = {"core/bf16": 32.0, "core/fp32": 33.5, "core/fp16": 33.0}
-SLOTS |= {"precise/bf16": 54.0, "precise/fp32": 54.7}
+SLOTS |= {"precise/bf16": 54.7, "precise/fp32": 56.5}
 # Of a choice of fields: METRICS has 18.7 for 5 sums (these are 4) and 27.6 for 11 (these are 10).
-SLOTS |= {"kl/bf16": 15.6, "kl/fp32": 16.5, "prob/bf16": 23.7, "precise_kl/bf16": 37.5}
+SLOTS |= {"kl/bf16": 15.6, "kl/fp32": 16.5, "prob/bf16": 23.7, "precise_kl/bf16": 39.5}
 
 PAIR = {(case.name, arch): case for case in pair_triton.compile_cases() for arch in case.archs}
 OTHERS = [

@@ -88,7 +88,7 @@ def _head_pair_kernel(
     zero = tl.zeros((BLOCK_N,), tl.float32)
     ref_a = zero + minus_inf
     ref_b = zero + minus_inf
-    parts = lib.gap(zero, ref_a, ref_b, k, False)
+    parts = lib.gap(zero, ref_a, ref_b, unit, False)
     top_a = zero + minus_inf
     top_b = zero + minus_inf
     second_a = zero + minus_inf
@@ -172,17 +172,17 @@ def _head_pair_kernel(
         size = tl.where(moved, at_top - best_a, lib.whole_gap(parts))
         away = top_b * unit > new_b + far
         new_b = tl.where(away, top_b * unit, new_b)
-        size = tl.where(away, (new_b - new_a) / k, size)
+        size = tl.where(away, (new_b - new_a) / unit, size)
         old = (ref_a, ref_b, parts)
         new = (new_a, new_b, size)
-        s, parts = lib.move(s, old, new, k, step, tl.float32, SUMS, PRECISE, OTHER, False)
+        s, parts = lib.move(s, old, new, unit, step, tl.float32, SUMS, OTHER, False)
         ref_a = new_a
         ref_b = new_b
 
         safe_a = tl.where(ref_a == minus_inf, 0.0, ref_a)[:, None]
         safe_b = tl.where(ref_b == minus_inf, 0.0, ref_b)[:, None]
         gaps = (parts[0][:, None], parts[1][:, None], parts[2][:, None])
-        y, z, x = lib.exponents(a, b, safe_a, safe_b, gaps, k, inverse_t, PRECISE, True)
+        y, z, x, t = lib.exponents(a, b, safe_a, safe_b, gaps, k, inverse_t, PRECISE, True)
         y = tl.where(whole_a, y, lib.LOWEST)
         z = tl.where(whole_b, z, lib.LOWEST)
         a = tl.where(whole_a, a, 0.0)
@@ -192,11 +192,10 @@ def _head_pair_kernel(
         for _ in tl.static_range(len(s)):
             none = none + (0.0,)
         terms = lib.accumulate(
-            none, a, b, y, z, x, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER
+            none, a, b, y, z, x, t, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER
         )
         s = lib.add_columns(s, terms, SUMS)
-    if not PRECISE:
-        s = lib.to_exponents(s, ref_a, ref_b, parts, k, SUMS, OTHER)
+    s = lib.to_states(s, ref_a, ref_b, parts, k, inverse_t, SUMS, PRECISE, OTHER)
 
     head_fields = (
         ref_a,

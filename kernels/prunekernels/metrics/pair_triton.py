@@ -107,7 +107,7 @@ def _pair_sums_kernel(
     unit_a = tl.full((LANES,), -1, tl.int32)
     unit_b = tl.full((LANES,), -1, tl.int32)
     top_b = tl.full((), minus_inf, tl.float32)
-    parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, k, HALF)
+    parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, unit, HALF)
 
     for column in range(first, last, TILE):
         tile_a = ()
@@ -170,17 +170,17 @@ def _pair_sums_kernel(
                 size = at_top - tile_top_a
             away = top_b * unit > new_b + far
             new_b = tl.where(away, top_b * unit, new_b)
-            size = tl.where(away, (new_b - new_a) / k, size)
+            size = tl.where(away, (new_b - new_a) / unit, size)
             old = (ref_a, ref_b, parts)
             new = (new_a, new_b, size)
-            s, parts = lib.move(s, old, new, k, step, tl.float64, SUMS, PRECISE, OTHER, HALF)
+            s, parts = lib.move(s, old, new, unit, step, tl.float64, SUMS, OTHER, HALF)
             ref_a = new_a
             ref_b = new_b
         for u in tl.static_range(4 * UNITS):
             a = tile_a[u]
             b = tile_b[u]
-            y, z, x = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, False)
-            s = lib.accumulate(s, a, b, y, z, x, None, None, None, SUMS, False, PRECISE, OTHER)
+            y, z, x, t = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, False)
+            s = lib.accumulate(s, a, b, y, z, x, t, None, None, None, SUMS, False, PRECISE, OTHER)
         s = lib.count(s, 4 * UNITS, SUMS)
 
     # −inf, NaN or +inf make Σwx or Σvx non-finite: sum the split again, looking at each.
@@ -196,7 +196,7 @@ def _pair_sums_kernel(
         s = lib.zeros((LANES,), tl.float32)
         ref_a = tl.full((), minus_inf, tl.float32)
         ref_b = tl.full((), minus_inf, tl.float32)
-        parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, k, HALF)
+        parts = lib.gap(tl.full((), 0.0, tl.float32), ref_a, ref_b, unit, HALF)
         best_a = tl.full((LANES,), minus_inf, tl.float32)
         best_b = tl.full((LANES,), minus_inf, tl.float32)
         next_a = tl.full((LANES,), minus_inf, tl.float32)
@@ -251,19 +251,19 @@ def _pair_sums_kernel(
                 size = at_top - piece_top_a
             away = top_b * unit > new_b + far
             new_b = tl.where(away, top_b * unit, new_b)
-            size = tl.where(away, (new_b - new_a) / k, size)
+            size = tl.where(away, (new_b - new_a) / unit, size)
             old = (ref_a, ref_b, parts)
             new = (new_a, new_b, size)
-            s, parts = lib.move(s, old, new, k, step, tl.float64, SUMS, PRECISE, OTHER, HALF)
+            s, parts = lib.move(s, old, new, unit, step, tl.float64, SUMS, OTHER, HALF)
             ref_a = new_a
             ref_b = new_b
-        y, z, x = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, True)
+        y, z, x, t = lib.exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE, True)
         y = tl.where(whole_a, y, lib.LOWEST)
         z = tl.where(whole_b, z, lib.LOWEST)
         a = tl.where(whole_a, a, 0.0)
         b = tl.where(whole_b, b, 0.0)
         keep = whole_a | whole_b
-        s = lib.accumulate(s, a, b, y, z, x, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER)
+        s = lib.accumulate(s, a, b, y, z, x, t, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER)
 
     # Each lane reads its best unit again, for the first index of its maximum and the runner-up.
     index_a = tl.full((LANES,), -1, tl.int32)
@@ -314,8 +314,7 @@ def _pair_sums_kernel(
     totals = ()
     for i in tl.static_range(len(s)):
         totals = totals + (tl.sum(s[i], 0),)
-    if not PRECISE:
-        totals = lib.to_exponents(totals, ref_a, ref_b, parts, k, SUMS, OTHER)
+    totals = lib.to_states(totals, ref_a, ref_b, parts, k, inverse_t, SUMS, PRECISE, OTHER)
     sums = ()
     for i in tl.static_range(len(s)):
         if (SUMS >> i) & 1:

@@ -98,11 +98,12 @@ def _full_terms(a, b, ref_a, ref_b, norm_a, norm_b, apart, k, inverse_t):
     2·JS = Σ (p+q)(ln 2 − ln(1+ρ²)) − mρ²u, and (√q−√p)² = m(1−ρ)². Where p and q nearly agree
     that cancels, and series of s = (q−p)/(q+p) = tanh(u/2) serve.
     """
-    y, z, x = lib.exponents(a, b, ref_a, ref_b, None, k, inverse_t, True, False)
+    none = (0.0, 0.0, 0.0)
+    y, z, _, t = lib.exponents(a, b, ref_a, ref_b, none, k, inverse_t, True, False)
     p = tl.exp2(y - norm_a)
     q = tl.exp2(z - norm_b)
     both = p + q
-    half = tl.abs(0.5 * (x - apart))
+    half = tl.abs(0.5 * (t - apart))
     half = tl.where(half < 1.0e4, half, 1.0e4)  # infinite or NaN where a logit is −inf
     rho = tl.exp2(half * -lib.LOG2E)
     r = rho * rho
