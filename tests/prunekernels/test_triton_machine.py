@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interp
 SLOTS = {"core/bf16": 32.0, "core/fp32": 33.5, "core/fp16": 33.0}
 SLOTS |= {"precise/bf16": 54.7, "precise/fp32": 56.5}
 # Of a choice of fields: METRICS has 18.7 for 5 sums (these are 4) and 27.6 for 11 (these are 10).
-SLOTS |= {"kl/bf16": 15.6, "kl/fp32": 16.5, "prob/bf16": 23.7, "precise_kl/bf16": 39.5}
+SLOTS |= {"kl/bf16": 15.6, "kl/fp32": 16.5, "prob/bf16": 23.7, "precise_kl/bf16": 40.0}
 
 PAIR = {(case.name, arch): case for case in pair_triton.compile_cases() for arch in case.archs}
 OTHERS = [
