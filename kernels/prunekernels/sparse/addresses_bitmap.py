@@ -186,7 +186,11 @@ def lane_masks(lane, STEP: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon.jit
 def parts_of(word0, word1, COUNT: gl.constexpr):
-    """What `offsets` and `addresses` take for the words of two tiles."""
+    """What `offsets` and `addresses` take for the words of two tiles.
+
+    If bytes are added: e, o are those of even and odd runs, 0, 1 the tiles; s, f count what a run
+    has before its second and its fourth element.
+    """
     if COUNT:
         return word0, word1
     else:
@@ -197,7 +201,7 @@ def parts_of(word0, word1, COUNT: gl.constexpr):
 
 @gluon.jit
 def _byte_counts(word):
-    """Bits in each run of a word, even and odd; the first of them; and all but the last."""
+    """Bits in each run of a word, even and odd; in its first element; and in all but its last."""
     count = word - (word >> 1 & 0x55555555)
     count = (count & 0x33333333) + (count >> 2 & 0x33333333)
     most = count - (word >> 3 & 0x11111111)
