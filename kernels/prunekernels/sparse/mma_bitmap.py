@@ -379,7 +379,6 @@ def self_test(device: torch.device) -> str | None:
         None if all results are equal, else what differed.
     """
     random = torch.Generator().manual_seed(0)
-    count_bits = torch.cuda.get_device_capability(device) < (10, 0)
     for dtype, tokens, splits in ((torch.bfloat16, 5, 3), (torch.float16, 20, 1)):
         weight = torch.randint(-2, 3, (200, 1088), generator=random)
         # rows of all sparsities, from empty to full
@@ -387,7 +386,7 @@ def self_test(device: torch.device) -> str | None:
         weight = weight.to(device, dtype)
         x = torch.randint(-2, 3, (tokens, 1088), generator=random).to(device, dtype)
         packed = bitmap_pack(weight)
-        config = BitmapMmaConfig(1, 1 if tokens <= 8 else 4, 3, splits, count_bits)
+        config = configuration(x, 200)._replace(splits=splits)
         parts = packed.bitmap, packed.starts, packed.values, 200, None, "none", config
         if problem := difference(launch(x, *parts), x, weight):
             return problem
