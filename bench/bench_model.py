@@ -22,11 +22,12 @@ import torch
 from harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from prunekit import checkpoint, speed
+from prunekit import checkpoint
 from prunekit.commands.measures import cache_size
 from prunekit.errors import PrunekitError
-from prunekit.packed import weight_bytes
-from prunekit.variants import VARIANTS, Variant, build
+from prunekit.packed.modules import weight_bytes
+from prunekit.speed import decoding as speed
+from prunekit.speed.variants import VARIANTS, Variant, build
 
 #: Shapes of well-known models: what decides their speed.
 SHAPES = {

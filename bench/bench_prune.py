@@ -31,14 +31,16 @@ import torch
 from harness import Session, add_options, provenance, say, write_csv
 from research import pruning_functions
 
-from prunekit import calibration, checkpoint, timing
-from prunekit.architectures import Architecture
+from prunekit import checkpoint
+from prunekit.data import calibration
+from prunekit.data.texts import read_file
 from prunekit.evaluation.likelihood import perplexity
-from prunekit.layouts import SUBLAYERS
+from prunekit.models.architectures import Architecture
+from prunekit.models.layouts import SUBLAYERS
 from prunekit.pruning import Magnitude, Method, SparseGPT, Wanda, prune_
 from prunekit.pruning.cosines import BLOCK, mean_cosines
 from prunekit.pruning.stream import Stream
-from prunekit.texts import read_file
+from prunekit.speed import timing
 
 MEMORY = {
     "wanda": (Wanda(), {}),

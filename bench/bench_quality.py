@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from harness import RESULTS, provenance, write_csv
 
-from prunekit import calibration, checkpoint
+from prunekit import checkpoint
+from prunekit.data import calibration
+from prunekit.data.texts import read_file
 from prunekit.evaluation.items import load_heldout
 from prunekit.evaluation.likelihood import perplexity
 from prunekit.pruning import Magnitude, Method, SparseGPT, Wanda, prune_
-from prunekit.texts import read_file
 
 METHODS: dict[str, Method | None] = {
     "dense": None,

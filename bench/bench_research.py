@@ -28,12 +28,13 @@ import torch.nn.functional as F
 from harness import Case, Contender, Prepared, Session, Verdict, add_options
 from torch import Tensor
 
-from prunekit import checkpoint, speed
+from prunekit import checkpoint
 from prunekit.analysis.decoding import decode
-from prunekit.architectures import Architecture
-from prunekit.calibration import batches
+from prunekit.data.calibration import batches
+from prunekit.models.architectures import Architecture
 from prunekit.pruning import Magnitude, prune_
 from prunekit.pruning.cosines import mean_cosines
+from prunekit.speed import decoding as speed
 
 #: The one prompt that is written into the research script.
 PROMPT = (

@@ -74,7 +74,7 @@ test_file() { # FILE LOG SECONDS
 tests() {
     local files file pids=() failed=0 seconds
     mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
-    [ ${#quick[@]} -gt 0 ] && files=(tests/prunekernels/test_sparse24_gpu.py)
+    [ ${#quick[@]} -gt 0 ] && files=(tests/prunekernels/sparse/test_sparse24_gpu.py)
     seconds=$(least "$(left)" "$TEST_SECONDS")
     mkdir -p "$out/tests"
     for file in "${files[@]}"; do

@@ -32,7 +32,7 @@ import timers
 import torch
 import transformers
 
-from prunekit import timing
+from prunekit.speed import timing
 
 RESULTS = model.RESULTS
 UNFINISHED = 75  # exit status: time is up, call again to go on

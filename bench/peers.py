@@ -17,7 +17,8 @@ import prunekernels
 import torch
 import torch.nn.functional as F
 from harness import Absent
-from prunekernels.sparse import dispatch24, linear_bitmap
+from prunekernels.sparse.bitmap import linear as linear_bitmap
+from prunekernels.sparse.two_four import dispatch as dispatch24
 from torch import Tensor
 
 PATTERNS = ("2:4", "unstructured")
@@ -263,7 +264,7 @@ def _spinfer(weight: Tensor, tokens: int) -> Layer:
 def _adding_bytes(weight: Tensor, tokens: int) -> Layer:
     """The bitmap's tensor-core kernel as Blackwell runs it, where counting bits may be slow."""
     need_gpu(weight)
-    from prunekernels.sparse import mma_bitmap
+    from prunekernels.sparse.bitmap import mma as mma_bitmap
 
     packed = prunekernels.bitmap_pack(weight)
     parts = packed.bitmap, packed.starts, packed.values, weight.shape[0], None, "none"

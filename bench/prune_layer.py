@@ -21,11 +21,11 @@ import torch
 from harness import Case, Contender, Prepared, Session, Verdict
 from torch import Tensor, nn
 
-from prunekit import timing
-from prunekit.architectures import Architecture
+from prunekit.models.architectures import Architecture
+from prunekit.models.weight_refs import WeightRef
 from prunekit.pruning import Wanda, prune_, scores, sparsegpt
 from prunekit.pruning.patterns import Pattern, parse
-from prunekit.weight_refs import WeightRef
+from prunekit.speed import timing
 
 SHAPES = {"8B": "Llama-3-8B", "1B": "Llama-3.2-1B", "tiny": "tiny"}
 OPS = ("wanda_mask", "sparsegpt", "wanda")

@@ -20,8 +20,9 @@ import pytest
 import torch
 from harness import Case
 
-from prunekit import speed, timing
-from prunekit.variants import build
+from prunekit.speed import decoding as speed
+from prunekit.speed import timing
+from prunekit.speed.variants import build
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from prunekit.timing import stopwatch, synchronize
+from prunekit.speed.timing import stopwatch, synchronize
 
 Run = Callable[[], object]
 

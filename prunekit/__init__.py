@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
-    from prunekit.analysis.sweep import sweep
-    from prunekit.calibration import Calibration
     from prunekit.checkpoint import load, save
-    from prunekit.comparison import compare
+    from prunekit.data.calibration import Calibration
     from prunekit.pruning import Drop, Magnitude, Recipe, SparseGPT, Wanda, drop_, prune_
-    from prunekit.study import Study
+    from prunekit.study.comparison import compare
+    from prunekit.study.drop_sweep import sweep
+    from prunekit.study.study import Study
     from prunekit.swap import SwapReport, swap_, unswap_
 
 __version__ = "0.1.0"
@@ -50,16 +50,36 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Study": "prunekit.study",
-    "compare": "prunekit.comparison",
-    "sweep": "prunekit.analysis.sweep",
-    "Calibration": "prunekit.calibration",
+    "Study": "prunekit.study.study",
+    "compare": "prunekit.study.comparison",
+    "sweep": "prunekit.study.drop_sweep",
+    "Calibration": "prunekit.data.calibration",
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),
     **dict.fromkeys(
         ("Drop", "Magnitude", "Recipe", "SparseGPT", "Wanda", "drop_", "prune_"),
         "prunekit.pruning",
     ),
     **dict.fromkeys(("SwapReport", "swap_", "unswap_"), "prunekit.swap"),
+}
+
+
+# where modules were before 0.2, and where they are
+_MOVED = {
+    "prunekit.absent": "prunekit.models.absent",
+    "prunekit.analysis.baseline": "prunekit.study.baseline",
+    "prunekit.analysis.sharing": "prunekit.study.sharing",
+    "prunekit.analysis.sweep": "prunekit.study.drop_sweep",
+    "prunekit.architectures": "prunekit.models.architectures",
+    "prunekit.blocks": "prunekit.models.blocks",
+    "prunekit.calibration": "prunekit.data.calibration",
+    "prunekit.comparison": "prunekit.study.comparison",
+    "prunekit.layouts": "prunekit.models.layouts",
+    "prunekit.modeling": "prunekit.models.dropped",
+    "prunekit.packed_checkpoint": "prunekit.packed.described",
+    "prunekit.texts": "prunekit.data.texts",
+    "prunekit.timing": "prunekit.speed.timing",
+    "prunekit.variants": "prunekit.speed.variants",
+    "prunekit.weight_refs": "prunekit.models.weight_refs",
 }
 
 
@@ -77,4 +97,5 @@ def __dir__() -> list[str]:
 # puts off importing torch and transformers, so that --help answers at once (argv[0] is "-m" while
 # `python -m prunekit` looks for its __main__).
 if Path(sys.argv[0] if sys.argv else "").stem not in ("prunekit", "-m"):
-    importlib.import_module("prunekit.modeling")
+    importlib.import_module("prunekit.models.dropped")
+    importlib.import_module("prunekernels.moved").keep_old_names(_MOVED)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prunekit.architectures import Architecture, input_device
 from prunekit.errors import PrunekitError
+from prunekit.models.architectures import Architecture, input_device
 from prunekit.progress import track
 
 Chat = Literal["auto", "always", "never"]

@@ -18,9 +18,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
-from prunekit.packed import (
+from prunekit.models.architectures import Architecture
+from prunekit.models.weight_refs import is_fused_experts
+from prunekit.packed.described import is_packed
+from prunekit.packed.modules import (
     FORMATS,
     FusedGatedMLP,
     MergedLinear,
@@ -28,10 +30,8 @@ from prunekit.packed import (
     PackedLinear,
     packed_layers,
 )
-from prunekit.packed_checkpoint import is_packed
 from prunekit.progress import track
 from prunekit.pruning.report import align
-from prunekit.weight_refs import is_fused_experts
 
 # Saving less than a tenth is not worth a layer that may be slower.
 _WORTHWHILE = 0.9

@@ -12,6 +12,7 @@ from prunekernels.metrics import (
     summarize,
     vector_stats,
 )
+from prunekernels.moved import keep_old_names
 from prunekernels.pruning import (
     UpdatedColumns,
     nm_mask,
@@ -67,3 +68,31 @@ __all__ = [
     "summarize",
     "vector_stats",
 ]
+
+keep_old_names(
+    {
+        "prunekernels.closed_form": "prunekernels.metrics.closed_form",
+        "prunekernels.eager": "prunekernels.metrics.eager",
+        "prunekernels.language": "prunekernels.metrics.sums.triton",
+        "prunekernels.layout": "prunekernels.metrics.result_rows",
+        "prunekernels.pair_sums": "prunekernels.metrics.sums.eager",
+        "prunekernels.partial": "prunekernels.metrics.partial",
+        "prunekernels.selection": "prunekernels.metrics.needed_sums",
+        "prunekernels.sparse.addresses_bitmap": "prunekernels.sparse.bitmap.addresses",
+        "prunekernels.sparse.dispatch24": "prunekernels.sparse.two_four.dispatch",
+        "prunekernels.sparse.expand24": "prunekernels.sparse.two_four.expand",
+        "prunekernels.sparse.expand_bitmap": "prunekernels.sparse.bitmap.expand",
+        "prunekernels.sparse.format24": "prunekernels.sparse.two_four.format",
+        "prunekernels.sparse.format_bitmap": "prunekernels.sparse.bitmap.format",
+        "prunekernels.sparse.layout24": "prunekernels.sparse.two_four.layout",
+        "prunekernels.sparse.layout_bitmap": "prunekernels.sparse.bitmap.layout",
+        "prunekernels.sparse.linear24": "prunekernels.sparse.two_four.linear",
+        "prunekernels.sparse.linear_bitmap": "prunekernels.sparse.bitmap.linear",
+        "prunekernels.sparse.mma24": "prunekernels.sparse.two_four.mma",
+        "prunekernels.sparse.mma_bitmap": "prunekernels.sparse.bitmap.mma",
+        "prunekernels.sparse.portable24": "prunekernels.sparse.two_four.portable",
+        "prunekernels.sparse.portable_bitmap": "prunekernels.sparse.bitmap.portable",
+        "prunekernels.sparse.wgmma24": "prunekernels.sparse.two_four.wgmma",
+        "prunekernels.top_tokens": "prunekernels.metrics.top_tokens",
+    }
+)

@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit import blocks
 from prunekit.analysis import grid as grids
 from prunekit.analysis.grid import Array, MetricGrid
 from prunekit.analysis.spaces import Lens, Level, Reader, Weights, check_pair, twin_layers
 from prunekit.analysis.steps import StepBatch, step_batches
-from prunekit.architectures import Architecture
 from prunekit.generation import Rollout
-from prunekit.layouts import SUBLAYERS
+from prunekit.models import blocks
+from prunekit.models.architectures import Architecture
+from prunekit.models.layouts import SUBLAYERS
 from prunekit.progress import track
 
 # States of one model held at once before they are measured, in elements (256 MiB of float32).

@@ -16,10 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import distributed
 from prunekit.analysis.spaces import Reader, check_pair
-from prunekit.architectures import input_device
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import text_ids
 from prunekit.evaluation.scoring import check_length, check_model, right_padded
+from prunekit.models.architectures import input_device
 from prunekit.progress import track
 
 

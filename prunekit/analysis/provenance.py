@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from prunekit.architectures import Architecture
-from prunekit.layouts import SUBLAYERS, base_model_type
-from prunekit.packed import weight_count
+from prunekit.models.architectures import Architecture
+from prunekit.models.layouts import SUBLAYERS, base_model_type
+from prunekit.packed.modules import weight_count
 
 
 def versions() -> dict[str, str | None]:

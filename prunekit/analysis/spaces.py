@@ -16,9 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunekit.analysis.grid import Array
-from prunekit.architectures import Architecture, Head
 from prunekit.errors import PrunekitError
-from prunekit.layouts import base_model_type
+from prunekit.models.architectures import Architecture, Head
+from prunekit.models.layouts import base_model_type
 
 Lens = Literal["final_norm", "raw"]
 Weights = Literal["base", "other"]

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from prunekit.analysis.grid import Array, MetricGrid
-from prunekit.architectures import Architecture, input_device
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.scoring import right_padded
 from prunekit.generation import Rollout, batches_by_length
+from prunekit.models.architectures import Architecture, input_device
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from prunekit.analysis.grid import Array, nan_mean
 from prunekit.analysis.transcripts import Generation
-from prunekit.architectures import input_device
 from prunekit.evaluation import text
 from prunekit.evaluation.likelihood import sequence_nll
 from prunekit.evaluation.scoring import right_padded
 from prunekit.generation import Rollout
+from prunekit.models.architectures import input_device
 
 # Per-prompt measures of `Decoding.sequence`; the perplexities are under the dense model.
 SEQUENCE_METRICS = (

@@ -26,10 +26,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
-from prunekit.packed import FORMATS, MergedPart, PackedLinear, own_layer
-from prunekit.packed_checkpoint import PACKED_VERSION, unpacked_state
+from prunekit.models.architectures import Architecture
+from prunekit.packed.described import PACKED_VERSION, unpacked_state
+from prunekit.packed.modules import FORMATS, MergedPart, PackedLinear, own_layer
 
 LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,11 +11,11 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
-from prunekit.architectures import Architecture
 from prunekit.checkpoint.manifest import read_json
 from prunekit.errors import PrunekitError, one_line
-from prunekit.layouts import SUBLAYERS
-from prunekit.packed import packed_layers
+from prunekit.models.architectures import Architecture
+from prunekit.models.layouts import SUBLAYERS
+from prunekit.packed.modules import packed_layers
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -18,7 +18,6 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from prunekit import modeling
 from prunekit.checkpoint.former_layouts import layout_of, read_former
 from prunekit.checkpoint.gguf_reader import read_gguf
 from prunekit.checkpoint.integrity import check_complete, check_readable, weight_files
@@ -26,9 +25,10 @@ from prunekit.checkpoint.manifest import read_json, verify_manifest
 from prunekit.checkpoint.skeletons import make_packed_config_, skeleton_of
 from prunekit.checkpoint.sources import located
 from prunekit.errors import PrunekitError, one_line
-from prunekit.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, check_supported
-from prunekit.packed import packed_layers, prove_kernels
-from prunekit.packed_checkpoint import PACKED_FIELD, check_packed
+from prunekit.models import dropped as modeling
+from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, check_supported
+from prunekit.packed.described import PACKED_FIELD, check_packed
+from prunekit.packed.modules import packed_layers, prove_kernels
 from prunekit.progress import quiet_transformers
 from prunekit.swap import merge_, refuse_save_pretrained_
 

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from prunekit import modeling
-from prunekit.layouts import base_model_type
-from prunekit.packed_checkpoint import PACKED_FIELD
+from prunekit.models import dropped as modeling
+from prunekit.models.layouts import base_model_type
+from prunekit.packed.described import PACKED_FIELD
 
 
 def skeleton_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -11,8 +11,8 @@ from prunekit.commands import options
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
-    from prunekit.timing import Times
-    from prunekit.variants import Variant
+    from prunekit.speed.timing import Times
+    from prunekit.speed.variants import Variant
 
 SUMMARY = "measure a model's speed and size: dense, dropped, 2:4, bitmap"
 DESCRIPTION = """\
@@ -65,7 +65,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     """Carry the command out."""
     source = options.needed(args.model, "model")
     folder = options.output(args, FILES) if args.output else None
-    from prunekit import speed, variants
+    from prunekit.speed import decoding as speed
+    from prunekit.speed import variants
 
     for name in args.variants:
         if name not in variants.VARIANTS:
@@ -99,7 +100,8 @@ def _build(
     args: argparse.Namespace, model: Any, cache: str
 ) -> tuple[list[tuple[Variant, float]], dict[str, str]]:
     """The variants that can be had here, how far their logits are off, and why others are not."""
-    from prunekit import speed, variants
+    from prunekit.speed import decoding as speed
+    from prunekit.speed import variants
 
     built, absent = [], {}
     prompts = speed.random_prompts(model, 1, 32, args.seed)
@@ -123,9 +125,10 @@ def _measured(
     args: argparse.Namespace, built: Sequence[tuple[Variant, float]], cache: str
 ) -> list[dict[str, Any]]:
     """One record per batch and variant, the variants in turns."""
-    from prunekit import speed, timing
-    from prunekit.packed import weight_bytes
+    from prunekit.packed.modules import weight_bytes
     from prunekit.progress import track
+    from prunekit.speed import decoding as speed
+    from prunekit.speed import timing
 
     rows = []
     work = [(batch, op) for batch in args.batch for op in ("prefill", "decode")]

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     choices = None if args.no_choices else load_choices(args.choices)[: args.limit]
 
     options.find(sources)
-    from prunekit.comparison import compare
+    from prunekit.study.comparison import compare
 
     dense, tokenizer = options.load(sources[0], args)
     pruned, _ = options.load(sources[1], args)
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 
 def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> None:
-    from prunekit import texts
+    from prunekit.data import texts
     from prunekit.evaluation.items import load_heldout
 
     text = load_heldout() if args.text is None else "\n\n".join(texts.read_file(args.text))

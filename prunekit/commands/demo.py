@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 from prunekit.commands import options
 
 if TYPE_CHECKING:
-    from prunekit.study import Study
+    from prunekit.study.study import Study
 
 Item = TypeVar("Item")
 
@@ -112,12 +112,12 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 
 def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
-    from prunekit import calibration
-    from prunekit.analysis.baseline import Baseline
-    from prunekit.analysis.sweep import sweep
-    from prunekit.comparison import compare
+    from prunekit.data import calibration
     from prunekit.evaluation.items import load_choices, load_prompts
     from prunekit.pruning import Drop, Wanda, drop_, prune_
+    from prunekit.study.baseline import Baseline
+    from prunekit.study.comparison import compare
+    from prunekit.study.drop_sweep import sweep
 
     prompts = [item.prompt for item in _spread(load_prompts(), plan.prompts)]
     choices = _spread(load_choices(), plan.choices)

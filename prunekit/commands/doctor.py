@@ -67,7 +67,8 @@ def own_version() -> str:
 def _facts() -> dict[str, Any]:
     import torch
     from prunekernels import runtime
-    from prunekernels.sparse import dispatch24, linear_bitmap
+    from prunekernels.sparse.bitmap import linear as linear_bitmap
+    from prunekernels.sparse.two_four import dispatch as dispatch24
 
     from prunekit.analysis.provenance import installed
     from prunekit.checkpoint.gguf_reader import demo_file

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit.architectures import Architecture
+from prunekit.models.architectures import Architecture
 
 _GROUPS = (2, 4, 8, 16)
 

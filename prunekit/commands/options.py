@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from prunekit.calibration import Calibration
+    from prunekit.data.calibration import Calibration
 
 CHECKPOINT = ("config.json", "prunekit.json")  # files by which a saved model is known
 
@@ -87,8 +87,8 @@ def calibration(args: argparse.Namespace) -> Calibration:
     Raises:
         PrunekitError: No such file, or an option is out of range.
     """
-    from prunekit import texts
-    from prunekit.calibration import SELF, Calibration
+    from prunekit.data import texts
+    from prunekit.data.calibration import SELF, Calibration
 
     source = args.calibration
     if source != SELF and not texts.is_hub_id(source) and not Path(source).is_file():

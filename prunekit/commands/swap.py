@@ -58,7 +58,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     folder = options.output(args, options.CHECKPOINT)
 
     from prunekit import checkpoint
-    from prunekit.packed_checkpoint import is_packed
+    from prunekit.packed.described import is_packed
 
     checkpoint.check_format(args.format)
     model, tokenizer = options.load(source, args)
@@ -96,8 +96,8 @@ def pack(model: Any, args: argparse.Namespace) -> SwapReport:
 
 def facts(model: Any, folder: str) -> dict[str, int]:
     """Sizes in memory and on disk."""
-    from prunekit import packed
     from prunekit.commands import measures
+    from prunekit.packed import modules as packed
 
     return {
         "parameters_bytes": packed.weight_bytes(model),

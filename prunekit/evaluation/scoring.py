@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit.architectures import input_device
 from prunekit.errors import PrunekitError
+from prunekit.models.architectures import input_device
 from prunekit.progress import track
 
 # Logits held at once: 64 MiB in fp32.

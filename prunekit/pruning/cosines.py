@@ -8,14 +8,15 @@ from typing import TypeAlias
 
 import torch
 from prunekernels import vector_stats
-from prunekernels.closed_form import angle_fields
+from prunekernels.metrics.closed_form import angle_fields
 from torch import Tensor
 
-from prunekit import blocks, distributed
-from prunekit.architectures import Architecture
-from prunekit.blocks import Keywords
+from prunekit import distributed
 from prunekit.errors import PrunekitError
-from prunekit.layouts import SUBLAYERS
+from prunekit.models import blocks
+from prunekit.models.architectures import Architecture
+from prunekit.models.blocks import Keywords
+from prunekit.models.layouts import SUBLAYERS
 from prunekit.progress import track
 from prunekit.pruning.stream import Stream
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunekit.architectures import Architecture
-from prunekit.calibration import CalibrationInput, batches, sequences
+from prunekit.data.calibration import CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
-from prunekit.layouts import SUBLAYERS
-from prunekit.modeling import drop_blocks_, drop_sublayers_
+from prunekit.models.architectures import Architecture
+from prunekit.models.dropped import drop_blocks_, drop_sublayers_
+from prunekit.models.layouts import SUBLAYERS
 from prunekit.pruning.cosines import BLOCK, Part, mean_cosines, parts
 from prunekit.pruning.report import align, calibrated_in, dtype_name
 from prunekit.pruning.sequential import evaluating
@@ -168,7 +168,7 @@ def drop_(
     Args:
         model: A model of a supported architecture; changed in place, at the very end.
         drop: What to drop.
-        calibration: What to score on; see `prunekit.calibration`.
+        calibration: What to score on; see `prunekit.data.calibration`.
         tokenizer: Needed if the calibration is a file or a data set.
         batch_size: Sequences that run together; see `prunekit.pruning.prune_`.
         calibration_dtype: Run the calibration passes in this type, such as torch.bfloat16, with

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from prunekit import distributed
 from prunekit.atomic import replaced_file
 from prunekit.errors import PrunekitError
+from prunekit.models.weight_refs import WeightRef
 from prunekit.pruning.report import MatrixReport
-from prunekit.weight_refs import WeightRef
 
 FORMAT = 1
 _RUN, _TOKENS = "run.json", "calibration.safetensors"

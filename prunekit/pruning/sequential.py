@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit import blocks, distributed
-from prunekit.architectures import Architecture
-from prunekit.calibration import Calibration, CalibrationInput, batches, sequences
+from prunekit import distributed
+from prunekit.data.calibration import Calibration, CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
+from prunekit.models import blocks
+from prunekit.models.architectures import Architecture
+from prunekit.models.weight_refs import WeightRef
 from prunekit.progress import track
 from prunekit.pruning import scores, sparsegpt
 from prunekit.pruning.journal import Journal, fingerprint
@@ -23,7 +25,6 @@ from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
 from prunekit.pruning.report import MatrixReport, PruneReport, dtype_name
 from prunekit.pruning.statistics import InputStatistics, LayerCollector
 from prunekit.pruning.stream import Stream
-from prunekit.weight_refs import WeightRef
 
 _NO_TOKENS = "no calibration token reached it: scored by magnitude"
 _SILENT = "its calibration inputs are all zero: scored by magnitude"
@@ -57,12 +58,12 @@ def prune_(
     Args:
         model: A model of a supported architecture; pruned in place.
         recipe: A method for all matrices, or a `Recipe`.
-        calibration: What to calibrate on; see `prunekit.calibration`. Optional if magnitude is
+        calibration: What to calibrate on; see `prunekit.data.calibration`. Optional if magnitude is
             the only method: given, it only serves to measure output errors, given up to 128
             inputs per matrix.
         tokenizer: Needed if the calibration is a file or a data set.
         batch_size: Sequences that run together; None suits the device, see
-            `prunekit.calibration.batches`.
+            `prunekit.data.calibration.batches`.
         calibration_dtype: Run the calibration passes in this type, such as torch.bfloat16, which
             takes half of the time on processors that multiply it faster. Weights are scored and
             updated in float32 as ever; it is the activations that are rounded.

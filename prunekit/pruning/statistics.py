@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from prunekit import distributed
 from prunekit.errors import PrunekitError
+from prunekit.models.weight_refs import WeightRef, is_fused_experts
 from prunekit.pruning import sparsegpt
-from prunekit.weight_refs import WeightRef, is_fused_experts
 
 _SQUARED_TOGETHER = 64  # rows whose squares a CPU forms at once
 

@@ -23,7 +23,7 @@ from harness import Absent, Case, Contender, Prepared, Session, Verdict
 from model import Cost
 from prunekernels import nm_mask, sparsegpt_update
 
-from prunekit import timing
+from prunekit.speed import timing
 
 CPU = torch.device("cpu")
 BENCH = Path(harness.__file__).parent

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from prunekernels import eager, pair_stats, runtime, vector_stats
+from prunekernels import pair_stats, runtime, vector_stats
+from prunekernels.metrics import eager
 from torch import Tensor
 
 CPU = (torch.zeros(2, 3),)

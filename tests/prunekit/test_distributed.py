@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from prunekit import distributed
-from prunekit.calibration import Calibration, tokens
+from prunekit.data.calibration import Calibration, tokens
 from prunekit.pruning import Drop, Magnitude, SparseGPT, Wanda, drop_, prune_
 
 PRUNED = {

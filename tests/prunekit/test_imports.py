@@ -68,7 +68,7 @@ def collapsed(edges: Mapping[str, set[str]], name: Callable[[str], str]) -> dict
 @pytest.fixture(scope="module")
 def edges() -> dict[str, set[str]]:
     found = graph(modules(FOLDER))
-    assert len(found) > 50 and "prunekit.report" in found["prunekit.study"]
+    assert len(found) > 50 and "prunekit.report" in found["prunekit.study.study"]
     found.pop(FACADE)
     return found
 

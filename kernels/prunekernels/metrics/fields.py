@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from prunekernels import layout
+from prunekernels.metrics import result_rows
 
 _Self = TypeVar("_Self", bound="_Fields")
 
@@ -256,14 +256,14 @@ def packed_like(
     """Uninitialised tensors of the shapes that a pair op returns (for `register_fake`)."""
     packed = []
     for has_labels in (labels, False)[: 1 + subset]:
-        floats = len(layout.pair_floats(level, has_labels, fields))
+        floats = len(result_rows.pair_floats(level, has_labels, fields))
         packed.append(like.new_empty(floats, rows, dtype=torch.float32))
-        packed.append(like.new_empty(len(layout.PAIR_IDS), rows, dtype=torch.int64))
-        packed.append(like.new_empty(len(layout.PAIR_FLAGS), rows, dtype=torch.bool))
+        packed.append(like.new_empty(len(result_rows.PAIR_IDS), rows, dtype=torch.int64))
+        packed.append(like.new_empty(len(result_rows.PAIR_FLAGS), rows, dtype=torch.bool))
     if topk:
-        packed.append(like.new_empty(len(layout.TOPK_FLOATS), rows, topk, dtype=torch.float32))
-        packed.append(like.new_empty(len(layout.TOPK_ROWS), rows, dtype=torch.float32))
-        packed.append(like.new_empty(len(layout.TOPK_IDS), rows, topk, dtype=torch.int64))
+        packed.append(like.new_empty(len(result_rows.TOPK_FLOATS), rows, topk, dtype=torch.float32))
+        packed.append(like.new_empty(len(result_rows.TOPK_ROWS), rows, dtype=torch.float32))
+        packed.append(like.new_empty(len(result_rows.TOPK_IDS), rows, topk, dtype=torch.int64))
     return packed
 
 
@@ -286,10 +286,12 @@ def unpack_pair(
         floats, rows, ids = packed[-3:]
         top = {
             name: row.reshape(*lead, topk)
-            for names, block in ((layout.TOPK_FLOATS, floats), (layout.TOPK_IDS, ids))
+            for names, block in ((result_rows.TOPK_FLOATS, floats), (result_rows.TOPK_IDS, ids))
             for name, row in zip(names, block, strict=True)
         }
-        top |= {name: row.reshape(lead) for name, row in zip(layout.TOPK_ROWS, rows, strict=True)}
+        top |= {
+            name: row.reshape(lead) for name, row in zip(result_rows.TOPK_ROWS, rows, strict=True)
+        }
         named["topk"] = TopKStats(**top)
     return PairStats.of(named) if fields else PairStats(**named)
 
@@ -298,10 +300,10 @@ def _name_pair(
     packed: list[Tensor], lead: torch.Size, level: str, labels: bool, fields: str
 ) -> dict[str, Any]:
     floats, *rest = packed
-    names = layout.pair_floats(level, labels, fields)
+    names = result_rows.pair_floats(level, labels, fields)
     named = {name: row.reshape(lead) for name, row in zip(names, floats, strict=True)}
-    for names, block in zip((layout.PAIR_IDS, layout.PAIR_FLAGS), rest, strict=True):
-        asked = layout.chosen(names, fields)
+    for names, block in zip((result_rows.PAIR_IDS, result_rows.PAIR_FLAGS), rest, strict=True):
+        asked = result_rows.chosen(names, fields)
         rows = zip(names, block, strict=True)
         named |= {name: row.reshape(lead) for name, row in rows if name in asked}
     return named

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunekernels import checks, eager, runtime
+from prunekernels import checks, runtime
+from prunekernels.metrics import eager, options
 from prunekernels.metrics.fields import PairStats, packed_like, unpack_pair
 
 
@@ -180,7 +181,7 @@ def head_pair_stats(
     if logit_scale is not None and not 0.0 < abs(logit_scale) < math.inf:
         raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
     checks.positive(op, "norm_eps", norm_eps)
-    subset = checks.pair_options(
+    subset = options.pair_options(
         op,
         lead=lead,
         vocab=vocab,
@@ -193,7 +194,7 @@ def head_pair_stats(
         weights=weights,
         impl=impl,
     )
-    asked = checks.pair_fields(op, fields, level, labels is not None)
+    asked = options.pair_fields(op, fields, level, labels is not None)
     packed = _head_pair_stats_op(
         base_hidden,
         other_hidden,

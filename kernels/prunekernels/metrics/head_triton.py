@@ -21,12 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels import language as lib
-from prunekernels import layout, tuning
 from prunekernels.compilation import KernelCase
-from prunekernels.eager import logit_blocks, rms_normalised
-from prunekernels.metrics import merge_triton, pair_triton
+from prunekernels.metrics import merge_triton, pair_triton, result_rows, tuning
+from prunekernels.metrics.eager import logit_blocks, rms_normalised
 from prunekernels.metrics.merge_triton import Kind, State
+from prunekernels.metrics.sums import triton as lib
 from prunekernels.runtime import interpreting, on
 
 
@@ -320,7 +319,9 @@ def head_pair_stats(
     rows = base_hidden.numel() // width
     heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
     labels = None if labels is None else labels.reshape(-1)
-    second = any(name in layout.FULL_FLOATS for name in layout.pair_floats(level, False, fields))
+    second = any(
+        name in result_rows.FULL_FLOATS for name in result_rows.pair_floats(level, False, fields)
+    )
     if second or topk or not tuning.head_fused(rows, width):
         hidden = (base_hidden, other_hidden)
         parts = []

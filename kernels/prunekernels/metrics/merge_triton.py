@@ -22,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels import language as lib
-from prunekernels import layout, partial, selection, tuning
 from prunekernels.compilation import KernelCase
+from prunekernels.metrics import needed_sums, partial, result_rows, tuning
+from prunekernels.metrics.sums import triton as lib
 from prunekernels.runtime import on
 
 #: What a partial state holds before the sums. ref: A, B; top, second: the largest logits; label:
@@ -46,9 +46,9 @@ HEAD += ("only_a", "only_b", "broken_a", "broken_b")
 def _pair_merge_kernel(
     floats_ptr,  # (N, S, FIELDS) partial states
     ids_ptr,  # (N, S, 2) int64
-    out_ptr,  # (fields, N) fp32, `layout.pair_floats`
+    out_ptr,  # (fields, N) fp32, `result_rows.pair_floats`
     out_ids_ptr,  # (2, N) int64
-    flags_ptr,  # (4, N) bool: `layout.PAIR_FLAGS`, and whether NaN or infinity spoils the row
+    flags_ptr,  # (4, N) bool: `result_rows.PAIR_FLAGS`, and whether NaN or infinity spoils the row
     norms_ptr,  # (4, N) float64: references of base and other (logits), ln W0, ln V0
     N,
     S,
@@ -277,7 +277,7 @@ class Kind(NamedTuple):
         level: "core", "precise" or "full".
         weights: "base" or "other".
         labels: whether label logits are there.
-        fields: names asked for, as `layout.pair_floats` takes them.
+        fields: names asked for, as `result_rows.pair_floats` takes them.
     """
 
     temperature: float
@@ -304,13 +304,13 @@ class Kind(NamedTuple):
     @property
     def floats(self) -> tuple[str, ...]:
         """Names of the float fields asked for."""
-        return layout.pair_floats(self.level, self.labels, self.fields)
+        return result_rows.pair_floats(self.level, self.labels, self.fields)
 
     @property
     def sums(self) -> int:
         """The constant SUMS of `language`."""
-        names = (*self.floats, *layout.chosen(layout.PAIR_FLAGS, self.fields))
-        return lib.wanted(selection.sums(names, weights=self.weights, precise=self.precise))
+        names = (*self.floats, *result_rows.chosen(result_rows.PAIR_FLAGS, self.fields))
+        return lib.wanted(needed_sums.sums(names, weights=self.weights, precise=self.precise))
 
 
 @dataclass(frozen=True, eq=False)
@@ -415,7 +415,7 @@ def merge_states(states: Sequence[State]) -> State:
 
 def _bits(floats: Sequence[str]) -> int:
     """The constant FIELDS of the merge kernel."""
-    order = layout.PAIR_FLOATS + layout.LABEL_FLOATS
+    order = result_rows.PAIR_FLOATS + result_rows.LABEL_FLOATS
     return sum(1 << i for i, name in enumerate(order) if name in floats)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from prunekernels import checks, eager, runtime
+from prunekernels import checks, runtime
+from prunekernels.metrics import eager, options
 from prunekernels.metrics.fields import PairStats, packed_like, unpack_pair
 
 
@@ -105,7 +106,7 @@ def pair_stats(
     checks.floats("pair_stats", base=base, other=other)
     checks.alike("pair_stats", base=base, other=other)
     lead, vocab = base.shape[:-1], base.shape[-1]
-    subset = checks.pair_options(
+    subset = options.pair_options(
         "pair_stats",
         lead=lead,
         vocab=vocab,
@@ -118,7 +119,7 @@ def pair_stats(
         weights=weights,
         impl=impl,
     )
-    asked = checks.pair_fields("pair_stats", fields, level, labels is not None)
+    asked = options.pair_fields("pair_stats", fields, level, labels is not None)
     labels = None if labels is None else labels.long()
     packed = _pair_stats_op(
         base, other, labels, subset, float(temperature), topk, level, weights, asked, impl

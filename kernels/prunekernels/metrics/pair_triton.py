@@ -21,14 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels import language as lib
-from prunekernels import layout, partial, top_tokens, tuning
 from prunekernels.compilation import Arch, KernelCase
-from prunekernels.metrics import merge_triton
+from prunekernels.metrics import merge_triton, partial, result_rows, top_tokens, tuning
 from prunekernels.metrics.merge_triton import Kind, State
 from prunekernels.metrics.rows import PairRows
 from prunekernels.metrics.second_pass_triton import second_pass
-from prunekernels.pair_sums import take_rows
+from prunekernels.metrics.sums import triton as lib
+from prunekernels.rows import take_rows
 from prunekernels.runtime import on
 
 
@@ -418,7 +417,7 @@ def pair_stats(
     labels = None if labels is None else labels.reshape(-1)
     kind = Kind(temperature, level, weights, labels is not None, fields)
     packed, norms, broken = partial_state(base, other, labels, kind).finish()
-    asked = [row for row, name in enumerate(layout.FULL_FLOATS) if name in kind.floats]
+    asked = [row for row, name in enumerate(result_rows.FULL_FLOATS) if name in kind.floats]
     if asked:
         extra = second_pass(base, other, norms, temperature)[asked]
         packed[0][-len(asked) :] = extra.masked_fill_(broken, float("nan"))
@@ -453,9 +452,9 @@ def _top_tokens(
     """The likeliest tokens, a few rows at a time: selection is torch's."""
     rows = norms.shape[1]
     device = base.device
-    floats = torch.zeros(len(layout.TOPK_FLOATS), rows, topk, device=device)
-    totals = torch.zeros(len(layout.TOPK_ROWS), rows, device=device)
-    ids = torch.zeros(len(layout.TOPK_IDS), rows, topk, dtype=torch.int64, device=device)
+    floats = torch.zeros(len(result_rows.TOPK_FLOATS), rows, topk, device=device)
+    totals = torch.zeros(len(result_rows.TOPK_ROWS), rows, device=device)
+    ids = torch.zeros(len(result_rows.TOPK_IDS), rows, topk, dtype=torch.int64, device=device)
     step = max(1, (64 << 20) // (16 * base.shape[-1]))
     for start in range(0, rows, step):
         part = slice(start, min(start + step, rows))

@@ -15,11 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels import language as lib
-from prunekernels import tuning
 from prunekernels.compilation import KernelCase
-from prunekernels.metrics import merge_triton
+from prunekernels.metrics import merge_triton, tuning
 from prunekernels.metrics.rows import PairRows
+from prunekernels.metrics.sums import triton as lib
 from prunekernels.runtime import on
 
 

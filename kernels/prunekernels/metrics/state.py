@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prunekernels import checks, eager, partial, runtime
+from prunekernels import checks, runtime
+from prunekernels.metrics import eager, options, partial
 from prunekernels.metrics.fields import PairStats, unpack_pair
 
 
@@ -56,7 +57,7 @@ class PairState:
     `torch.distributed.all_gather`, and put it back with `with_data`.
 
     Attributes:
-        data: `(…, F)` float64, one number per name of `prunekernels.partial.FIELDS`.
+        data: `(…, F)` float64, one number per name of `prunekernels.metrics.partial.FIELDS`.
         temperature: T.
         level: "core" or "precise".
         weights: "base" or "other".
@@ -141,7 +142,7 @@ def pair_state(
         raise ValueError(f"{op}: level 'full' cannot be merged; use 'core' or 'precise'")
     if offset < 0:
         raise ValueError(f"{op}: offset must be an id from 0, got {offset}")
-    checks.pair_options(
+    options.pair_options(
         op,
         lead=base.shape[:-1],
         vocab=base.shape[-1],
@@ -154,7 +155,7 @@ def pair_state(
         weights=weights,
         impl=impl,
     )
-    asked = checks.pair_fields(op, fields, level, labels is not None)
+    asked = options.pair_fields(op, fields, level, labels is not None)
     t = float(temperature)
     labels = None if labels is None else labels.long()
     data = _pair_state_op(base, other, labels, t, level, weights, offset, asked, impl)

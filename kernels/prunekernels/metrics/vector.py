@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prunekernels import checks, eager, runtime
-from prunekernels.layout import VECTOR_FLOATS
+from prunekernels import checks, runtime
+from prunekernels.metrics import eager
 from prunekernels.metrics.fields import VectorStats
+from prunekernels.metrics.result_rows import VECTOR_FLOATS
 
 
 @torch.library.custom_op("prunekernels::vector_stats", mutates_args=())

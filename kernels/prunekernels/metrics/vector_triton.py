@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels import language as lib
-from prunekernels import tuning
 from prunekernels.compilation import KernelCase
-from prunekernels.layout import VECTOR_FLOATS
+from prunekernels.metrics import tuning
+from prunekernels.metrics.result_rows import VECTOR_FLOATS
 from prunekernels.metrics.rows import PairRows
+from prunekernels.metrics.sums import triton as lib
 from prunekernels.runtime import on
 
 

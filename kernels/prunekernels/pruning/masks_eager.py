@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prunekernels import checks
-from prunekernels.pair_sums import take_rows
+from prunekernels.rows import take_rows
 
 _COMPARED = 24  # size of a group up to which comparing all pairs is fastest
 _LONG_ROW = 1 << 16  # scores from which a sample brackets the cut

@@ -18,8 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels import checks, tuning
+from prunekernels import checks
 from prunekernels.compilation import KernelCase
+from prunekernels.pruning import tuning
 from prunekernels.runtime import on
 
 #: Above every key of a finite score.

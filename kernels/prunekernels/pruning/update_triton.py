@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels import tuning
 from prunekernels.compilation import KernelCase
+from prunekernels.pruning import tuning
 from prunekernels.runtime import on
 
 

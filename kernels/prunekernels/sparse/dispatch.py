@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from prunekernels.runtime import Choice, interpreting, triton_installed
-from prunekernels.tuning import packed_speedup
+from prunekernels.sparse.tuning import packed_speedup
 
 #: tokens, rows, columns, capability, itemsize -> (implementation, reason), preferred first.
 Order = Callable[[int, int, int, tuple[int, int], int], list[tuple[str, str]]]

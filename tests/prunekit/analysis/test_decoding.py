@@ -12,9 +12,9 @@ import torch
 
 from prunekit.analysis.decoding import Decoding, decode
 from prunekit.analysis.whole_texts import SEQUENCE_METRICS
-from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
-from prunekit.modeling import drop_sublayers_
+from prunekit.models.architectures import Architecture
+from prunekit.models.dropped import drop_sublayers_
 
 EXACT = {"h_cosine": 1, "z_cosine": 1, "p_cosine": 1, "kl_dense_pruned": 0, "kl_pruned_dense": 0}
 EXACT |= {"p_one_minus_cosine": 0, "z_one_minus_cosine": 0, "flipped": 0, "kl_estimate": 0}

@@ -13,11 +13,11 @@ from prunekit import generation
 from prunekit.analysis.decoding import teacher_forced
 from prunekit.analysis.hierarchy import accumulated, layerwise
 from prunekit.analysis.spaces import METRICS
-from prunekit.architectures import Architecture
 from prunekit.errors import PrunekitError
 from prunekit.generation import Rollout
-from prunekit.layouts import SUBLAYERS
-from prunekit.modeling import drop_blocks_, drop_sublayers_
+from prunekit.models.architectures import Architecture
+from prunekit.models.dropped import drop_blocks_, drop_sublayers_
+from prunekit.models.layouts import SUBLAYERS
 
 ZERO = (
     "h_one_minus_cosine",

@@ -1,0 +1,239 @@
+"""The ops as chunked torch: what runs on a CPU and wherever Triton cannot.
+
+Every function takes arguments that the public op has already checked, and returns tensors packed
+as `layout` says. No Python loop runs once per row where rows are short, and none allocates in
+proportion to the logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from prunekernels.metrics.closed_form import angle_fields
+from prunekernels.metrics.result_rows import VECTOR_FLOATS
+from prunekernels.metrics.sums.eager import GROUP_ROWS, PairSums
+from prunekernels.rows import flattens, take_rows
+
+
+def pair_stats(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+    fields: str = "",
+) -> list[Tensor]:
+    """Packed statistics of `(…, V)` logits; `fields` as `layout.pair_floats` takes it."""
+    options = (labels, subset, temperature, topk, level, weights, fields)
+    return _pair_sums(base, other, *options).result()
+
+
+def pair_state(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    temperature: float,
+    level: str,
+    weights: str,
+    offset: int,
+    fields: str = "",
+) -> Tensor:
+    """Mergeable state `(N, F)` of `(…, V)` logits whose first column has id `offset`."""
+    if labels is None:
+        tail = (temperature, 0, level, weights, fields)
+        return _pair_sums(base, other, None, None, *tail).state(offset)
+    here = labels.reshape(-1) - offset
+    held = (here >= 0) & (here < base.shape[-1])
+    known = here.clamp(0, base.shape[-1] - 1)
+    options = (known, None, temperature, 0, level, weights, fields)
+    sums = _pair_sums(base, other, *options)
+    sums.label_logits.masked_fill_(~held, 0.0)
+    return sums.state(offset)
+
+
+def _pair_sums(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+    fields: str,
+) -> PairSums:
+    vocab = base.shape[-1]
+    rows = base.numel() // vocab
+    options = (labels, subset, temperature, topk, level, weights, fields)
+    sums = PairSums(rows, vocab, base.device, base.dtype, *options)
+    step = sums.group_rows if flattens(base) and flattens(other) else sums.block_rows
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        sums.add(start, take_rows(base, start, stop), take_rows(other, start, stop))
+    return sums
+
+
+def head_pair_stats(
+    base_hidden: Tensor,
+    other_hidden: Tensor,
+    head_weight: Tensor,
+    other_head_weight: Tensor | None,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    norm_eps: float,
+    softcap: float | None,
+    logit_scale: float | None,
+    temperature: float,
+    topk: int,
+    level: str,
+    weights: str,
+    fields: str = "",
+) -> list[Tensor]:
+    """Packed statistics of the logits of `(…, D)` hidden states, computed a few rows at a time."""
+    vocab, width = head_weight.shape
+    rows = base_hidden.numel() // width
+    options = (labels, subset, temperature, topk, level, weights, fields)
+    sums = PairSums(rows, vocab, base_hidden.device, torch.float32, *options)
+    heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
+    hidden = (base_hidden, other_hidden)
+    for start, a, b in logit_blocks(
+        hidden, heads, bias, norm_weight, norm_eps, softcap, logit_scale
+    ):
+        sums.add(start, a, b)
+    return sums.result()
+
+
+def logit_blocks(
+    hidden: tuple[Tensor, Tensor],
+    heads: tuple[Tensor, Tensor],
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_eps: float,
+    softcap: float | None,
+    logit_scale: float | None,
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """First row and float32 logits `(R, V)` of base and other, in buffers that are reused.
+
+    Equal hidden states give equal logits to the last bit. On a CPU, where the products take most
+    of the time, a state of `other` that also occurs among `base` is multiplied just once: dropping
+    a sublayer leaves the state that the sublayer before it made. (Elsewhere the search would cost
+    a host sync.) Otherwise both rows of a pair come from products of the same shape, at the same
+    place in buffers of the same alignment.
+    """
+    vocab, width = heads[0].shape
+    device = heads[0].device
+    rows = hidden[0].numel() // width
+    shared = device.type == "cpu" and heads[0] is heads[1]
+    budget = (128 << 20) if device.type == "cpu" else (512 << 20)
+    step = max(1, min(rows, budget // (8 * vocab)))
+    # Two allocations, not two halves of one: a matmul may round by its output's alignment.
+    logits = [torch.empty(step, vocab, dtype=torch.float32, device=device) for _ in range(2)]
+
+    def head(states: Tensor, side: int) -> Tensor:
+        out = logits[side][: states.shape[0]]
+        _project(states, heads[side], out)
+        if bias is not None:
+            out += bias
+        if logit_scale is not None:
+            out *= logit_scale
+        if softcap is not None:
+            out.div_(softcap).tanh_().mul_(softcap)
+        return out
+
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        base, other = (
+            rms_normalised(take_rows(states, start, stop), norm_weight, norm_eps)
+            for states in hidden
+        )
+        found = _positions(other, base) if shared else None
+        if found is None or bool((found < 0).all()):
+            yield start, head(base, 0), head(other, 1)
+            continue
+        a, missing = head(base, 0), found < 0
+        fresh = head(other[missing], 1)
+        found[missing] = torch.arange(fresh.shape[0])
+        for row in range(0, stop - start, GROUP_ROWS):
+            group = slice(row, row + GROUP_ROWS)
+            b = a.index_select(0, found[group].masked_fill(missing[group], 0))
+            b[missing[group]] = fresh[found[group][missing[group]]]
+            yield start + row, a[group], b
+
+
+def _positions(states: Tensor, among: Tensor) -> Tensor:
+    """Per row of `states` the index of a row with the same bits `among` the others, or −1."""
+    integer = {2: torch.int16, 4: torch.int32}[states.itemsize]
+    odd = 2 * torch.arange(states.shape[1]) + 1
+    factors = odd * 0x1E3779B97F4A7C15  # wraps around, which is what mixes the bits
+    keys, own = ((rows.view(integer).long() * factors).sum(-1) for rows in (among, states))
+    order = keys.argsort()
+    nearest = torch.searchsorted(keys[order], own).clamp_(max=len(keys) - 1)
+    found = order[nearest]
+    equal = (among[found].view(integer) == states.view(integer)).all(-1)
+    return found.masked_fill(~equal, -1)
+
+
+def rms_normalised(hidden: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """A fresh copy of the rows, RMS-normalised in float32, back in the states' own dtype."""
+    if weight is None:
+        return hidden.clone(memory_format=torch.contiguous_format)
+    states = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    states *= torch.rsqrt(states.square().mean(-1, keepdim=True) + eps)
+    states *= weight.float()
+    return states.to(hidden.dtype)
+
+
+def _project(states: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`out = states @ weight.T` with float32 products' sums, whatever the operands' dtype."""
+    if states.is_cuda and states.dtype == weight.dtype:
+        extra = {} if states.dtype == torch.float32 else {"out_dtype": torch.float32}
+        torch.mm(states, weight.t(), out=out, **extra)
+        return
+    # A slice of the head at a time: a float32 copy of all of it would be gigabytes.
+    states = states.float()
+    step = max(1, (16 << 20) // (4 * max(states.shape)))
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
+        _product(states, weight[part].float(), out[:, part])
+
+
+def _product(states: Tensor, weight: Tensor, out: Tensor) -> None:
+    """`out = states @ weight.T` of float32 matrices.
+
+    On a CPU through oneDNN where torch has it: torch's own `mm` calls MKL, which leaves the wider
+    vectors of an AMD processor alone. Measured there on 340 × 576 by 576 × 49152, two cores: 127
+    GFLOP/s by `mm`, 183 by oneDNN.
+    """
+    if states.device.type == "cpu" and _ONEDNN is not None:
+        out.copy_(_ONEDNN(states, weight, None, "none", [], ""))
+    else:
+        torch.mm(states, weight.t(), out=out)
+
+
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent without oneDNN
+
+
+def vector_stats(base: Tensor, other: Tensor) -> Tensor:
+    """Packed `(fields, N)` statistics of `(…, D)` vectors, summed in float64."""
+    width = base.shape[-1]
+    rows = base.numel() // width
+    sums = torch.zeros(5, rows, dtype=torch.float64, device=base.device)
+    step = max(1, ((1 << 16) if base.device.type == "cpu" else (1 << 22)) // width)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        a = take_rows(base, start, stop).double()
+        b = take_rows(other, start, stop).double()
+        d = b - a
+        for row, pair in enumerate(((a, a), (a, d), (d, d), (a, b), (b, b))):
+            sums[row, start:stop] = torch.mul(*pair).sum(-1)
+    fields = angle_fields(*sums)
+    fields["one_minus_cosine_estimate"] = 0.5 * fields["orthogonal_ratio"].square()
+    return torch.stack([fields[name] for name in VECTOR_FLOATS]).float()

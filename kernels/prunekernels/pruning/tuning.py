@@ -1,0 +1,66 @@
+"""Launch configurations of the selection and update kernels.
+
+Pure functions of shape, type and architecture; nothing is probed at import or at run time. An
+entry marked *predicted* comes from byte counts and compiled instruction counts, not from a
+measurement.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+#: Longest row whose keys one program holds on chip.
+ROW_ON_CHIP = 16384
+
+
+class RowConfig(NamedTuple):
+    """Tile of the row selection kernels: scores per program, warps."""
+
+    block: int
+    num_warps: int
+
+
+def row_tile(width: int) -> RowConfig:
+    """At most 32 scores per thread, which leaves registers for counting (predicted)."""
+    block = 64
+    while block < width:
+        block *= 2
+    return RowConfig(block, max(1, min(16, block // 512)))
+
+
+#: What each program takes of a longer row: a running count needs more registers per score.
+LONG_ROW = RowConfig(4096, 16)
+
+
+class NmConfig(NamedTuple):
+    """Tile of the N:M kernel: log2 of the padded group, groups per program, warps."""
+
+    levels: int
+    groups: int
+    num_warps: int
+
+
+def nm_tile(of: int) -> NmConfig:
+    """About 8 scores per thread in small groups, one group per thread from 8 on (predicted)."""
+    levels = max(0, (of - 1).bit_length())
+    return NmConfig(levels, 256 if levels <= 2 else 128, 4)
+
+
+class UpdateConfig(NamedTuple):
+    """Tile of the SparseGPT kernel: rows per program, columns, warps."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+#: Most columns that the SparseGPT kernel visits before a matrix product updates the rest.
+UPDATE_COLUMNS = 128
+
+
+def update_tile(rows: int, columns: int) -> UpdateConfig:
+    """Few rows per program: the walk over columns is a chain of latencies (predicted)."""
+    block = 16
+    while block < columns:
+        block *= 2
+    return UpdateConfig(16, block, 4)

@@ -1,0 +1,354 @@
+"""Portable bitmap matrix multiplication in plain Triton: expand in registers, then `tl.dot`.
+
+    y[m, n] = act(Σ_k x[m, k]·W[n, k] + b[n])
+
+One program makes BLOCK_M tokens × BLOCK_N rows and walks its share of K in blocks of 64 columns,
+in order. Where columns are shared between programs, each stores its float32 part and a second
+kernel adds the parts in their order: results are bitwise repeatable. Runs on every GPU that Triton
+supports and in the interpreter. Format: `bitmap.layout`.
+
+A run's first value lies behind those of the runs before and of the lanes before: both counts come
+from the bitmap words, four runs at once in the bytes of one sum. Within a lane a multiplication
+counts: with the eight bits b₀ … b₇ of a step in the nibbles of z, nibble i of z·(16 + 16² + …) is
+b₀ + … + bᵢ₋₁.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunekernels.compilation import Arch, KernelCase
+from prunekernels.runtime import interpreting
+from prunekernels.sparse.bitmap.layout import line_blocks
+from prunekernels.sparse.bitmap.tuning import bitmap_portable, bitmap_splits
+from prunekernels.sparse.epilogue import activate, operand
+
+
+@triton.jit
+def _element(ptrs, nibbles, before, INDEX: tl.constexpr):
+    """Bits of element INDEX of each lane and step, or zero."""
+    return tl.load(ptrs + (before >> 4 * INDEX & 15), mask=(nibbles >> 4 * INDEX & 1) != 0, other=0)
+
+
+@triton.jit
+def _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N: tl.constexpr):
+    """Bits of columns 64·block .. + 63 of BLOCK_N rows, int16 or int32 (BLOCK_N, 64).
+
+    line: int64 (BLOCK_N / 16,), the packed line of every 16 rows.
+    """
+    LINES: tl.constexpr = BLOCK_N // 16
+    tile = line * blocks + block
+    word = tl.load(bitmap_ptr + tile[:, None] * 32 + tl.arange(0, 32)[None, :])
+    start = tl.load(starts_ptr + tile).to(tl.int64) * 8
+    # how many values the lane has in each run: bytes, of steps, for the first and the second run
+    count = word - (word >> 1 & 0x55555555)
+    count = (count & 0x33333333) + (count >> 2 & 0x33333333)
+    count0 = count & 0x0F0F0F0F
+    count1 = count >> 4 & 0x0F0F0F0F
+    # a run has at most 32·4 values: bytes do not run over
+    lanes0 = tl.cumsum(count0, 1) - count0
+    lanes1 = tl.cumsum(count1, 1) - count1
+    sum0 = tl.sum(count0, 1)[:, None]
+    sum1 = tl.sum(count1, 1)[:, None]
+    step = tl.arange(0, 4)[None, :]
+    steps = tl.zeros((LINES, 4), tl.int32)
+    for s in tl.static_range(3):
+        both = (sum0 >> 8 * s & 255) + (sum1 >> 8 * s & 255)
+        steps += tl.where(step > s, both, 0)
+    step_start = start[:, None] + steps
+    shift = 8 * step[:, None, :]
+    first0 = step_start[:, None, :] + (lanes0[:, :, None] >> shift & 255)
+    # counting goes on from the first run to the second
+    behind0 = (step_start + (sum0 >> 8 * step & 255))[:, None, :]
+    first1 = behind0 + (lanes1[:, :, None] >> shift & 255) - (count0[:, :, None] >> shift & 255)
+    # eight bits to eight nibbles
+    nibbles = word[:, :, None] >> shift & 255
+    nibbles = (nibbles | nibbles << 12) & 0x000F000F
+    nibbles = (nibbles | nibbles << 6) & 0x03030303
+    nibbles = (nibbles | nibbles << 3) & 0x11111111
+    before = nibbles * 0x11111110
+    ptrs0 = values_ptr + first0
+    ptrs1 = values_ptr + first1
+    # joined, not broadcast: a thread then holds the eight elements of a lane and step
+    a0 = tl.join(_element(ptrs0, nibbles, before, 0), _element(ptrs0, nibbles, before, 1))
+    a1 = tl.join(_element(ptrs0, nibbles, before, 2), _element(ptrs0, nibbles, before, 3))
+    a2 = tl.join(_element(ptrs1, nibbles, before, 4), _element(ptrs1, nibbles, before, 5))
+    a3 = tl.join(_element(ptrs1, nibbles, before, 6), _element(ptrs1, nibbles, before, 7))
+    bits = tl.join(tl.join(a0, a1), tl.join(a2, a3))
+    # (line, g, t, step, c, h, u) to row = (line, h, g), column = (step, u, t, c)
+    bits = tl.reshape(bits, (LINES, 8, 4, 4, 2, 2, 2))
+    return tl.reshape(tl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), (BLOCK_N, 64))
+
+
+@triton.jit
+def _expand_kernel(
+    bitmap_ptr,  # int32 (lines, blocks, 32)
+    starts_ptr,  # int32 (lines·blocks + 1,)
+    values_ptr,  # the bits of the values, int16 or int32
+    dense_ptr,  # the bits of the dense weight, int16 or int32 (N, K), contiguous
+    N,
+    K,
+    lines,
+    blocks,
+    BLOCK_N: tl.constexpr,
+):
+    block = tl.program_id(0)
+    offs_n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_k = block * 64 + tl.arange(0, 64)
+    line = tl.program_id(1).to(tl.int64) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
+    line = tl.where(line < lines, line, 0)
+    bits = _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N)
+    mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
+    tl.store(dense_ptr + offs_n[:, None] * K + offs_k[None, :], bits, mask=mask)
+
+
+@triton.jit
+def _bitmap_fwd_kernel(
+    x_ptr,  # (M, K), strides stride_xm, stride_xk
+    bitmap_ptr,  # int32 (lines, blocks, 32)
+    starts_ptr,  # int32 (lines·blocks + 1,)
+    values_ptr,  # the bits of the values, int16 or int32
+    bias_ptr,  # (N,), read if HAS_BIAS
+    y_ptr,  # (M, N), contiguous; float32 (splits, M, N) if SPLIT
+    stride_xm,
+    stride_xk,
+    M,
+    N,
+    K,
+    lines,
+    blocks,
+    per_split,  # blocks of a split
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,  # store the sum, for `_finish_kernel`
+    UPCAST: tl.constexpr,  # multiply in float32: the interpreter has no bfloat16
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < M
+    # lines past the last read line 0 and are not stored
+    line = tl.program_id(0).to(tl.int64) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
+    line = tl.where(line < lines, line, 0)
+    first = tl.program_id(2) * per_split
+    last = tl.minimum(first + per_split, blocks)
+    offs_k = tl.arange(0, 64)
+    x_ptrs = x_ptr + offs_m[:, None] * stride_xm + offs_k[None, :].to(tl.int64) * stride_xk
+    x_ptrs += first.to(tl.int64) * 64 * stride_xk
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for block in range(first, last):
+        mask = mask_m[:, None] & (block * 64 + offs_k < K)[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0)
+        x_ptrs += 64 * stride_xk
+        bits = _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N)
+        w = operand(bits, dtype, UPCAST)
+        if UPCAST:
+            x = x.to(tl.float32)
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    y_ptrs = y_ptr + offs_m[:, None] * N + offs_n[None, :]
+    if SPLIT:
+        y_ptrs += tl.program_id(2).to(tl.int64) * M * N
+    y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptrs, y, mask=mask_m[:, None] & (offs_n < N)[None, :])
+
+
+@triton.jit
+def _finish_kernel(
+    parts_ptr,  # float32 (splits, M, N)
+    bias_ptr,  # (N,), read if HAS_BIAS
+    y_ptr,  # (M, N), contiguous
+    size,  # M·N
+    N,
+    splits,
+    ACTIVATION: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offs < size
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for _ in range(0, splits):
+        acc += tl.load(parts_ptr + offs, mask=mask, other=0.0)
+        parts_ptr += size.to(tl.int64)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + offs % N, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_ptr + offs, activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def forward(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Launch for x (M, K) with M > 0."""
+    tokens, columns = x.shape
+    config = bitmap_portable(tokens, x.dtype.itemsize)
+    programs = triton.cdiv(rows, config.block_n) * triton.cdiv(tokens, config.block_m)
+    blocks = line_blocks(rows, columns)[1]
+    return launch(
+        x, bitmap, starts, values, rows, bias, activation, bitmap_splits(programs, blocks)
+    )
+
+
+def launch(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    activation: str,
+    splits: int,
+) -> Tensor:
+    """`forward` with the columns shared by up to `splits` programs."""
+    tokens, columns = x.shape
+    lines, blocks = line_blocks(rows, columns)
+    config = bitmap_portable(tokens, x.dtype.itemsize)
+    per_split = triton.cdiv(blocks, splits)
+    splits = triton.cdiv(blocks, per_split)
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    out = y
+    if splits > 1:
+        out = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
+    grid = (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m), splits)
+    has_bias = bias is not None
+    last = splits == 1
+    _bitmap_fwd_kernel[grid](
+        x,
+        bitmap,
+        starts,
+        _bits(values),
+        x if bias is None else bias,
+        out,
+        *x.stride(),
+        tokens,
+        rows,
+        columns,
+        lines,
+        blocks,
+        per_split,
+        ACTIVATION=activation if last else "none",
+        HAS_BIAS=has_bias and last,
+        SPLIT=not last,
+        UPCAST=interpreting(),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if not last:
+        size = tokens * rows
+        _finish_kernel[(triton.cdiv(size, 512),)](
+            out,
+            x if bias is None else bias,
+            y,
+            size,
+            rows,
+            splits,
+            ACTIVATION=activation,
+            HAS_BIAS=has_bias,
+            BLOCK=512,
+        )
+    return y
+
+
+def expand(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    """The dense (rows, columns) weight: `bitmap_unpack` in one pass over memory."""
+    dense = torch.empty((rows, columns), dtype=values.dtype, device=values.device)
+    lines, blocks = line_blocks(rows, columns)
+    grid = (blocks, triton.cdiv(rows, 64))
+    parts = bitmap, starts, _bits(values), _bits(dense)
+    _expand_kernel[grid](*parts, rows, columns, lines, blocks, BLOCK_N=64)
+    return dense
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
+
+
+def compile_cases() -> list[KernelCase]:
+    """The specialisations that tests compile without a GPU."""
+    every: Sequence[Arch] = (80, 89, 90, "gfx942")
+    wide = "HMMA.16816.F32"
+    parts = {"bitmap_ptr": "*i32", "starts_ptr": "*i32", "values_ptr": "*i16"}
+    return [
+        *(_case(kind, 1, True, wide, every) for kind in ("bf16", "fp16")),
+        _case("bf16", 1, False, wide, every),
+        _case("bf16", 64, False, wide, (80, 89, "gfx942")),
+        _case("bf16", 64, False, "HGMMA.64x64x16.F32", (90,)),
+        KernelCase(
+            name="bitmap/expand",
+            kernel=_expand_kernel,
+            signature={
+                **parts,
+                "dense_ptr": "*i16",
+                **dict.fromkeys(("N", "K", "lines", "blocks"), "i32"),
+            },
+            constants={"BLOCK_N": 64},
+            divisible=(*parts, "dense_ptr", "K"),
+            # the dense rows leave in 16-byte pieces
+            opcodes=("STG.E.128",),
+            archs=every,
+        ),
+        KernelCase(
+            name="bitmap/finish/bf16",
+            kernel=_finish_kernel,
+            signature={
+                "parts_ptr": "*fp32",
+                **dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16"),
+                **dict.fromkeys(("size", "N", "splits"), "i32"),
+            },
+            constants={"ACTIVATION": "silu", "HAS_BIAS": True, "BLOCK": 512},
+            divisible=("parts_ptr", "y_ptr", "size", "N"),
+            archs=every,
+        ),
+    ]
+
+
+def _case(kind: str, tokens: int, split: bool, opcode: str, archs: Sequence[Arch]) -> KernelCase:
+    config = bitmap_portable(tokens)
+    sizes = ("M", "N", "K", "lines", "blocks", "per_split")
+    return KernelCase(
+        name=f"bitmap/portable/{kind}/m{config.block_m}{'/split' * split}",
+        kernel=_bitmap_fwd_kernel,
+        signature={
+            "x_ptr": f"*{kind}",
+            "bitmap_ptr": "*i32",
+            "starts_ptr": "*i32",
+            "values_ptr": "*i16",
+            "bias_ptr": f"*{kind}",
+            "y_ptr": "*fp32" if split else f"*{kind}",
+            "stride_xm": "i64",
+            **dict.fromkeys(sizes, "i32"),
+        },
+        constants={
+            "stride_xk": 1,
+            "ACTIVATION": "none" if split else "gelu",
+            "HAS_BIAS": not split,
+            "SPLIT": split,
+            "UPCAST": False,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=("x_ptr", "bitmap_ptr", "starts_ptr", "values_ptr", "y_ptr", "stride_xm", "K"),
+        opcodes=(opcode, "v_mfma"),
+        elements_per_iteration=config.block_n * 64 // config.num_warps,
+        archs=archs,
+    )

@@ -1,0 +1,1 @@
+"""A Hugging Face model as layers, sublayers and matrices, whatever its architecture."""

@@ -1,0 +1,5 @@
+"""Layers whose weights are packed, and how a checkpoint describes them."""
+
+from prunekit.packed.modules import FORMATS, FusedGatedMLP, MergedLinear, MergedPart, PackedLinear
+
+__all__ = ["FORMATS", "FusedGatedMLP", "MergedLinear", "MergedPart", "PackedLinear"]

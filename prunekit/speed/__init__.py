@@ -1,0 +1,1 @@
+"""How fast a model is: decoding, timing, and the variants that are compared."""

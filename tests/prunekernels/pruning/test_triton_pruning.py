@@ -1,0 +1,184 @@
+"""The pruning kernels in Triton's interpreter: a stable sort's masks, the reference's weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import run_interpreted
+from prunekernels import (
+    nm_mask,
+    nm_prune_,
+    reference,
+    rowwise_mask,
+    rowwise_prune_,
+    sparsegpt_update,
+)
+from prunekernels.pruning import tuning
+from prunekernels.runtime import interpreting
+
+pytest.importorskip("triton")
+
+interpreted = pytest.mark.skipif(not interpreting(), reason="runs in the interpreter's process")
+compiled = pytest.mark.skipif(interpreting(), reason="already in the interpreter's process")
+
+#: What makes selection hard: ties, ±0, subnormals, the ends of float32.
+AWKWARD = torch.tensor(
+    [-0.0, 0.0, 1e-45, 2e-45, -1e-45, 1e-40, 0.5, 1.0, 1.0, 2.0, -1.0, 3.4e38, -3.4e38, 1.2e-38]
+)
+
+
+def awkward(*shape):
+    return AWKWARD[torch.randint(len(AWKWARD), shape)]
+
+
+@compiled
+def test_in_the_interpreter():
+    run_interpreted(__file__)
+
+
+@compiled
+@pytest.mark.slow
+def test_slow_ones_in_the_interpreter():
+    run_interpreted(__file__, "-m", "slow")
+
+
+def check_groups(keep, of):
+    for scores in (
+        torch.randn(5, of * 3),
+        awkward(6, of * 3),
+        awkward(2, 2, of).clamp(-3e38, 3e38).bfloat16(),
+    ):
+        found = nm_mask(scores, keep, of, impl="triton")
+        assert torch.equal(found, reference.nm_mask(scores.double(), keep, of))
+
+
+@interpreted
+@pytest.mark.parametrize(("keep", "of"), [(1, 1), (2, 3), (2, 4), (7, 24)])
+def test_groups(keep, of):
+    check_groups(keep, of)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("of", range(2, 33))
+def test_groups_of_every_size(of):
+    for keep in {1, of // 3 or 1, of // 2, of - 1}:
+        check_groups(keep, of)
+
+
+@interpreted
+@pytest.mark.parametrize("sparsity", [0.5, 1.0])
+def test_rows(sparsity):
+    for scores in (torch.randn(4, 130), awkward(5, 130), torch.zeros(2, 50), awkward(2, 2, 9)):
+        found = rowwise_mask(scores, sparsity, impl="triton")
+        assert torch.equal(found, reference.rowwise_mask(scores.double(), sparsity))
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.97])
+def test_more_rows(sparsity):
+    narrow = 1 + 1e-7 * torch.randint(0, 3, (9, 400))  # neighbouring floats
+    wide = torch.randn(9, 700).mul(20).exp()
+    for scores in (narrow, wide, -wide, awkward(20, 257), torch.randn(3, 2000).half()):
+        found = rowwise_mask(scores, sparsity, impl="triton")
+        assert torch.equal(found, reference.rowwise_mask(scores.double(), sparsity))
+
+
+def check_long_rows(scores, sparsities):
+    for sparsity in sparsities:
+        found = rowwise_mask(scores, sparsity, impl="triton")
+        assert torch.equal(found, reference.rowwise_mask(scores.double(), sparsity))
+        weight = scores.clone()
+        mask = rowwise_prune_(weight, sparsity, impl="triton")
+        assert torch.equal(mask, reference.rowwise_mask(scores.double().abs(), sparsity))
+        assert torch.equal(weight, scores.masked_fill(~mask, 0))
+
+
+@pytest.fixture
+def _short_parts(monkeypatch):
+    """Have rows of 101 scores and more shared between programs of 128."""
+    monkeypatch.setattr(tuning, "ROW_ON_CHIP", 100)
+    monkeypatch.setattr(tuning, "LONG_ROW", tuning.RowConfig(128, 1))
+
+
+@interpreted
+@pytest.mark.usefixtures("_short_parts")
+def test_long_rows():
+    check_long_rows(awkward(2, 300), [0.5])
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.usefixtures("_short_parts")
+def test_more_long_rows():
+    for scores in (torch.randn(1, 700), awkward(2, 513), torch.zeros(1, 300)):
+        check_long_rows(scores, [0.01, 0.5, 0.9, 1.0])
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_norms_and_pruning_in_place(dtype):
+    weight = torch.randn(12, 40).to(dtype).t()  # strided, as a Conv1D's weight
+    norms = torch.rand(12) * torch.tensor([1.0, 0.0, 1e-42]).repeat(4)
+    scores = weight.float().abs() * norms
+    assert torch.equal(nm_mask(weight, 2, 4, norms=norms, impl="triton"), nm_mask(scores, 2, 4))
+    pruned = weight.clone(memory_format=torch.preserve_format)
+    mask = rowwise_prune_(pruned, 0.4, norms=norms, impl="triton")
+    assert torch.equal(mask, rowwise_mask(scores, 0.4))
+    assert torch.equal(pruned, weight.masked_fill(~mask, 0))
+    mask = nm_prune_(weight, 1, 3, impl="triton")
+    assert torch.equal(weight == 0, ~mask)
+
+
+@interpreted
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_scores_without_an_order_are_refused(value, monkeypatch):
+    scores = torch.ones(3, 64)
+    scores[1, 5] = value
+    for call in (nm_mask, rowwise_mask):
+        with pytest.raises(ValueError, match=r"at index \(1, 5\)"):
+            call(scores, *((2, 4) if call is nm_mask else (0.5,)), impl="triton")
+    with pytest.raises(ValueError, match="overflows float32"):
+        rowwise_mask(torch.full((1, 2), 3e38), 0.5, norms=torch.ones(2) * 2, impl="triton")
+    monkeypatch.setattr(tuning, "ROW_ON_CHIP", 32)
+    with pytest.raises(ValueError, match=r"at index \(1, 5\)"):
+        rowwise_mask(scores, 0.5, impl="triton")
+
+
+def check_update(rows, width, mask, keep=0, of=0):
+    inputs = torch.randn(3 * width, width) @ (torch.eye(width) + torch.randn(width, width) / 8)
+    hessian = inputs.double().t() @ inputs.double()
+    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float()
+    weight = torch.randn(width, rows).t()
+    exact = reference.sparsegpt_update(weight.double(), upper.double(), mask, keep, of)
+    found = sparsegpt_update(weight, upper, mask, keep=keep, of=of, impl="triton")
+    assert torch.equal(found.mask, exact[2])
+    for got, want in zip(found[:2], exact[:2], strict=True):
+        assert (got - want).norm() <= 1e-4 * want.norm()
+    assert bool((found.pruned[~found.mask] == 0).all())
+
+
+@interpreted
+@pytest.mark.parametrize(("keep", "of"), [(2, 4), (5, 16)])
+def test_update_chooses_groups(keep, of):
+    check_update(19, 48, None, keep, of)
+
+
+@interpreted
+def test_update_with_a_mask():
+    check_update(19, 21, torch.rand(21, 19).t() < 0.5)
+
+
+@interpreted
+@pytest.mark.slow
+@pytest.mark.parametrize(("keep", "of"), [(0, 0), (1, 2), (4, 8), (16, 32), (7, 24)])
+def test_update_of_more_columns_than_a_program_visits(keep, of):
+    width = 168 if of == 24 else 160
+    check_update(7, width, None if of else torch.rand(7, width) < 0.5, keep, of)
+
+
+@interpreted
+def test_ties_in_the_update_keep_the_lower_index():
+    found = sparsegpt_update(torch.ones(2, 4), torch.eye(4), keep=2, of=4, impl="triton")
+    assert found.mask.tolist() == [[True, True, False, False]] * 2

@@ -1,0 +1,148 @@
+"""The compiled tensor-core kernel, run by a NumPy machine: host code, machine code, reduction.
+
+The launch is real up to the driver: the launcher's arguments go to Triton's compiler and the PTX
+that comes out is executed with the memory the launcher allocated. What this cannot show is timing,
+hardware that differs from the PTX ISA, and how warps interleave.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import ptx_emulation as emulation
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+from products import assert_as_good_as_eager
+from prunekernels.runtime import interpreting
+from prunekernels.sparse.two_four.format import sparse24_pack
+from prunekernels.sparse.two_four.linear import ACTIVATIONS
+from prunekernels.sparse.two_four.tuning import MmaConfig
+
+pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interpreted")
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Make `mma24.launch` run on a machine; returns a function that does so."""
+    from prunekernels.sparse import launching
+    from prunekernels.sparse.two_four import mma as mma24
+
+    kernel = mma24._mma24_fwd_kernel
+    counter = torch.zeros(64, dtype=torch.int32)
+    monkeypatch.setattr(launching, "counters", lambda count, device: counter[:count])
+
+    def launch(*arguments, arch=80, lazy=True):
+        target = emulation.Machine(kernel, arch, lazy)
+        monkeypatch.setattr(mma24, "_mma24_fwd_kernel", target)
+        y = mma24.launch(*arguments)
+        assert target.launches == 1
+        assert not counter.any(), "the counter must be zero again"
+        return y
+
+    return launch
+
+
+def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    groups = -(-columns // 4)
+    rank = torch.rand(rows, groups, 4).argsort(2).argsort(2)
+    kept = rank < torch.randint(0, 3, (rows, groups, 1))
+    return (torch.randn(rows, groups, 4) * kept).view(rows, -1)[:, :columns].to(dtype)
+
+
+CASES = [
+    # dtype, tokens, rows, columns, config, activation, bias
+    (torch.bfloat16, 3, 150, 1344, MmaConfig(2, 1, 4, 2), "silu", True),
+    (torch.bfloat16, 1, 128, 512, MmaConfig(2, 1, 4, 1), "none", False),
+]
+MORE = [
+    (torch.float16, 8, 16, 4, MmaConfig(2, 1, 4, 1), "relu", True),
+    (torch.float16, 2, 33, 320, MmaConfig(2, 1, 4, 1), "gelu", True),
+    (torch.float16, 13, 100, 300, MmaConfig(2, 2, 4, 1), "none", True),
+    (torch.bfloat16, 40, 70, 1600, MmaConfig(2, 4, 2, 3), "gelu_tanh", True),
+    (torch.bfloat16, 9, 33, 2048, MmaConfig(2, 1, 4, 8), "none", False),
+    (torch.float16, 33, 257, 832, MmaConfig(2, 4, 2, 1), "silu", False),
+    (torch.bfloat16, 70, 40, 832, MmaConfig(2, 8, 2, 3), "none", True),
+]
+PARAMETERS = [pytest.param(*c) for c in CASES]
+PARAMETERS += [pytest.param(*c, marks=pytest.mark.slow) for c in MORE]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "rows", "columns", "config", "activation", "has_bias"), PARAMETERS
+)
+def test_linear(machine, dtype, tokens, rows, columns, config, activation, has_bias):
+    weight, x = two_of_four(rows, columns, dtype), torch.randn(tokens, columns).to(dtype)
+    bias = torch.randn(rows).to(dtype) if has_bias else None
+    act = ACTIVATIONS[activation]
+    arguments = (x, sparse24_pack(weight).packed, None, rows, bias, activation, config)
+    got = machine(*arguments)
+    wide = None if bias is None else bias.double()
+    exact = act(F.linear(x.double(), weight.double(), wide))
+    assert_as_good_as_eager(got, act(F.linear(x, weight, bias)), exact)
+    # other order of programs, copies at once instead of as late as allowed: the same bits
+    assert torch.equal(got, machine(*arguments, lazy=False))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "config", "arch"),
+    [
+        (4, 80, 832, MmaConfig(2, 1, 4, 2), 90),
+        pytest.param(20, 65, 576, MmaConfig(2, 4, 2, 1), 80, marks=pytest.mark.slow),
+    ],
+)
+def test_gate_up(machine, tokens, rows, columns, config, arch):
+    gate, up = (
+        two_of_four(rows, columns, torch.bfloat16),
+        two_of_four(rows, columns, torch.bfloat16),
+    )
+    x = torch.randn(tokens, columns).to(torch.bfloat16)
+    packed = sparse24_pack(gate).packed, sparse24_pack(up).packed
+    got = machine(x, *packed, rows, None, "silu", config, arch=arch)
+    exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    assert_as_good_as_eager(got, F.silu(F.linear(x, gate)) * F.linear(x, up), exact)
+
+
+def test_strided_activations_and_repeated_launches(machine):
+    weight = two_of_four(64, 512, torch.bfloat16)
+    packed = sparse24_pack(weight).packed
+    wide = torch.randn(5, 520).to(torch.bfloat16)
+    arguments = (packed, None, 64, None, "none", MmaConfig(2, 1, 4, 2))
+    want = machine(wide[:, 3:515].contiguous(), *arguments)
+    assert torch.equal(machine(wide[:, 3:515], *arguments), want)
+    assert_as_good_as_eager(
+        want, F.linear(wide[:, 3:515], weight), wide[:, 3:515].double() @ weight.double().T
+    )
+
+
+def test_the_machine_notices_what_must_not_happen():
+    program = """.entry k( .param .u64 k_param_0 ) {
+        ld.param.b64 %rd1, [k_param_0];
+        mov.u32 %r1, %tid.x;
+        shl.b32 %r2, %r1, 2;
+        BODY
+        ret;
+    }"""
+    array = np.zeros(128, np.uint32)
+
+    def run(body):
+        kernel = emulation.PtxKernel.parse(program.replace("BODY", body))
+        memory = emulation.GlobalMemory([array])
+        emulation.Program(kernel, memory, memory.addresses, (0, 0, 0), (1, 1, 1), 512).run()
+        return memory.result(0)
+
+    store = "cvt.u64.u32 %rd2, %r2; add.s64 %rd3, %rd1, %rd2; st.global.b32 [ %rd3 + 0 ], { %r3 };"
+    assert np.array_equal(run("add.s32 %r3, %r1, -1;" + store), np.arange(128, dtype=np.uint32) - 1)
+    with pytest.raises(ValueError, match="outside every array"):
+        run("mov.b32 %r3, 7; add.s32 %r2, %r2, 4;" + store)
+    with pytest.raises(ValueError, match="unknown instruction"):
+        run("popc.b32 %r3, %r1;")
+    part = "setp.lt.s32 %p1, %r1, 64; mov.b32 %r3, 5; @%p1 bra $L_a; mov.b32 %r3, 6; $L_a: "
+    assert np.array_equal(run(part + store), np.where(np.arange(128) < 64, 5, 6))
+    with pytest.raises(ValueError, match="only some threads arrive"):
+        run("setp.lt.s32 %p1, %r1, 64; @%p1 bra $L_a; bar.sync 0; $L_a: mov.b32 %r3, 5;" + store)
+    swap = "xor.b32 %r4, %r2, 256; st.shared.b32 [ %r2 + 0 ], %r1; SYNC ld.shared.b32 %r3, [ %r4 ];"
+    assert np.array_equal(run(swap.replace("SYNC", "bar.sync 0;") + store), np.arange(128) ^ 64)
+    with pytest.raises(ValueError, match="without a barrier"):
+        run(swap.replace("SYNC", "") + store)

@@ -1,0 +1,122 @@
+"""`prunekit bench`: rates that follow from times, every variant or the reason why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from prunekit import checkpoint, cli
+from prunekit.errors import PrunekitError
+from prunekit.packed.modules import weight_bytes
+from prunekit.speed import variants
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model = LlamaForCausalLM(config).eval()
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
+    path = tmp_path_factory.mktemp("bench") / "model"
+    checkpoint.save(model, PreTrainedTokenizerFast(tokenizer_object=words), path)
+    return path
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    status = cli.main(["bench", *words])
+    found = capsys.readouterr()
+    return status, found.out, found.err
+
+
+SMALL = ("--prompt", "12", "--new", "4", "--rounds", "2", "--device", "cpu")
+
+
+def test_json_has_every_variant_or_says_why_not(folder, capsys):
+    status, out, _ = run(capsys, str(folder), *SMALL, "--batch", "1", "3", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["cache"] == "dynamic"
+    names = {row["variant"] for row in found["variants"]}
+    assert names | set(found["absent"]) == set(variants.VARIANTS) and {"dense", "dropped"} <= names
+    assert [r["batch"] for r in found["variants"] if r["variant"] == "dense"] == [1, 3]
+    dense = {row["batch"]: row for row in found["variants"] if row["variant"] == "dense"}
+    for row in found["variants"]:
+        seconds = row["decode_ms"]["p50_ms"] / 1000
+        assert row["decode_tokens_per_second"] == pytest.approx(row["batch"] / seconds)
+        assert row["decode_low"] <= row["decode_tokens_per_second"] <= row["decode_high"]
+        reading = row["prefill_ms"]["p50_ms"] / 1000
+        assert row["prefill_tokens_per_second"] == pytest.approx(12 * row["batch"] / reading)
+        other = dense[row["batch"]]["decode_ms"]["p50_ms"]
+        assert row["decode_speedup"] == pytest.approx(other / row["decode_ms"]["p50_ms"])
+        assert row["logit_difference"] < 1e-3
+    dropped = next(r for r in found["variants"] if r["variant"] == "dropped")
+    assert dropped["what"] == "1 of 4 attentions dropped" and dropped["size"] < 1
+
+
+def test_table_and_plot(folder, capsys, tmp_path):
+    out = tmp_path / "out"
+    words = (str(folder), *SMALL, "--variants", "dropped", "--output", str(out))
+    status, text, _ = run(capsys, *words)
+    assert status == 0 and "tokens/s" in text and "1 of 4 attentions dropped" in text
+    assert sorted(path.name for path in out.iterdir()) == ["bench.json", "speed.png"]
+    assert (out / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((out / "bench.json").read_text())["variants"][0]["variant"] == "dense"
+    assert run(capsys, *words)[0] == 2  # not silently replaced
+    assert run(capsys, *words, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--variants", "quantised"), "variant 'quantised' is unknown"),
+        (("--cache", "graph"), "needs an NVIDIA GPU"),
+        (("--prompt", "120", "--new", "20"), "exceed the model's context of 128"),
+        (("--sparsity", "1.5"), "not between 0 and 1"),
+    ],
+)
+def test_bad_options_are_one_line(folder, capsys, words, message):
+    status, out, err = run(capsys, str(folder), *SMALL, *words)
+    assert status == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_a_variant_with_wrong_logits_is_not_timed(folder, capsys, monkeypatch):
+    build = variants.build
+
+    def broken(model: object, name: str, **options: float) -> variants.Variant:
+        made = build(model, name, **options)  # type: ignore[arg-type]
+        return variants.Variant(name, made.model, made.what, 3.0 if name == "dropped" else 0.0)
+
+    monkeypatch.setattr(variants, "build", broken)
+    words = (str(folder), *SMALL, "--variants", "dropped", "--json")
+    found = json.loads(run(capsys, *words)[1])
+    assert [row["variant"] for row in found["variants"]] == ["dense"]
+    assert "wrong logits" in found["absent"]["dropped"]
+
+
+def test_building_variants_leaves_the_dense_model_alone(folder):
+    model, _ = checkpoint.load(str(folder))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    size = weight_bytes(model)
+    for name in variants.VARIANTS:
+        try:
+            made = variants.build(model, name)
+        except PrunekitError as error:
+            assert "not in this version" in str(error)
+            continue
+        assert (made.model is model) == (name == "dense")
+        assert weight_bytes(made.model) <= size
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(PrunekitError, match="unknown"):
+        variants.build(model, "quantised")
