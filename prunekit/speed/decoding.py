@@ -58,6 +58,7 @@ class Continuation:
         self._cache: Cache | None = None
         self._length = length
         self._graph: Any = None
+        self._last: Tensor | None = None  # (batch, V), always at one address: a graph writes there
 
     def prefill(self) -> float:
         """Seconds to read the prompts into an empty cache, up to the first new token."""
@@ -92,6 +93,7 @@ class Continuation:
             for token in torch.split(following.to(self.device), 1, dim=1):
                 self._token.copy_(token)
                 run()
+                assert self._last is not None  # written by the prompts' step
                 found.append(self._last.float().clone())
         return torch.stack(found, 1)
 
@@ -107,8 +109,11 @@ class Continuation:
         out = self.model(
             input_ids=ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1
         )
-        self._last = out.logits[:, -1]
-        self._token.copy_(self._last.argmax(-1, keepdim=True))
+        last = out.logits[:, -1]
+        if self._last is None:
+            self._last = torch.empty_like(last, memory_format=torch.contiguous_format)
+        self._last.copy_(last)
+        self._token.copy_(last.argmax(-1, keepdim=True))
 
     def _one_more(self) -> None:
         self._step(self._token)
@@ -126,9 +131,7 @@ class Continuation:
                 self._one_more()
             self._graph = graph
             self._empty_cache()
-            last = self._last
             self._step(self.prompts)
-            self._last = last  # where the graph writes
         run: Callable[[], None] = self._graph.replay
         return run
 

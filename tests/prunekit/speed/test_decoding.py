@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from recorded_graph import record_on_cpu
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prunekit.errors import PrunekitError
@@ -95,6 +96,38 @@ def test_bad_requests_name_the_fix(change, message):
     given = {"new_tokens": 4, "cache": "dynamic", **change}
     with pytest.raises(PrunekitError, match=message):
         speed.Continuation(model, speed.random_prompts(model, 1, 9), **given)
+
+
+@torch.no_grad()
+def test_a_graph_decodes_what_uncached_steps_do_on_every_use(monkeypatch):
+    graphs = record_on_cpu(monkeypatch)
+    model = tiny()
+    prompts = speed.random_prompts(model, 3, 9)
+    continuation = speed.Continuation(model, prompts, 6, "static")
+    continuation.kind = "graph"  # asked for by name it needs a GPU
+    following = greedy(model, prompts, 5)
+    first = continuation.logits(following)
+    assert len(graphs) == 1 and graphs[0].calls
+    whole = model(torch.cat([prompts, following], 1), use_cache=False).logits[:, -5:]
+    assert (first - whole).abs().max() < 1e-4 * whole.std()
+    assert torch.equal(continuation.logits(following), first)
+    assert continuation.decode() > 0
+    assert torch.equal(continuation._token[:, 0], greedy(model, prompts, 6)[:, -1])
+    assert torch.equal(continuation.logits(following), first)
+    assert len(graphs) == 1
+
+
+def test_a_recorded_graph_refuses_what_a_capture_refuses(monkeypatch):
+    record_on_cpu(monkeypatch)
+    values = torch.arange(4.0)
+    for read in (
+        lambda: values.sum().item(),
+        lambda: values[values > 1],
+        lambda: values + torch.tensor([1.0, 2.0, 3.0, 4.0]),
+    ):
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="needs the host"), torch.cuda.graph(graph):
+            read()
 
 
 @pytest.mark.gpu
