@@ -43,18 +43,18 @@ test-all: $(READY)  ## the long sweeps that `make test` leaves out
 # RESEARCH=PATH adds the research code's own times, from a checkout of it; TEXT=FILE adds pruning,
 # calibrated on that text. With either it takes longer. BENCH_OUT=DIR puts results elsewhere.
 BENCH_OUT ?= $(OUT)/bench
-BENCH = $(RUN) bench
+BENCH = $(RUN) -m bench
 THEIRS = $(if $(RESEARCH),--research $(RESEARCH))
 bench: $(READY)  ## CPU benchmarks: tables, plots, a summary in $(OUT)/bench (under ten minutes)
-	@$(BENCH)/model.py
+	@$(BENCH).bounds
 	@for part in sparse select metrics model research; do \
-		echo "== bench_$$part.py"; $(BENCH)/bench_$$part.py --device cpu --output $(BENCH_OUT) $(BENCH_ARGS) $(THEIRS) || exit 1; \
+		echo "== bench_$$part"; $(BENCH).bench_$$part --device cpu --output $(BENCH_OUT) $(BENCH_ARGS) $(THEIRS) || exit 1; \
 	done
-	@echo "== bench_layerwise.py"
-	@$(BENCH)/bench_layerwise.py --device cpu --output $(BENCH_OUT) $(THEIRS)
-	@$(if $(TEXT),$(BENCH)/bench_prune.py --text $(TEXT) --output $(BENCH_OUT) $(THEIRS))
-	@$(BENCH)/plot.py $(BENCH_OUT) >/dev/null
-	@$(BENCH)/summary.py $(BENCH_OUT)
+	@echo "== bench_layerwise"
+	@$(BENCH).bench_layerwise --device cpu --output $(BENCH_OUT) $(THEIRS)
+	@$(if $(TEXT),$(BENCH).bench_prune --text $(TEXT) --output $(BENCH_OUT) $(THEIRS))
+	@$(BENCH).plot $(BENCH_OUT) >/dev/null
+	@$(BENCH).summary $(BENCH_OUT)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache

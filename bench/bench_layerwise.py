@@ -1,6 +1,6 @@
 """Layerwise analysis of one prompt, against the research code's script if it is given.
 
-    python bench/bench_layerwise.py [--research PATH]
+    python -m bench.bench_layerwise [--research PATH]
 
 One prompt, decoded to 60 tokens at temperature 0.5; every step × layer × sublayer is analysed over
 the full vocabulary. "dropped" removes each sublayer of the dense model in turn, which is what the
@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import research as research_code
-from harness import RESULTS, provenance, write_csv
 
+from bench import research as research_code
+from bench.harness import RESULTS, provenance, write_csv
 from prunekit import checkpoint, generation
 from prunekit.analysis.hierarchy import layerwise
 from prunekit.pruning import Magnitude, prune_

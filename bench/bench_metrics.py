@@ -1,8 +1,8 @@
 """Full-vocabulary statistics: logits, heads and vectors; ours and every peer, over V and rows.
 
-    python bench/bench_metrics.py                       everything
-    python bench/bench_metrics.py --quick               does it work?
-    python bench/bench_metrics.py --research PATH       the research code's function as well
+    python -m bench.bench_metrics                       everything
+    python -m bench.bench_metrics --quick               does it work?
+    python -m bench.bench_metrics --research PATH       the research code's function as well
 
 Logits are random, with a peaked distribution and a difference as pruning makes it. Results go to
 results/<device>/metrics.csv.
@@ -15,14 +15,14 @@ import functools
 import sys
 from collections.abc import Sequence
 
-import metric_peers
-import model
 import prunekernels
 import torch
 import torch.nn.functional as F
-from harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
-from metric_peers import Inputs, MetricPeer
 from torch import Tensor
+
+from bench import bounds, metric_peers
+from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
+from bench.metric_peers import Inputs, MetricPeer
 
 VOCABULARIES = (32000, 50257, 128256, 152064, 262144)
 PROBE = 4  # rows that are compared with float64
@@ -45,7 +45,7 @@ def hidden(N: int, D: int, V: int, dtype: torch.dtype, device: torch.device) -> 
     return Inputs(base.to(dtype), other.to(dtype), labels, head.to(dtype))
 
 
-def contender(peer: MetricPeer, sets: Sequence[Inputs], cost: list[model.Cost]) -> Contender:
+def contender(peer: MetricPeer, sets: Sequence[Inputs], cost: list[bounds.Cost]) -> Contender:
     """A peer on every set of inputs."""
 
     def prepare() -> Prepared:
@@ -85,7 +85,7 @@ def vectors(case: Case, dtype: torch.dtype, session: Session) -> list[Contender]
         "torch cosine": lambda a, b: F.cosine_similarity(a, b, dim=-1),
         "torch cosine fp32": lambda a, b: F.cosine_similarity(a.float(), b.float(), dim=-1),
     }
-    cost = model.vector_stats(N, D, dtype.itemsize)
+    cost = bounds.vector_stats(N, D, dtype.itemsize)
 
     def prepare(name: str) -> Prepared:
         return Prepared([functools.partial(ways[name], *pair) for pair in sets], check, cost)
@@ -103,7 +103,7 @@ def make(case: Case, options: argparse.Namespace, session: Session) -> list[Cont
         N, D, V = sizes["N"], sizes["D"], sizes["V"]
         count = min(4, session.copies(V * D * dtype.itemsize))
         sets = [hidden(N, D, V, dtype, device) for _ in range(count)]
-        cost = model.head_pair_stats(N, D, V, dtype.itemsize)
+        cost = bounds.head_pair_stats(N, D, V, dtype.itemsize)
         return [contender(peer, sets, cost) for peer in metric_peers.head_peers(options.research)]
     N, V = sizes["N"], sizes["V"]
     count = session.copies(2 * N * V * dtype.itemsize)
@@ -112,9 +112,9 @@ def make(case: Case, options: argparse.Namespace, session: Session) -> list[Cont
     found = []
     for peer in metric_peers.logit_peers(options.research):
         level = peer.name.split()[1] if peer.name.startswith("prunekernels") else "core"
-        cost = model.pair_stats(N, V, dtype.itemsize, level)
+        cost = bounds.pair_stats(N, V, dtype.itemsize, level)
         if peer.name == "copy":  # writes as much as it reads
-            cost = [model.Cost(2 * cost[0].bytes)]
+            cost = [bounds.Cost(2 * cost[0].bytes)]
         elif not peer.name.startswith("prunekernels"):
             cost = [step._replace(slots=0.0) for step in cost]
         found.append(contender(peer, sets, cost))

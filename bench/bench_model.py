@@ -1,8 +1,8 @@
 """Whole models, end to end: prefill and decode with a real KV cache, dense and pruned.
 
-    python bench/bench_model.py            the embedded model; on a GPU the shapes of Llama-3-8B
+    python -m bench.bench_model            the embedded model; on a GPU the shapes of Llama-3-8B
                                            and of SmolLM2-135M instead
-    python bench/bench_model.py --quick    one small case each
+    python -m bench.bench_model --quick    one small case each
 
 Random weights in real shapes take as long as trained ones. "dynamic" grows the cache, "static"
 has one of fixed size, "graph" replays each decoding step as one CUDA graph. Every variant's
@@ -17,11 +17,11 @@ import functools
 import sys
 from collections.abc import Callable
 
-import model as bounds
 import torch
-from harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+from bench import bounds
+from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
 from prunekit import checkpoint
 from prunekit.commands.measures import cache_size
 from prunekit.errors import PrunekitError

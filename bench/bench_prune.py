@@ -1,9 +1,9 @@
 """How long pruning takes beyond the passes that calibration needs, beside the research code.
 
-    python bench/bench_prune.py --text c4.json --research DIR --rounds 3 --quality
-    python bench/bench_prune.py --text c4.json --memory
-    python bench/bench_prune.py --text c4.json --research DIR --draws 4
-    python bench/bench_prune.py --layer 8B [--research DIR]     one layer's shape, on a GPU
+    python -m bench.bench_prune --text c4.json --research DIR --rounds 3 --quality
+    python -m bench.bench_prune --text c4.json --memory
+    python -m bench.bench_prune --text c4.json --research DIR --draws 4
+    python -m bench.bench_prune --layer 8B [--research DIR]     one layer's shape, on a GPU
 
 DIR is a checkout of CASE-Lab-UMD/Pruning-on-Representations; its own functions are called, on the
 same model and tokens, in turns with prunekit's. Prints a table and writes prune.csv (or
@@ -26,11 +26,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import prune_layer
 import torch
-from harness import Session, add_options, provenance, say, write_csv
-from research import pruning_functions
 
+from bench import prune_layer
+from bench.harness import Session, add_options, provenance, say, write_csv
+from bench.research import pruning_functions
 from prunekit import checkpoint
 from prunekit.data import calibration
 from prunekit.data.texts import read_file
@@ -310,7 +310,7 @@ def measure_memory(options: argparse.Namespace) -> list[dict[str, Any]]:
     """A row per method, each measured in a fresh process."""
     rows = []
     for name in MEMORY:
-        command = [sys.executable, *sys.argv, "--measured", name]
+        command = [sys.executable, "-m", "bench.bench_prune", *sys.argv[1:], "--measured", name]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         model, sums, added = map(int, done.stdout.split())
         rows.append(

@@ -1,6 +1,6 @@
 """Perplexity of a model pruned in several ways, on text that calibration did not see.
 
-    python bench/bench_quality.py --calibration c4.json --text c4.json
+    python -m bench.bench_quality --calibration c4.json --text c4.json
 
 Prints a table and writes results/<cpu or gpu name>/quality.csv. Without --calibration the
 model writes its own calibration text; without --text the built-in held-out prose is scored.
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, provenance, write_csv
 
+from bench.harness import RESULTS, provenance, write_csv
 from prunekit import checkpoint
 from prunekit.data import calibration
 from prunekit.data.texts import read_file

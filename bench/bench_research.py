@@ -1,11 +1,11 @@
 """Scores for dropping and the comparison of generations, against the research code.
 
-    python bench/bench_research.py --research PATH
+    python -m bench.bench_research --research PATH
 
 Without --research ours is measured alone and the research code is a row that says absent. Sizes
 are for minutes on a CPU; results go to results/<device>/research.csv. The layerwise analysis has
-its own benchmark (bench_layerwise.py), pruning too (bench_prune.py), the function that compares
-one step is in bench_metrics.py.
+its own benchmark (bench_layerwise), pruning too (bench_prune), the function that compares
+one step is in bench_metrics.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import research
 import torch
 import torch.nn.functional as F
-from harness import Case, Contender, Prepared, Session, Verdict, add_options
 from torch import Tensor
 
+from bench import research
+from bench.harness import Case, Contender, Prepared, Session, Verdict, add_options
 from prunekit import checkpoint
 from prunekit.analysis.decoding import decode
 from prunekit.data.calibration import batches

@@ -1,7 +1,7 @@
 """Choosing which weights go, and SparseGPT's update of a block of columns: ours against torch.
 
-    python bench/bench_select.py             matrices of Llama-3-8B on a GPU, smaller ones on a CPU
-    python bench/bench_select.py --quick     does it work?
+    python -m bench.bench_select             matrices of Llama-3-8B on a GPU, smaller ones on a CPU
+    python -m bench.bench_select --quick     does it work?
 
 Every mask must be the one that a stable sort gives; updates must be those of a plain loop over
 columns in float64. Results go to results/<device>/select.csv.
@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import model
 import torch
-from harness import Case, Contender, Prepared, Session, Verdict, add_options
 from prunekernels import nm_mask, rowwise_mask, sparsegpt_update
 from torch import Tensor
+
+from bench import bounds
+from bench.harness import Case, Contender, Prepared, Session, Verdict, add_options
 
 Select = Callable[[Tensor], Tensor]
 
@@ -98,7 +99,7 @@ def updates(case: Case, session: Session) -> list[Contender]:
     exact = column_by_column(keep, of, Block(sets[0][0].double(), sets[0][1].double(), sets[0][2]))
     # weights in, weights, errors and a mask out, a mask in; a multiply-add per pair of columns
     moved = (14.0 if masked else 13.0) * rows * columns
-    cost = [model.Cost(moved, slots=rows * columns**2 / 2)]
+    cost = [bounds.Cost(moved, slots=rows * columns**2 / 2)]
 
     def check(found: tuple[Tensor, Tensor, Tensor]) -> Verdict:
         # a near tie may fall otherwise in float32, and its row with it
@@ -147,7 +148,7 @@ def contenders(case: Case, session: Session) -> list[Contender]:
     sets = [torch.rand(rows, columns, device=session.device) for _ in range(count)]
     providers = ways(case)
     exact = next(iter(providers.values()))(sets[0])
-    cost = [model.Cost(5.0 * rows * columns)]  # a float32 score in, a byte of mask out
+    cost = [bounds.Cost(5.0 * rows * columns)]  # a float32 score in, a byte of mask out
 
     def check(found: Tensor) -> Verdict:
         wrong = int((found != exact).sum())

@@ -1,8 +1,8 @@
 """Linear layers with pruned weights: ours and every peer, over tokens, shapes and sparsities.
 
-    python bench/bench_sparse.py             everything; small shapes on a CPU
-    python bench/bench_sparse.py --quick     does it work?
-    python bench/bench_sparse.py --minutes 9 --pattern 2:4      stop in time; call again to go on
+    python -m bench.bench_sparse             everything; small shapes on a CPU
+    python -m bench.bench_sparse --quick     does it work?
+    python -m bench.bench_sparse --minutes 9 --pattern 2:4      stop in time; call again to go on
 
 Weights and activations are random, the same for all. Results go to results/<device>/sparse.csv.
 """
@@ -14,14 +14,14 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-import model
-import peers
 import torch
 import torch.nn.functional as F
-from harness import Case, Contender, Prepared, Session, Verdict, add_options
-from peers import LINEAR, Layer, LinearPeer
 from prunekernels import nm_mask, rowwise_mask
 from torch import Tensor
+
+from bench import bounds, peers
+from bench.harness import Case, Contender, Prepared, Session, Verdict, add_options
+from bench.peers import LINEAR, Layer, LinearPeer
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 1024, 4096)
 #: Rows × columns of the matrices of one layer.
@@ -88,7 +88,7 @@ def contenders(weights: Weights, case: Case, dtype: torch.dtype) -> list[Contend
         return Prepared(
             [lambda layer=layer: layer.apply(taken) for layer in layers],
             check(layers[0], weights.copies[0], taken),
-            model.linear(kind, M, N, K, case.sizes["sparsity"], x.element_size()),
+            bounds.linear(kind, M, N, K, case.sizes["sparsity"], x.element_size()),
             layers[0].held,
             graph=peer.graph,
         )
@@ -141,7 +141,7 @@ def main() -> int:
         if key not in held:
             held.clear()  # one shape at a time: copies are large
             torch._dynamo.reset()  # dynamo compiles a function for eight shapes, then no more
-            count = session.copies(model.packed24_bytes(N, K))
+            count = session.copies(bounds.packed24_bytes(N, K))
             held[key] = Weights(case, torch.bfloat16, session.device, count)
         return contenders(held[key], case, torch.bfloat16)
 

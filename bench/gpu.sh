@@ -49,8 +49,8 @@ least() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
 # run COMMAND, killed if it overruns the time that is left by more than half a minute
 bounded() { timeout --signal=INT --kill-after=15 $(($(left) + 30)) "$@"; }
 
-benchmark() { # FILE ARGUMENTS
-    bounded "$python" "bench/$1" --output "$out" --brief \
+benchmark() { # MODULE ARGUMENTS
+    bounded "$python" -m "bench.$1" --output "$out" --brief \
         --minutes "$(($(left) / 60)).$(($(left) % 60 * 10 / 60))" "${quick[@]}" ${RESEARCH:+--research "$RESEARCH"} "${@:2}"
 }
 
@@ -102,13 +102,13 @@ tests() {
 part() {
     case $1 in
     tests) tests ;;
-    sparse24) benchmark bench_sparse.py --pattern 2:4 --model Llama-3-8B ;;
-    bitmap) benchmark bench_sparse.py --pattern unstructured --model Llama-3-8B ;;
-    metrics) benchmark bench_metrics.py ;;
-    model) benchmark bench_model.py ;;
-    select) benchmark bench_select.py ;;
-    prune) benchmark bench_prune.py --layer 8B ;;
-    shapes) benchmark bench_sparse.py ;; # other models' layers: long, and the least new
+    sparse24) benchmark bench_sparse --pattern 2:4 --model Llama-3-8B ;;
+    bitmap) benchmark bench_sparse --pattern unstructured --model Llama-3-8B ;;
+    metrics) benchmark bench_metrics ;;
+    model) benchmark bench_model ;;
+    select) benchmark bench_select ;;
+    prune) benchmark bench_prune --layer 8B ;;
+    shapes) benchmark bench_sparse ;; # other models' layers: long, and the least new
     esac
 }
 
@@ -164,6 +164,6 @@ for name in "${PARTS[@]}"; do
     fi
     [ $status -eq 0 ] || failures=$((failures + 1))
 done
-"$python" bench/summary.py "$out" >&2
+"$python" -m bench.summary "$out" >&2
 echo "== done, $failures of ${#PARTS[@]} parts failed" >&2
 [ $failures -eq 0 ] && ! grep -q ' failed$' "$out/parts.txt"

@@ -26,15 +26,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import guard
-import model
-import timers
 import torch
 import transformers
 
+from bench import bounds, guard, timers
 from prunekit.speed import timing
 
-RESULTS = model.RESULTS
+RESULTS = bounds.RESULTS
 UNFINISHED = 75  # exit status: time is up, call again to go on
 
 #: Every row of every result file of ops has these columns, in this order.
@@ -130,7 +128,7 @@ class Prepared:
 
     runs: Sequence[Callable[[], Any]]
     check: Callable[[Any], Verdict]
-    cost: Sequence[model.Cost] = ()
+    cost: Sequence[bounds.Cost] = ()
     held: int = 0
     probe: Callable[[], Any] | None = None
     sampler: tuple[Callable[[], float], str] | None = None
@@ -398,12 +396,14 @@ class Session:
         return announced
 
     def _against_roofs(
-        self, case: Case, cost: Sequence[model.Cost], seconds: float
+        self, case: Case, cost: Sequence[bounds.Cost], seconds: float
     ) -> dict[str, str]:
         """Rates, the bound that this run's roofs set, and how near the time comes to it."""
         if not cost:
             return {}
-        bound = model.bound(cost, model.machine(device_name(self.device), *self.roofs(case.dtype)))
+        bound = bounds.bound(
+            cost, bounds.machine(device_name(self.device), *self.roofs(case.dtype))
+        )
         moved = sum(step.bytes for step in cost)
         products = sum(step.flop + step.mma_flop for step in cost)
         return {

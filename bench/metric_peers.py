@@ -18,9 +18,10 @@ from typing import Any
 import prunekernels
 import torch
 import torch.nn.functional as F
-from harness import Absent, Verdict
-from peers import compiled, package
 from torch import Tensor
+
+from bench.harness import Absent, Verdict
+from bench.peers import compiled, package
 
 #: Largest error relative to the truth's largest value that still counts as right, by the
 #: precision that a peer computes in. A divergence in bf16 keeps two digits.

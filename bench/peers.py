@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 import prunekernels
 import torch
 import torch.nn.functional as F
-from harness import Absent
 from prunekernels.sparse.bitmap import linear as linear_bitmap
 from prunekernels.sparse.two_four import dispatch as dispatch24
 from torch import Tensor
+
+from bench.harness import Absent
 
 PATTERNS = ("2:4", "unstructured")
 

@@ -1,6 +1,6 @@
 """Draw figures from result files: nothing here computes a number that is not in a CSV.
 
-    python bench/plot.py [FOLDER]        results/, or an OUT of gpu.sh: PNGs beside the CSVs
+    python -m bench.plot [FOLDER]        results/, or an OUT of gpu.sh: PNGs beside the CSVs
 
 Per device: the roofline of the linear layers; speed-up over tokens, over sparsity and over the
 vocabulary; whole models. A figure whose rows are missing is not drawn.
@@ -23,7 +23,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from model import RESULTS
+
+from bench.bounds import RESULTS
 
 Row = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Pruning one decoder layer with random 16-bit weights: what `bench_prune.py --layer` measures.
+"""Pruning one decoder layer with random 16-bit weights: what `bench_prune --layer` measures.
 
 Three ops, each unstructured and 2:4, over all seven matrices of a Llama layer:
 `wanda_mask` chooses what stays, given the inputs' mean squares; `sparsegpt` prunes and updates,
@@ -13,14 +13,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import bench_model
-import bench_select
-import model as bounds
-import research
 import torch
-from harness import Case, Contender, Prepared, Session, Verdict
 from torch import Tensor, nn
 
+from bench import bench_model, bench_select, bounds, research
+from bench.harness import Case, Contender, Prepared, Session, Verdict
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import WeightRef
 from prunekit.pruning import Wanda, prune_, scores, sparsegpt

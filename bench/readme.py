@@ -1,7 +1,7 @@
 """Draw the measured tables of README.md and docs/benchmarks.md from the files under results/.
 
-    python bench/readme.py            rewrite both between their markers
-    python bench/readme.py --check    exit with 1 if one of them says something else
+    python -m bench.readme            rewrite both between their markers
+    python -m bench.readme --check    exit with 1 if one of them says something else
 
 A block stands between `<!-- measured: NAME -->` and `<!-- end -->`.
 """
@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import summary
-from model import RESULTS
+from bench import summary
+from bench.bounds import RESULTS
 
 ROOT = Path(__file__).parent.parent
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/pruning.md"))
@@ -253,7 +253,7 @@ def main() -> None:
         if "--check" not in sys.argv:
             page.write_text(after, encoding="utf-8")
         elif before != after:
-            sys.exit(f"{page.name} differs from bench/results: run bench/readme.py")
+            sys.exit(f"{page.name} differs from bench/results: run python -m bench.readme")
 
 
 if __name__ == "__main__":

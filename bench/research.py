@@ -21,8 +21,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from harness import Absent
 from torch import Tensor
+
+from bench.harness import Absent
 
 # Runs a script in its own process and reports its time without the loading of models.
 WRAPPER = """

@@ -1,6 +1,6 @@
 """The end of a run: which result files there are, what is in them, and the ratios people ask for.
 
-    python bench/summary.py FOLDER      an OUT of gpu.sh or of make bench, or results/
+    python -m bench.summary FOLDER      an OUT of gpu.sh or of make bench, or results/
 
 A ratio is the other's median over ours within one case, so above 1 ours is faster. Absent peers
 are listed with what would install them; what was wrong, failed or broke is listed too.
@@ -15,7 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from model import RESULTS
+from bench.bounds import RESULTS
 
 Row = dict[str, str]
 

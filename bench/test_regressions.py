@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import bench_metrics
-import bench_model
-import bench_select
-import bench_sparse
-import harness
-import peers
 import prunekernels
 import pytest
 import torch
-from harness import Case
 
+from bench import bench_metrics, bench_model, bench_select, bench_sparse, harness, peers
+from bench.harness import Case
 from prunekit.speed import decoding as speed
 from prunekit.speed import timing
 from prunekit.speed.variants import build

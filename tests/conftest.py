@@ -1,17 +1,17 @@
 """Shared fixtures: every test is seeded, and uninitialised memory is poisoned.
 
-A test that breaks the GPU for its process (an illegal access) ends the session with status
-`guard.BROKEN`, named in the last lines: bench/gpu.sh then runs the others in a new process.
+A test that breaks the GPU for its process (an illegal access) ends the session with the status
+`BROKEN`, and the last lines name the test: bench/gpu.sh then runs the others in a new process.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator
 
-import guard
 import pytest
 import torch
 
+BROKEN = 76  # bench/gpu.sh and bench/guard.py use the same exit status
 _BROKE = pytest.StashKey[bool]()
 
 
@@ -48,6 +48,15 @@ def _finish_gpu_work(request: pytest.FixtureRequest) -> Generator[None]:
         torch.cuda.synchronize()
 
 
+def _gpu_answers() -> bool:
+    """Whether the GPU still works: after an illegal access every later call of CUDA fails."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
@@ -55,7 +64,7 @@ def pytest_runtest_makereport(
     """Stop after a GPU test that failed and left the GPU unusable."""
     report = yield
     on_gpu = item.get_closest_marker("gpu") and torch.cuda.is_available()
-    if report.failed and on_gpu and not guard.works(torch.device("cuda")):
+    if report.failed and on_gpu and not _gpu_answers():
         item.config.stash[_BROKE] = True
         item.session.shouldfail = f"{item.nodeid} broke the GPU"
     return report
@@ -65,4 +74,4 @@ def pytest_runtest_makereport(
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Say by the exit status that tests are left to run elsewhere."""
     if session.config.stash.get(_BROKE, False):
-        session.exitstatus = guard.BROKEN
+        session.exitstatus = BROKEN

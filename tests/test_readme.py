@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CHECK = [sys.executable, str(ROOT / "bench" / "readme.py"), "--check"]
+CHECK = [sys.executable, "-m", "bench.readme", "--check"]
 
 
 def test_tables_come_from_the_result_files():
-    found = subprocess.run(CHECK, capture_output=True, text=True, check=False)
+    found = subprocess.run(CHECK, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
 
 
@@ -27,8 +28,10 @@ def test_a_changed_number_is_noticed(tmp_path):
     before, marker, block = text.partition("<!-- measured: quality -->")
     changed = before + marker + block.replace(".", ".9", 1)
     (tmp_path / "README.md").write_text(changed, encoding="utf-8")
-    command = [CHECK[0], str(tmp_path / "bench" / "readme.py"), "--check"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    found = subprocess.run(
+        CHECK, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
     assert found.returncode == 1 and "differs" in found.stderr
 
 

@@ -9,8 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import harness
 import pytest
+
+from bench import guard, harness
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
 PARTS = ["tests", "sparse24", "metrics", "model", "bitmap", "select", "prune", "shapes"]
@@ -77,10 +78,9 @@ def test_failing_tests_are_said_and_do_not_come_before_the_measuring_again(tmp_p
 
 
 BREAKING = """
-import guard, pytest, torch
+import pytest, torch
 torch.cuda.is_available = lambda: True
 broken = []
-guard.works = lambda device: not broken
 def finish():
     if broken:
         raise RuntimeError("illegal memory access")
@@ -95,8 +95,14 @@ def test_fine():
 """
 
 
+def test_one_exit_status_stands_for_a_broken_gpu():
+    conftest = SCRIPT.parents[1] / "tests" / "conftest.py"
+    assert f"\nBROKEN={guard.BROKEN}\n" in SCRIPT.read_text(encoding="utf-8")
+    assert f"\nBROKEN = {guard.BROKEN} " in conftest.read_text(encoding="utf-8")
+
+
 def test_tests_after_one_that_breaks_the_gpu_run_in_a_new_process(tmp_path):
-    for name in ("bench/gpu.sh", "bench/guard.py", "tests/conftest.py"):
+    for name in ("bench/gpu.sh", "tests/conftest.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(SCRIPT.parents[1] / name, tmp_path / name)
     (tmp_path / "tests" / "test_breaking.py").write_text(BREAKING)
@@ -106,7 +112,7 @@ def test_tests_after_one_that_breaks_the_gpu_run_in_a_new_process(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path / "bench")},
+        env={**os.environ, "PYTHON": sys.executable},
     )
     log = (tmp_path / "out" / "tests.txt").read_text()
     assert found.returncode == 1 and "1 failed, 1 passed, 1 deselected" in found.stderr
@@ -132,14 +138,14 @@ def test_a_broken_gpu_starts_its_part_again_and_failures_do_not_stop_the_others(
     found = call(str(out), "next", **settings)
     assert found.returncode == 1 and "2 of 8 parts failed" in found.stderr
     assert "FAILED tests/x.py::test_y - why" in found.stderr
-    assert log.read_text().count("bench_metrics.py") == 2
-    assert "--brief" in log.read_text() and "bench_prune.py --output" in log.read_text()
+    assert log.read_text().count("bench.bench_metrics") == 2
+    assert "--brief" in log.read_text() and "bench.bench_prune --output" in log.read_text()
     finished = [part for part in PARTS if part not in ("tests", "select")]
     assert (out / "parts.txt").read_text().split("\n")[:-1] == ["tests failed", *finished]
     # another machine goes on from the bundle: only what failed as a benchmark is tried again
     log.write_text("")
     other = tmp_path / "other"
     assert call(str(other), "next", **settings).returncode == 1
-    runs = [line.split()[0] for line in log.read_text().splitlines()]
-    assert runs == ["bench/bench_select.py", "bench/summary.py"]
+    runs = [line.split()[1] for line in log.read_text().splitlines()]
+    assert runs == ["bench.bench_select", "bench.summary"]
     assert (other / "parts.txt").read_text() == (out / "parts.txt").read_text()

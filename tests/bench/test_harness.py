@@ -10,24 +10,18 @@ import sys
 import threading
 from pathlib import Path
 
-import bench_select
-import bench_sparse
-import guard
-import harness
-import metric_peers
-import peers
 import pytest
-import timers
 import torch
-from harness import Absent, Case, Contender, Prepared, Session, Verdict
-from model import Cost
 from prunekernels import nm_mask, sparsegpt_update
 
+from bench import bench_select, bench_sparse, guard, harness, metric_peers, peers, timers
+from bench.bounds import Cost
+from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict
 from prunekit.speed import timing
 
 CPU = torch.device("cpu")
 BENCH = Path(harness.__file__).parent
-ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCH), *sys.path])}
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(BENCH.parent), *sys.path])}
 CASE = Case("sum", "plain", "float32", {"M": 2, "N": 8})
 X = torch.ones(2, 8)
 
@@ -214,7 +208,8 @@ def test_steps_in_time_are_left_alone():
 
 def test_a_process_that_hangs_leaves_a_row_and_the_status_to_start_again(tmp_path):
     code = f"""
-import pathlib, time, torch, harness
+import pathlib, time, torch
+from bench import harness
 path = pathlib.Path({str(tmp_path / "x.csv")!r})
 session = harness.Session(path, torch.device("cpu"), 3, True, patience=0.2)
 session._roofs[torch.float32] = (1e10, 1e12)

@@ -7,14 +7,13 @@ import os
 import sys
 import types
 
-import bench_sparse
-import metric_peers
-import peers
 import pytest
 import torch
-from harness import Absent
 from prunekernels import nm_mask
 from torch import Tensor
+
+from bench import bench_sparse, metric_peers, peers
+from bench.harness import Absent
 
 
 def pruned(rows: int, columns: int) -> Tensor:

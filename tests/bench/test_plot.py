@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import harness
-import plot
 import pytest
+
+from bench import harness, plot
 
 
 def row(**columns: object) -> dict[str, object]:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_prune import arguments
-from harness import Session
-from prune_layer import MODES, OPS, Layer, run
 from prunekernels import nm_mask, rowwise_mask
 
+from bench.bench_prune import arguments
+from bench.harness import Session
+from bench.prune_layer import MODES, OPS, Layer, run
 from prunekit.pruning import scores, sparsegpt
 
 ROOFS = {torch.bfloat16: (1e10, 1e12)}

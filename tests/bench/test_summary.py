@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import harness
-import summary
+from bench import harness, summary
 
 
 def row(provider: str, shape: str, ms: str, **others: str) -> dict[str, str]:

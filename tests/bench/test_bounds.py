@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 
-import model
 import pytest
-import timers
 import torch
-from model import MACHINES, Cost, Machine, bound, linear
 from prunekernels import sparse24_pack
 from prunekernels.compilation import compile_case, discover
+
+from bench import bounds, timers
+from bench.bounds import MACHINES, Cost, Machine, bound, linear
 
 H200 = MACHINES["H200"]
 MEASURED = H200._replace(bandwidth=4.3e12, flops=790e12)
@@ -18,7 +18,7 @@ MEASURED = H200._replace(bandwidth=4.3e12, flops=790e12)
 
 def test_floors_of_the_pair_statistics():
     for itemsize, milliseconds in ((2, 0.290), (4, 0.579)):
-        steps = [step._replace(slots=0.0) for step in model.pair_stats(2048, 152064, itemsize)]
+        steps = [step._replace(slots=0.0) for step in bounds.pair_stats(2048, 152064, itemsize)]
         found = bound(steps, MEASURED)
         assert found.ms == pytest.approx(milliseconds, abs=5e-4) and found.limit == "memory"
 
@@ -47,11 +47,11 @@ def test_decode_times_of_a_layer(N, K, dense, sparse):
 
 def test_bytes_per_weight_of_the_formats():
     size = 4096 * 4096
-    assert model.packed24_bytes(4096, 4096) / size == 1.125
+    assert bounds.packed24_bytes(4096, 4096) / size == 1.125
     for dtype in (torch.bfloat16, torch.float32):
         packed = sparse24_pack(torch.zeros(33, 70, dtype=dtype))
-        assert model.packed24_bytes(33, 70, dtype.itemsize) == packed.nbytes
-    shares = [model.bitmap_bytes(4096, 4096, s) / size for s in (0.5, 0.6, 0.7)]
+        assert bounds.packed24_bytes(33, 70, dtype.itemsize) == packed.nbytes
+    shares = [bounds.bitmap_bytes(4096, 4096, s) / size for s in (0.5, 0.6, 0.7)]
     assert shares == pytest.approx([1.125, 0.925, 0.725])
     assert [round(2 / share, 2) for share in shares] == [1.78, 2.16, 2.76]
 
@@ -84,20 +84,20 @@ def test_expanding_comes_before_multiplying():
 
 
 def test_a_measured_machine_keeps_what_is_known_of_its_name():
-    found = model.machine("NVIDIA H200", 4.2e12, 7e14)
+    found = bounds.machine("NVIDIA H200", 4.2e12, 7e14)
     assert (found.bandwidth, found.flops, found.processors) == (4.2e12, 7e14, 132)
-    assert model.machine("cpu", 1e10, 1e11) == Machine("cpu", 1e10, 1e11)
-    assert model.machine("cpu", 1e10, 1e11).slots == 0
+    assert bounds.machine("cpu", 1e10, 1e11) == Machine("cpu", 1e10, 1e11)
+    assert bounds.machine("cpu", 1e10, 1e11).slots == 0
 
 
 def test_the_table_says_that_it_predicts():
     lines: list[str] = []
-    model.print_predictions(lines.append, every=True)
+    bounds.print_predictions(lines.append, every=True)
     assert lines[0].startswith("PREDICTED") and "nothing here" in lines[0]
-    assert len(lines) == 3 + len(model.predictions())
+    assert len(lines) == 3 + len(bounds.predictions())
     assert all(name in lines[2] for name in ("H100", "H200", "A100", "L4", "RTX 4090"))
     short: list[str] = []
-    model.print_predictions(short.append)
+    bounds.print_predictions(short.append)
     assert len(short) < 25 and set(short[:-1]) < set(lines) and "--all" in short[-1]
     for op in ("linear", "pair_stats", "head_pair_stats"):
         assert any(line.startswith(op) for line in short)
@@ -116,16 +116,19 @@ def test_measured_rows_stand_beside_their_bound(tmp_path):
         writer.writeheader()
         writer.writerows(rows)
     lines: list[str] = []
-    model.print_measured(path, lines.append)
+    bounds.print_measured(path, lines.append)
     assert "0.5000     1.0000     50 %" in lines[1] and lines[2].endswith("absent")
 
 
 def test_counted_instructions_are_those_of_todays_kernels():
-    """One kernel of the committed file is compiled again; `model.py --compile` renews it."""
+    """One kernel of the committed file is compiled again.
+
+    `python -m bench.bounds --compile` renews the file.
+    """
     name = "vector_stats/bf16"
     case = next(case for case in discover() if case.name == name)
     counted = compile_case(case, 90).instructions_per_element
-    assert model.compiled_slots()[name] == pytest.approx(counted, rel=0.1)
+    assert bounds.compiled_slots()[name] == pytest.approx(counted, rel=0.1)
 
 
 def test_roofs_are_rates_of_this_machine():

@@ -1,8 +1,8 @@
 """What an op can cost at best: bytes, products and instructions, and the time they take.
 
-    python bench/model.py [--all]                bounds on H100, H200, A100, L4 and RTX 4090
-    python bench/model.py --csv FILE             measured times of a result file beside its bounds
-    python bench/model.py --compile              count instructions anew (Triton, no GPU needed)
+    python -m bench.bounds [--all]                bounds on H100, H200, A100, L4 and RTX 4090
+    python -m bench.bounds --csv FILE             measured times of a result file beside its bounds
+    python -m bench.bounds --compile              count instructions anew (Triton, no GPU needed)
 
 Three limits act at once, so an op takes at least the longest of: its bytes over the memory's
 bandwidth, its products over the matrix units' rate, its instructions over the issue slots
@@ -266,7 +266,7 @@ def print_predictions(write: Callable[[str], object] = print, *, every: bool = F
             cells += f"{1000 * found.ms:11.1f} {'x' if found.limit == 'matrix' else found.limit[0]}"
         write(f"{op:18} {shape:24} {how:14}{cells}")
     if not every:
-        write(f"({len(shown)} of {len(predictions())} rows; all: python bench/model.py --all)")
+        write(f"({len(shown)} of {len(predictions())} rows; all: python -m bench.bounds --all)")
 
 
 def print_measured(path: Path, write: Callable[[str], object] = print) -> None:
