@@ -417,10 +417,12 @@ def pair_stats(
     labels = None if labels is None else labels.reshape(-1)
     kind = Kind(temperature, level, weights, labels is not None, fields)
     packed, norms, broken = partial_state(base, other, labels, kind).finish()
-    asked = [row for row, name in enumerate(result_rows.FULL_FLOATS) if name in kind.floats]
+    asked = [name for name in result_rows.FULL_FLOATS if name in kind.floats]
     if asked:
-        extra = second_pass(base, other, norms, temperature)[asked]
-        packed[0][-len(asked) :] = extra.masked_fill_(broken, float("nan"))
+        extra = second_pass(base, other, norms, temperature).masked_fill_(broken, float("nan"))
+        # row by row: indexing with a list would copy it from the host, which no graph can capture
+        for row, name in zip(packed[0][-len(asked) :], asked, strict=True):
+            row.copy_(extra[result_rows.FULL_FLOATS.index(name)])
     if subset is not None:
         few_a, few_b = (x.index_select(-1, subset) for x in (base, other))
         packed += pair_stats(few_a, few_b, None, None, temperature, 0, level, weights, fields)

@@ -1,7 +1,8 @@
 """The kernels' path never waits for a value on the host: what capture in a CUDA graph needs.
 
 Run in the interpreter, where a mode sees every operation of torch between the kernels and refuses
-those whose result the host reads, or whose shape depends on values.
+those whose result the host reads, whose shape depends on values, or whose operands come from
+Python: on a GPU those would be copied from pageable memory, which no capture allows.
 """
 
 from __future__ import annotations
@@ -34,8 +35,21 @@ READS += ("unique", "_unique2", "unique_dim", "unique_consecutive", "repeat_inte
 class NoHostReads(TorchDispatchMode):
     """Refuses what a stream that is being captured could not do."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.from_host: list[Tensor] = []  # tensors of one number that Python made
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::")
+        # What Python makes a tensor of (an index that is a list, `torch.tensor`) passes here first.
+        if name == "lift_fresh":
+            if args[0].dim():
+                raise RuntimeError(f"the host copies to the device: {tuple(args[0].shape)}")
+            self.from_host.append(args[0])
+        elif not name.startswith(("fill_", "index_put_")) and any(
+            operand is number for operand in args for number in self.from_host
+        ):
+            raise RuntimeError(f"the host copies a number to the device: {func.name()}")
         booleans = name.startswith("index") and any(
             isinstance(index, Tensor) and index.dtype == torch.bool
             for place in args[1:2]
@@ -67,6 +81,29 @@ def test_in_the_interpreter() -> None:
 def test_the_mode_sees_reads(read: Any) -> None:
     with pytest.raises(RuntimeError, match="the host reads"), NoHostReads():
         read(torch.randn(3))
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda x: x[[0, 2]],
+        lambda x: x.__setitem__([0, 2], 1.0),
+        lambda x: torch.tensor([1.0, 2.0], device=x.device),
+        lambda x: x + torch.tensor(1.0, device=x.device),
+        lambda x: torch.where(x > 0, x, x.new_tensor(3.0)),
+    ],
+)
+def test_the_mode_sees_copies_from_the_host(copy: Any) -> None:
+    with pytest.raises(RuntimeError, match="the host copies"), NoHostReads():
+        copy(torch.randn(3))
+
+
+def test_the_mode_lets_kernels_fill_with_a_number() -> None:
+    x = torch.randn(3)
+    with NoHostReads():
+        x[1:] = 7.0
+        x.masked_fill_(x < 0, 1.0)
+    assert x[1:].tolist() == [7.0, 7.0]
 
 
 @compiled
