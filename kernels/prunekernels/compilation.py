@@ -1,21 +1,13 @@
 """Compile Triton and Gluon kernels without a GPU and read what the machine code became.
 
-A kernel module lists what it compiles to in a function `compile_cases()`:
+A kernel module lists what it compiles to in a function `compile_cases()`, from the calls that it
+launches (`prunekernels.launch`):
 
     def compile_cases() -> list[KernelCase]:
-        return [
-            KernelCase(
-                name="pair_stats/core/bf16",
-                kernel=_pair_stats_fwd_kernel,
-                signature={"base_ptr": "*bf16", "out_ptr": "*fp32", "stride": "i64", "V": "i32"},
-                constants={"BLOCK_V": 1024},
-                divisible=("base_ptr", "out_ptr"),
-                opcodes=("MUFU.EX2",),
-            )
-        ]
+        x, out = meta((8, 4096), torch.bfloat16), meta((8,), torch.float32)
+        return [sums(x, out).case("sums/bf16", opcodes=("MUFU.EX2",), archs=(80, 90))]
 
-`signature` names every argument that is not a constant; the order is the kernel's own. Tests call
-`compile_case(case, 90)` and assert on the report:
+Tests call `compile_case(case, 90)` and assert on the report:
 
     report = compile_case(case, 90)
     assert report.spills == 0 and not report.missing

@@ -11,8 +11,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from prunekernels.gluon_compat import barrier
 from prunekernels.sparse.epilogue import activate
+from prunekernels.sparse.gluon_compat import barrier
 
 
 @gluon.constexpr_function

@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from fake_gpu import FakeActivations, fake_gpu
-from prunekernels.sparse import counters
+from prunekernels.sparse import launching
 from prunekernels.sparse.two_four import dispatch as dispatch24
 from prunekernels.sparse.two_four.format import sparse24_pack
 from prunekernels.sparse.two_four.tuning import sparse24_mma, sparse24_order, sparse24_portable
@@ -121,28 +121,28 @@ def streams(monkeypatch):
         "_by_stream": {},
         "_arenas": {},
     }.items():
-        monkeypatch.setattr(counters, name, value)
+        monkeypatch.setattr(launching, name, value)
     return state
 
 
 def test_counters_are_shared_on_a_stream_and_never_between_captured_launches(streams):
     cpu = torch.device("cpu")
-    first = counters.counters(10, cpu)
-    assert counters.counters(20, cpu).data_ptr() == first.data_ptr()
+    first = launching.counters(10, cpu)
+    assert launching.counters(20, cpu).data_ptr() == first.data_ptr()
     assert first.dtype == torch.int32 and first.numel() == 20 and not first.any()
     streams.number = 8
-    other = counters.counters(10, cpu)
+    other = launching.counters(10, cpu)
     assert other.data_ptr() != first.data_ptr()
     # more than are left: zeros for this launch only
-    big = counters.counters(10_000, cpu)
+    big = launching.counters(10_000, cpu)
     assert big.numel() >= 10_000 and not big.any()
-    assert counters.counters(10, cpu).data_ptr() == other.data_ptr()
+    assert launching.counters(10, cpu).data_ptr() == other.data_ptr()
     streams.capturing = True
-    taken = [first, other, *(counters.counters(10, cpu) for _ in range(8))]
+    taken = [first, other, *(launching.counters(10, cpu) for _ in range(8))]
     spans = sorted((t.data_ptr(), t.data_ptr() + 4 * t.numel()) for t in taken)
     assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
     assert all(t.data_ptr() % 16 == 0 and not t.any() for t in taken)
-    assert len(counters._by_stream) == 2
+    assert len(launching._by_stream) == 2
 
 
 def test_the_arena_is_not_allocated_by_a_thread_whose_memory_is_pooled(streams, monkeypatch):
@@ -153,8 +153,8 @@ def test_the_arena_is_not_allocated_by_a_thread_whose_memory_is_pooled(streams, 
         return real(*args, **kwargs)
 
     monkeypatch.setattr(torch, "zeros", zeros)
-    counters.counters(10, torch.device("cpu"))
+    launching.counters(10, torch.device("cpu"))
     assert len(made) == 1 and made[0] != threading.get_ident()
     streams.number = 8
-    counters.counters(10, torch.device("cpu"))
+    launching.counters(10, torch.device("cpu"))
     assert len(made) == 1

@@ -86,15 +86,15 @@ def test_decoding_in_cuda_graphs(pair):
 
 
 def test_the_first_call_of_a_process_may_be_in_cuda_graphs(pair, monkeypatch):
-    from prunekernels.sparse import counters
+    from prunekernels.sparse import launching
 
     _, swapped = pair
     ids = torch.randint(0, 1000, (1, 1), device="cuda")
     with torch.inference_mode():
         want = swapped(ids, use_cache=False).logits
         # what a first call allocates for good must not come from the graphs' memory
-        monkeypatch.setattr(counters, "_arenas", {})
-        monkeypatch.setattr(counters, "_by_stream", {})
+        monkeypatch.setattr(launching, "_arenas", {})
+        monkeypatch.setattr(launching, "_by_stream", {})
         torch._dynamo.reset()
         step = torch.compile(swapped.forward, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):

@@ -75,6 +75,16 @@ def check_parts(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, colum
             )
 
 
+def meta_parts(rows: int, columns: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Bitmap, starts and values of a half dense (rows, columns) weight, without memory."""
+    lines, blocks = line_blocks(rows, columns)
+    return (
+        torch.empty((lines, blocks, LANES), dtype=torch.int32, device="meta"),
+        torch.empty(lines * blocks + 1, dtype=torch.int32, device="meta"),
+        torch.empty(lines * blocks * TILE // 2, dtype=dtype, device="meta"),
+    )
+
+
 def chunks(lines: int, columns: int) -> Iterator[tuple[int, int]]:
     """Ranges of lines that are handled at once."""
     size = max(1, _CHUNK_ELEMENTS // (ROWS * columns))

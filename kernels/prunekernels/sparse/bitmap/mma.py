@@ -29,7 +29,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import KernelCase
-from prunekernels.gluon_compat import barrier
+from prunekernels.launch import Launch, meta
 from prunekernels.sparse.bitmap.addresses import (
     addresses,
     lane_masks,
@@ -38,9 +38,10 @@ from prunekernels.sparse.bitmap.addresses import (
     quad_masks,
 )
 from prunekernels.sparse.bitmap.format import bitmap_pack
-from prunekernels.sparse.bitmap.layout import line_blocks
+from prunekernels.sparse.bitmap.layout import line_blocks, meta_parts
 from prunekernels.sparse.bitmap.tuning import BitmapMmaConfig, bitmap_mma
 from prunekernels.sparse.fragments import axis, finish, x_layout
+from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.stacking import ROWS
 
@@ -178,7 +179,7 @@ def _multiply(acc, word, a0, a1, a2, a3, b, STEP: gl.constexpr, KIND: gl.constex
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "N", "lines", "stages", "per_split"])
 def _bitmap_mma_fwd_kernel(
     x_ptr,  # (M, columns padded to 128) as 32-bit words, rows stride_xm words apart
     bitmap_ptr,  # int32 (lines, blocks, 32)
@@ -329,44 +330,64 @@ def launch(
     config: BitmapMmaConfig,
 ) -> Tensor:
     """`forward` with a given configuration."""
-    tokens, columns = x.shape
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    product(x, bitmap, starts, values, bias, y, activation, config).run()
+    return y
+
+
+def product(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str,
+    config: BitmapMmaConfig,
+) -> Launch:
+    """The kernel's call for x (M, K) and y (M, N), real or on the meta device."""
+    (tokens, columns), rows = x.shape, y.shape[1]
     lines, blocks = line_blocks(rows, columns)
     stages = triton.cdiv(columns, STAGE_K)
     x = padded_rows(x, STAGE_K * stages)
     per_split, splits = split_columns(stages, config.splits)
     row_blocks = triton.cdiv(lines, WARPS * config.row_tiles)
     token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     block = 8 * config.token_tiles, WARPS * config.row_tiles * ROWS
     parts, counter = room_for_parts(y, token_blocks, row_blocks, splits, *block)
-    _bitmap_mma_fwd_kernel[(token_blocks, row_blocks, splits)](
-        x.view(torch.int32),
-        bitmap,
-        starts,
-        values.view(torch.int32),
-        y if bias is None else bias,
-        y,
-        parts,
-        counter,
-        x.stride(0) // 2,
-        tokens,
-        rows,
-        lines,
-        blocks,
-        stages,
-        per_split,
-        KIND="bf16" if x.dtype == torch.bfloat16 else "f16",
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        SPLIT=splits > 1,
-        NW=WARPS,
-        MT=config.row_tiles,
-        NT=config.token_tiles,
-        RING=config.stages,
-        COUNT=config.count_bits,
+    return Launch(
+        _bitmap_mma_fwd_kernel,
+        (token_blocks, row_blocks, splits),
+        (
+            x.view(torch.int32),
+            bitmap,
+            starts,
+            values.view(torch.int32),
+            y if bias is None else bias,
+            y,
+            parts,
+            counter,
+            x.stride(0) // 2,
+            tokens,
+            rows,
+            lines,
+            blocks,
+            stages,
+            per_split,
+        ),
+        {
+            "KIND": "bf16" if x.dtype == torch.bfloat16 else "f16",
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "SPLIT": splits > 1,
+            "NW": WARPS,
+            "MT": config.row_tiles,
+            "NT": config.token_tiles,
+            "RING": config.stages,
+            "COUNT": config.count_bits,
+        },
         num_warps=WARPS,
     )
-    return y
 
 
 def self_test(device: torch.device) -> str | None:
@@ -405,35 +426,19 @@ def compile_cases() -> list[KernelCase]:
 
 
 def _case(kind: str, tokens: int, split: bool, archs: Sequence[int]) -> KernelCase:
-    config = bitmap_mma(tokens, 14336, 4096, 132, divmod(archs[0], 10))
-    parts = ("bitmap_ptr", "starts_ptr", "values_ptr")
-    floating = "*bf16" if kind == "bf16" else "*fp16"
-    sizes = ("stride_xm", "M", "N", "lines", "blocks", "stages", "per_split")
-    return KernelCase(
-        name=f"bitmap/mma/{kind}/t{8 * config.token_tiles}{'/split' * split}",
-        kernel=_bitmap_mma_fwd_kernel,
-        signature={
-            "x_ptr": "*i32",
-            **dict.fromkeys(parts, "*i32"),
-            "bias_ptr": floating,
-            "y_ptr": floating,
-            "parts_ptr": "*fp32",
-            "counter_ptr": "*i32",
-            **dict.fromkeys(sizes, "i32"),
-        },
-        constants={
-            "KIND": kind,
-            "ACTIVATION": "none",
-            "HAS_BIAS": True,
-            "SPLIT": split,
-            "NW": WARPS,
-            "MT": config.row_tiles,
-            "NT": config.token_tiles,
-            "RING": config.stages,
-            "COUNT": config.count_bits,
-        },
-        num_warps=WARPS,
-        divisible=("x_ptr", *parts, "y_ptr", "parts_ptr", "counter_ptr", "stride_xm", "blocks"),
+    rows, columns = 14336, 4096
+    config = bitmap_mma(tokens, rows, columns, 132, divmod(archs[0], 10))
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    call = product(
+        meta((tokens, columns), dtype),
+        *meta_parts(rows, columns, dtype),
+        meta((rows,), dtype, aligned=False),
+        meta((tokens, rows), dtype),
+        "none",
+        config if split else config._replace(splits=1),
+    )
+    return call.case(
+        f"bitmap/mma/{kind}/t{8 * config.token_tiles}{'/split' * split}",
         opcodes=("HMMA.16816.F32" + (".BF16" if kind == "bf16" else ""), "LDSM", "LDGSTS"),
         elements_per_iteration=config.row_tiles * ROWS * STAGE_K,
         per_iteration=("HMMA.16816", 8 * config.row_tiles * config.token_tiles),

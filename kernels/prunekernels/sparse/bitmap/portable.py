@@ -25,8 +25,9 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels.compilation import Arch, KernelCase
+from prunekernels.launch import Launch, meta
 from prunekernels.runtime import interpreting
-from prunekernels.sparse.bitmap.layout import line_blocks
+from prunekernels.sparse.bitmap.layout import line_blocks, meta_parts
 from prunekernels.sparse.bitmap.tuning import bitmap_portable, bitmap_splits
 from prunekernels.sparse.epilogue import activate, operand
 
@@ -87,7 +88,7 @@ def _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N
     return tl.reshape(tl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), (BLOCK_N, 64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "lines", "blocks"])
 def _expand_kernel(
     bitmap_ptr,  # int32 (lines, blocks, 32)
     starts_ptr,  # int32 (lines·blocks + 1,)
@@ -109,7 +110,7 @@ def _expand_kernel(
     tl.store(dense_ptr + offs_n[:, None] * K + offs_k[None, :], bits, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "lines", "blocks", "per_split"])
 def _bitmap_fwd_kernel(
     x_ptr,  # (M, K), strides stride_xm, stride_xk
     bitmap_ptr,  # int32 (lines, blocks, 32)
@@ -117,7 +118,7 @@ def _bitmap_fwd_kernel(
     values_ptr,  # the bits of the values, int16 or int32
     bias_ptr,  # (N,), read if HAS_BIAS
     y_ptr,  # (M, N), contiguous; float32 (splits, M, N) if SPLIT
-    stride_xm,
+    stride_xm: tl.int64,
     stride_xk,
     M,
     N,
@@ -163,7 +164,7 @@ def _bitmap_fwd_kernel(
     tl.store(y_ptrs, y, mask=mask_m[:, None] & (offs_n < N)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _finish_kernel(
     parts_ptr,  # float32 (splits, M, N)
     bias_ptr,  # (N,), read if HAS_BIAS
@@ -216,65 +217,93 @@ def launch(
     splits: int,
 ) -> Tensor:
     """`forward` with the columns shared by up to `splits` programs."""
-    tokens, columns = x.shape
+    tokens = x.shape[0]
+    blocks = line_blocks(rows, x.shape[1])[1]
+    splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
+    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    if splits == 1:
+        product(x, bitmap, starts, values, bias, y, activation).run()
+        return y
+    sums = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
+    product(x, bitmap, starts, values, None, sums, "none").run()
+    added(sums, bias, y, activation).run()
+    return y
+
+
+def product(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str,
+) -> Launch:
+    """The kernel's call for x (M, K), real or on the meta device.
+
+    `out` is y (M, N), or float32 (splits, M, N) sums of splits that `added` adds.
+    """
+    (tokens, columns), rows = x.shape, out.shape[-1]
     lines, blocks = line_blocks(rows, columns)
     config = bitmap_portable(tokens, x.dtype.itemsize)
-    per_split = triton.cdiv(blocks, splits)
-    splits = triton.cdiv(blocks, per_split)
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    out = y
-    if splits > 1:
-        out = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
-    grid = (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m), splits)
-    has_bias = bias is not None
-    last = splits == 1
-    _bitmap_fwd_kernel[grid](
-        x,
-        bitmap,
-        starts,
-        _bits(values),
-        x if bias is None else bias,
-        out,
-        *x.stride(),
-        tokens,
-        rows,
-        columns,
-        lines,
-        blocks,
-        per_split,
-        ACTIVATION=activation if last else "none",
-        HAS_BIAS=has_bias and last,
-        SPLIT=not last,
-        UPCAST=interpreting(),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+    splits = len(out) if out.ndim == 3 else 1
+    return Launch(
+        _bitmap_fwd_kernel,
+        (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m), splits),
+        (
+            x,
+            bitmap,
+            starts,
+            _bits(values),
+            x if bias is None else bias,
+            out,
+            *x.stride(),
+            tokens,
+            rows,
+            columns,
+            lines,
+            blocks,
+            triton.cdiv(blocks, splits),
+        ),
+        {
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "SPLIT": splits > 1,
+            "UPCAST": interpreting(),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if not last:
-        size = tokens * rows
-        _finish_kernel[(triton.cdiv(size, 512),)](
-            out,
-            x if bias is None else bias,
-            y,
-            size,
-            rows,
-            splits,
-            ACTIVATION=activation,
-            HAS_BIAS=has_bias,
-            BLOCK=512,
-        )
-    return y
+
+
+def added(sums: Tensor, bias: Tensor | None, y: Tensor, activation: str) -> Launch:
+    """The call that adds float32 sums (splits, M, N) in order, and the bias, into y (M, N)."""
+    return Launch(
+        _finish_kernel,
+        (triton.cdiv(y.numel(), 512),),
+        (sums, y if bias is None else bias, y, y.numel(), y.shape[1], len(sums)),
+        {"ACTIVATION": activation, "HAS_BIAS": bias is not None, "BLOCK": 512},
+    )
 
 
 def expand(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     """The dense (rows, columns) weight: `bitmap_unpack` in one pass over memory."""
     dense = torch.empty((rows, columns), dtype=values.dtype, device=values.device)
-    lines, blocks = line_blocks(rows, columns)
-    grid = (blocks, triton.cdiv(rows, 64))
-    parts = bitmap, starts, _bits(values), _bits(dense)
-    _expand_kernel[grid](*parts, rows, columns, lines, blocks, BLOCK_N=64)
+    expansion(bitmap, starts, values, dense).run()
     return dense
+
+
+def expansion(bitmap: Tensor, starts: Tensor, values: Tensor, dense: Tensor) -> Launch:
+    """The expanding kernel's call for dense (N, K), real or on the meta device."""
+    lines, blocks = line_blocks(*dense.shape)
+    return Launch(
+        _expand_kernel,
+        (blocks, triton.cdiv(dense.shape[0], 64)),
+        (bitmap, starts, _bits(values), _bits(dense), *dense.shape, lines, blocks),
+        {"BLOCK_N": 64},
+    )
 
 
 def _bits(tensor: Tensor) -> Tensor:
@@ -285,69 +314,39 @@ def compile_cases() -> list[KernelCase]:
     """The specialisations that tests compile without a GPU."""
     every: Sequence[Arch] = (80, 89, 90, "gfx942")
     wide = "HMMA.16816.F32"
-    parts = {"bitmap_ptr": "*i32", "starts_ptr": "*i32", "values_ptr": "*i16"}
+    kind, rows, columns = torch.bfloat16, 14336, 4096
+    y, sums = meta((1, rows), kind), meta((4, 1, rows), torch.float32)
+    bias = meta((rows,), kind, aligned=False)
     return [
-        *(_case(kind, 1, True, wide, every) for kind in ("bf16", "fp16")),
-        _case("bf16", 1, False, wide, every),
-        _case("bf16", 64, False, wide, (80, 89, "gfx942")),
-        _case("bf16", 64, False, "HGMMA.64x64x16.F32", (90,)),
-        KernelCase(
-            name="bitmap/expand",
-            kernel=_expand_kernel,
-            signature={
-                **parts,
-                "dense_ptr": "*i16",
-                **dict.fromkeys(("N", "K", "lines", "blocks"), "i32"),
-            },
-            constants={"BLOCK_N": 64},
-            divisible=(*parts, "dense_ptr", "K"),
+        *(_case(dtype, 1, True, wide, every) for dtype in (torch.bfloat16, torch.float16)),
+        _case(kind, 1, False, wide, every),
+        _case(kind, 64, False, wide, (80, 89, "gfx942")),
+        _case(kind, 64, False, "HGMMA.64x64x16.F32", (90,)),
+        expansion(*meta_parts(rows, columns, kind), meta((rows, columns), kind)).case(
+            "bitmap/expand",
             # the dense rows leave in 16-byte pieces
             opcodes=("STG.E.128",),
             archs=every,
         ),
-        KernelCase(
-            name="bitmap/finish/bf16",
-            kernel=_finish_kernel,
-            signature={
-                "parts_ptr": "*fp32",
-                **dict.fromkeys(("bias_ptr", "y_ptr"), "*bf16"),
-                **dict.fromkeys(("size", "N", "splits"), "i32"),
-            },
-            constants={"ACTIVATION": "silu", "HAS_BIAS": True, "BLOCK": 512},
-            divisible=("parts_ptr", "y_ptr", "size", "N"),
-            archs=every,
-        ),
+        added(sums, bias, y, "silu").case("bitmap/finish/bf16", archs=every),
     ]
 
 
-def _case(kind: str, tokens: int, split: bool, opcode: str, archs: Sequence[Arch]) -> KernelCase:
+def _case(
+    dtype: torch.dtype, tokens: int, split: bool, opcode: str, archs: Sequence[Arch]
+) -> KernelCase:
+    rows, columns = 14336, 4096
     config = bitmap_portable(tokens)
-    sizes = ("M", "N", "K", "lines", "blocks", "per_split")
-    return KernelCase(
-        name=f"bitmap/portable/{kind}/m{config.block_m}{'/split' * split}",
-        kernel=_bitmap_fwd_kernel,
-        signature={
-            "x_ptr": f"*{kind}",
-            "bitmap_ptr": "*i32",
-            "starts_ptr": "*i32",
-            "values_ptr": "*i16",
-            "bias_ptr": f"*{kind}",
-            "y_ptr": "*fp32" if split else f"*{kind}",
-            "stride_xm": "i64",
-            **dict.fromkeys(sizes, "i32"),
-        },
-        constants={
-            "stride_xk": 1,
-            "ACTIVATION": "none" if split else "gelu",
-            "HAS_BIAS": not split,
-            "SPLIT": split,
-            "UPCAST": False,
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-        },
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        divisible=("x_ptr", "bitmap_ptr", "starts_ptr", "values_ptr", "y_ptr", "stride_xm", "K"),
+    call = product(
+        meta((tokens, columns), dtype),
+        *meta_parts(rows, columns, dtype),
+        None if split else meta((rows,), dtype, aligned=False),
+        meta((4, tokens, rows), torch.float32) if split else meta((tokens, rows), dtype),
+        "none" if split else "gelu",
+    )
+    return call.case(
+        f"bitmap/portable/{'bf16' if dtype == torch.bfloat16 else 'fp16'}/m{config.block_m}"
+        + "/split" * split,
         opcodes=(opcode, "v_mfma"),
         elements_per_iteration=config.block_n * 64 // config.num_warps,
         archs=archs,

@@ -29,12 +29,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
-from prunekernels.gluon_compat import barrier
+from prunekernels.launch import Launch, meta
 from prunekernels.sparse.fragments import finish, x_layout
+from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.two_four.expand import sparse24_unpack
 from prunekernels.sparse.two_four.format import sparse24_pack
-from prunekernels.sparse.two_four.layout import ROWS, line_blocks
+from prunekernels.sparse.two_four.layout import ROWS, line_blocks, packed_shape
 from prunekernels.sparse.two_four.tuning import MmaConfig, sparse24_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
@@ -100,7 +101,7 @@ def _unit(
     return acc, a, meta
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "N", "lines", "units", "tails", "units_per_split"])
 def _mma24_fwd_kernel(
     x_ptr,  # (M, columns padded to 64) as 32-bit words, rows stride_xm words apart
     packed_ptr,  # int32 (lines, words): the weight, or the gate's
@@ -223,43 +224,62 @@ def launch(
     config: MmaConfig,
 ) -> Tensor:
     """`forward` with a given configuration."""
-    tokens, columns = x.shape
-    lines, units, tails = line_blocks(rows, columns)
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    product(x, packed, up, bias, y, activation, config).run()
+    return y
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str,
+    config: MmaConfig,
+) -> Launch:
+    """The kernel's call for x (M, K) and y (M, N), real or on the meta device."""
+    tokens, rows = y.shape
+    lines, units, tails = line_blocks(rows, x.shape[1])
     x = padded_rows(x, 256 * units + 64 * tails)
     per_split, splits = split_columns(units, config.splits)
     blocks = triton.cdiv(lines, WARPS if up is not None else WARPS * config.row_tiles)
     token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     block = 8 * config.token_tiles, WARPS * config.row_tiles * ROWS
     parts, counter = room_for_parts(y, token_blocks, blocks, splits, *block)
-    _mma24_fwd_kernel[(token_blocks, blocks, splits)](
-        x.view(torch.int32),
-        packed,
-        packed if up is None else up,
-        y if bias is None else bias,
-        y,
-        parts,
-        counter,
-        x.stride(0) // 2,
-        tokens,
-        rows,
-        lines,
-        packed.shape[1],
-        units,
-        tails,
-        per_split,
-        KIND="bf16" if x.dtype == torch.bfloat16 else "f16",
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        GATED=up is not None,
-        SPLIT=splits > 1,
-        NW=WARPS,
-        MT=config.row_tiles,
-        NT=config.token_tiles,
-        STAGES=config.stages,
+    return Launch(
+        _mma24_fwd_kernel,
+        (token_blocks, blocks, splits),
+        (
+            x.view(torch.int32),
+            packed,
+            packed if up is None else up,
+            y if bias is None else bias,
+            y,
+            parts,
+            counter,
+            x.stride(0) // 2,
+            tokens,
+            rows,
+            lines,
+            packed.shape[1],
+            units,
+            tails,
+            per_split,
+        ),
+        {
+            "KIND": "bf16" if x.dtype == torch.bfloat16 else "f16",
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "GATED": up is not None,
+            "SPLIT": splits > 1,
+            "NW": WARPS,
+            "MT": config.row_tiles,
+            "NT": config.token_tiles,
+            "STAGES": config.stages,
+        },
         num_warps=WARPS,
     )
-    return y
 
 
 def self_test(device: torch.device) -> str | None:
@@ -304,38 +324,22 @@ def compile_cases() -> list[KernelCase]:
 
 
 def _case(kind: str, tokens: int, gated: bool, split: bool, archs: Sequence[Arch]) -> KernelCase:
-    config = sparse24_mma(tokens, 14336, 4096, gated, 132)
-    pointers = ("x_ptr", "packed_ptr", "up_ptr", "y_ptr", "parts_ptr", "counter_ptr")
-    floating = "*bf16" if kind == "bf16" else "*fp16"
-    sizes = ("stride_xm", "M", "N", "lines", "words", "units", "tails", "units_per_split")
-    return KernelCase(
-        name=f"sparse24/mma_sp/{kind}/t{8 * config.token_tiles}"
-        + "/gated" * gated
-        + "/split" * split,
-        kernel=_mma24_fwd_kernel,
-        signature={
-            "x_ptr": "*i32",
-            "packed_ptr": "*i32",
-            "up_ptr": "*i32",
-            "bias_ptr": floating,
-            "y_ptr": floating,
-            "parts_ptr": "*fp32",
-            "counter_ptr": "*i32",
-            **dict.fromkeys(sizes, "i32"),
-        },
-        constants={
-            "KIND": kind,
-            "ACTIVATION": "silu" if gated else "none",
-            "HAS_BIAS": not gated,
-            "GATED": gated,
-            "SPLIT": split,
-            "NW": WARPS,
-            "MT": config.row_tiles,
-            "NT": config.token_tiles,
-            "STAGES": config.stages,
-        },
-        num_warps=WARPS,
-        divisible=(*pointers, "stride_xm", "words"),
+    rows, columns = 14336, 4096
+    config = sparse24_mma(tokens, rows, columns, gated, 132)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    x, y = meta((tokens, columns), dtype), meta((tokens, rows), dtype)
+    packed = meta(packed_shape(rows, columns, dtype), torch.int32)
+    call = product(
+        x,
+        packed,
+        packed if gated else None,
+        None if gated else meta((rows,), dtype, aligned=False),
+        y,
+        "silu" if gated else "none",
+        config if split else config._replace(splits=1),
+    )
+    return call.case(
+        f"sparse24/mma_sp/{kind}/t{8 * config.token_tiles}" + "/gated" * gated + "/split" * split,
         opcodes=("HMMA.SP.16832.F32" + (".BF16" if kind == "bf16" else ""), "LDSM", "LDGSTS"),
         elements_per_iteration=config.row_tiles * ROWS * 256,
         per_iteration=("HMMA.SP", 8 * config.row_tiles * config.token_tiles),

@@ -19,10 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels.compilation import Arch, KernelCase
+from prunekernels.launch import Launch, meta
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.epilogue import activate, operand
 from prunekernels.sparse.tuning import PortableConfig
-from prunekernels.sparse.two_four.layout import line_blocks, value_words
+from prunekernels.sparse.two_four.layout import line_blocks, packed_shape, value_words
 from prunekernels.sparse.two_four.tuning import sparse24_portable
 
 
@@ -69,7 +70,7 @@ def _decompress(line_ptr, block, units, BLOCK_N: tl.constexpr, V: tl.constexpr):
     return tl.reshape(bits, (BLOCK_N, 64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "units"])
 def _expand_kernel(
     packed_ptr,  # int32 (lines, words)
     dense_ptr,  # the bits of the dense weight, int16 or int32 (N, K), contiguous
@@ -89,14 +90,14 @@ def _expand_kernel(
     tl.store(dense_ptr + offs_n[:, None] * K + offs_k[None, :], bits, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "N", "units", "blocks"])
 def _sparse24_fwd_kernel(
     x_ptr,  # (M, K), strides stride_xm, stride_xk
     packed_ptr,  # int32 (lines, words): the weight, or the gate's
     up_ptr,  # int32 (lines, words), read if GATED
     bias_ptr,  # (N,), read if HAS_BIAS
     y_ptr,  # (M, N), contiguous
-    stride_xm,
+    stride_xm: tl.int64,
     stride_xk,
     M,
     N,
@@ -151,46 +152,73 @@ def forward(
     x: Tensor, packed: Tensor, up: Tensor | None, rows: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     """Launch for x (M, K) with M > 0; `up` selects the gated form."""
-    tokens, columns = x.shape
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    product(x, packed, up, bias, y, activation).run()
+    return y
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str,
+) -> Launch:
+    """The kernel's call for x (M, K) and y (M, N), real or on the meta device."""
+    (tokens, columns), rows = x.shape, y.shape[1]
     _, units, tails = line_blocks(rows, columns)
     config = _config(tokens, up is not None, x.dtype.itemsize)
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m))
-    _sparse24_fwd_kernel[grid](
-        x,
-        packed,
-        packed if up is None else up,
-        x if bias is None else bias,
-        y,
-        *x.stride(),
-        tokens,
-        rows,
-        columns,
-        units,
-        4 * units + tails,
-        packed.shape[1],
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        GATED=up is not None,
-        V=value_words(x.dtype),
-        UPCAST=interpreting(),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
+    return Launch(
+        _sparse24_fwd_kernel,
+        (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m)),
+        (
+            x,
+            packed,
+            packed if up is None else up,
+            x if bias is None else bias,
+            y,
+            *x.stride(),
+            tokens,
+            rows,
+            columns,
+            units,
+            4 * units + tails,
+            packed.shape[1],
+        ),
+        {
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "GATED": up is not None,
+            "V": value_words(x.dtype),
+            "UPCAST": interpreting(),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        },
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y
 
 
 def expand(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense (rows, columns) weight: `sparse24_unpack` in one pass over memory."""
     dense = torch.empty((rows, columns), dtype=dtype, device=packed.device)
-    _, units, tails = line_blocks(rows, columns)
-    grid = (4 * units + tails, triton.cdiv(rows, 64))
-    wide = value_words(dtype)
-    bits = dense.view(torch.int16 if wide == 1 else torch.int32)
-    _expand_kernel[grid](packed, bits, rows, columns, units, packed.shape[1], V=wide, BLOCK_N=64)
+    expansion(packed, dense).run()
     return dense
+
+
+def expansion(packed: Tensor, dense: Tensor) -> Launch:
+    """The expanding kernel's call for dense (N, K), real or on the meta device."""
+    rows, columns = dense.shape
+    _, units, tails = line_blocks(rows, columns)
+    wide = value_words(dense.dtype)
+    bits = dense.view(torch.int16 if wide == 1 else torch.int32)
+    return Launch(
+        _expand_kernel,
+        (4 * units + tails, triton.cdiv(rows, 64)),
+        (packed, bits, rows, columns, units, packed.shape[1]),
+        {"V": wide, "BLOCK_N": 64},
+    )
 
 
 def compile_cases() -> list[KernelCase]:
@@ -202,24 +230,18 @@ def compile_cases() -> list[KernelCase]:
         *_cases(64, False, narrow, (90,)),
         *_cases(16, True, wide, (80, 89, 90, "gfx942")),
         *_cases(64, True, wide, (80, 89, 90, "gfx942")),
-        *_cases(1, False, "FFMA", (80, 90, "gfx942"), ("fp32",)),
-        *_cases(16, True, "FFMA", (80, 90), ("fp32",)),
+        *_cases(1, False, "FFMA", (80, 90, "gfx942"), (torch.float32,)),
+        *_cases(16, True, "FFMA", (80, 90), (torch.float32,)),
         *(
-            KernelCase(
-                name=f"sparse24/expand/i{16 * wide}",
-                kernel=_expand_kernel,
-                signature={
-                    "packed_ptr": "*i32",
-                    "dense_ptr": f"*i{16 * wide}",
-                    **dict.fromkeys(("N", "K", "units", "words"), "i32"),
-                },
-                constants={"V": wide, "BLOCK_N": 64},
-                divisible=("packed_ptr", "dense_ptr", "K", "words"),
+            expansion(
+                meta(packed_shape(14336, 4096, dtype), torch.int32), meta((14336, 4096), dtype)
+            ).case(
+                f"sparse24/expand/i{8 * dtype.itemsize}",
                 # the dense rows leave in 16-byte pieces
                 opcodes=("STG.E.128",),
                 archs=(80, 89, 90, "gfx942"),
             )
-            for wide in (1, 2)
+            for dtype in (torch.bfloat16, torch.float32)
         ),
     ]
 
@@ -229,37 +251,28 @@ def _cases(
     gated: bool,
     opcode: str,
     archs: Sequence[Arch],
-    kinds: Sequence[str] = ("bf16", "fp16"),
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
 ) -> list[KernelCase]:
-    config = _config(tokens, gated, 4 if kinds == ("fp32",) else 2)
-    sizes = ("M", "N", "K", "units", "blocks", "words")
-    return [
-        KernelCase(
-            name=f"sparse24/portable/{kind}/m{config.block_m}{'/gated' * gated}",
-            kernel=_sparse24_fwd_kernel,
-            signature={
-                **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), f"*{kind}"),
-                "packed_ptr": "*i32",
-                "up_ptr": "*i32",
-                "stride_xm": "i64",
-                **dict.fromkeys(sizes, "i32"),
-            },
-            constants={
-                "stride_xk": 1,
-                "ACTIVATION": "silu" if gated else "gelu",
-                "HAS_BIAS": not gated,
-                "GATED": gated,
-                "V": 2 if kind == "fp32" else 1,
-                "UPCAST": False,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
-            },
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
-            divisible=("x_ptr", "packed_ptr", "up_ptr", "y_ptr", "stride_xm", "K"),
-            opcodes=(opcode, "v_mfma" if opcode != "FFMA" else "v_fma"),
-            elements_per_iteration=config.block_n * 64 // config.num_warps,
-            archs=archs,
+    rows, columns = 14336, 4096
+    cases = []
+    for dtype in dtypes:
+        config = _config(tokens, gated, dtype.itemsize)
+        packed = meta(packed_shape(rows, columns, dtype), torch.int32)
+        call = product(
+            meta((tokens, columns), dtype),
+            packed,
+            packed if gated else None,
+            None if gated else meta((rows,), dtype, aligned=False),
+            meta((tokens, rows), dtype),
+            "silu" if gated else "gelu",
         )
-        for kind in kinds
-    ]
+        kind = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        cases.append(
+            call.case(
+                f"sparse24/portable/{kind}/m{config.block_m}{'/gated' * gated}",
+                opcodes=(opcode, "v_mfma" if opcode != "FFMA" else "v_fma"),
+                elements_per_iteration=config.block_n * 64 // config.num_warps,
+                archs=archs,
+            )
+        )
+    return cases

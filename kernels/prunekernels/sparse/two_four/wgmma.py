@@ -25,8 +25,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from prunekernels.compilation import KernelCase
-from prunekernels.gluon_compat import barrier
 from prunekernels.sparse.fragments import finish
+from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference
 from prunekernels.sparse.two_four.format import sparse24_pack
 from prunekernels.sparse.two_four.layout import ROWS, line_blocks

@@ -1,0 +1,338 @@
+"""A kernel call is written once: what is launched is what is compiled, checked and warmed up.
+
+A module that owns a kernel writes one function which builds the call, from tensors that are real
+or on the meta device, and uses it for both:
+
+    def product(x, packed, y, config) -> Launch:
+        return Launch(
+            _kernel, grid, (x, packed, y, x.stride(0), len(x)), {"BLOCK": config.block}, num_warps=4
+        )
+
+    product(x, packed, y, config).run()                                       # the launcher
+    product(*meta_tensors, config).case("name", opcodes=("HMMA",), archs=(90,))  # compile_cases()
+
+Signature, alignment and constants of a case are those that Triton derives from the same arguments.
+A tensor that may be unaligned at run time is given to a case as an unaligned view. Tensors (or
+None) come first among a kernel's parameters; `do_not_specialize` names its sizes, so that one
+compilation serves all of them, but not the strides whose divisibility makes loads wide.
+
+On an NVIDIA GPU `run` launches a compiled kernel by its handle: Triton's binder is asked for the
+specialisation, and nothing else of its launch path runs after the first launch. A caller on a hot
+path keeps `launch.bind()` under a key of its own (shapes, types, device) and calls it with
+addresses alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekernels.compilation import Arch, KernelCase
+from prunekernels.runtime import interpreting, on
+
+#: Compiled kernels: (kernel's id, device, options) -> (specialisation -> compiled kernel).
+_compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
+# Triton's function that says how the arguments of a kernel specialise it, by the kernel's id. The
+# kernel is kept, so that no other one takes its id.
+_binders: dict[int, tuple[Any, Callable[..., Any]]] = {}
+# absent from builds of torch without CUDA
+_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+# the list that takes launches instead of the GPU, if there is one
+_recorded: list[Launch] | None = None
+
+
+class Launch:
+    """One call of a Triton or Gluon kernel.
+
+    Attributes:
+        kernel: The `@triton.jit` or `@gluon.jit` function.
+        grid: Programs in each of up to three directions.
+        arguments: Values of the parameters that are not constants, in the kernel's order; tensors
+            and None come first.
+        constants: Values of its `constexpr` parameters, by name.
+        num_warps: Warps per program.
+        num_stages: Software pipelining depth (plain Triton; None: Triton's default).
+        options: Further options of the compiler.
+    """
+
+    __slots__ = ("arguments", "constants", "grid", "kernel", "num_stages", "num_warps", "options")
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: Sequence[int],
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
+        *,
+        num_warps: int = 4,
+        num_stages: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.kernel = kernel
+        self.grid = (*grid, 1, 1)[:3]
+        self.arguments = arguments
+        self.constants = constants
+        self.num_warps = num_warps
+        self.num_stages = num_stages
+        self.options = options
+
+    def run(self) -> None:
+        """Launch it on the device of its tensors, or run it in Triton's interpreter.
+
+        Raises:
+            RuntimeError: The kernel is not compiled yet, and a CUDA graph is being captured.
+        """
+        if _recorded is not None:
+            _recorded.append(self)
+            return
+        if interpreting():
+            self._call()
+            return
+        device = self.device
+        if device.type == "cuda" and device.index == torch.cuda.current_device():
+            self._run(device.index)
+            return
+        with on(self._first):
+            self._run(torch.cuda.current_device())
+
+    def bind(self) -> Bound:
+        """The compiled kernel with everything but its tensors' addresses (launches nothing).
+
+        Raises:
+            RuntimeError: The kernel is not compiled yet, and a CUDA graph is being captured.
+        """
+        with on(self._first):
+            device = torch.cuda.current_device()
+            specialisation = self._specialisation()
+            compiled = self._compiled(device, specialisation)
+            if compiled is None:
+                compiled = self._compile(device, specialisation, warmup=True)
+        return Bound(self, device, compiled, specialisation)
+
+    def case(
+        self,
+        name: str,
+        *,
+        opcodes: Sequence[str] = (),
+        elements_per_iteration: int = 0,
+        per_iteration: tuple[str, int] | None = None,
+        rare: str = "",
+        archs: Sequence[Arch] = (80, 89, 90),
+    ) -> KernelCase:
+        """This call as something to compile without a GPU; see `KernelCase` for the arguments.
+
+        The signature, what is divisible by 16 and the constants (None and 1 among them) are those
+        that the launch of these arguments would be compiled for. An interpreted kernel has none.
+        """
+        signature, constants, divisible = {}, dict(self.constants), []
+        if _is_compiled(self.kernel):
+            constants = {}
+            kinds = self._specialisation()
+            for parameter, (kind, detail) in zip(self.kernel.arg_names, kinds, strict=True):
+                if kind == "constexpr":
+                    constants[parameter] = detail
+                    continue
+                signature[parameter] = kind
+                if isinstance(detail, str) and "D" in detail:
+                    divisible.append(parameter)
+        return KernelCase(
+            name=name,
+            kernel=self.kernel,
+            signature=signature,
+            constants=constants,
+            num_warps=self.num_warps,
+            num_stages=3 if self.num_stages is None else self.num_stages,
+            options=dict(self.options or {}),
+            divisible=tuple(divisible),
+            opcodes=opcodes,
+            elements_per_iteration=elements_per_iteration,
+            per_iteration=per_iteration,
+            rare=rare,
+            archs=archs,
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return self._first.device
+
+    @property
+    def _first(self) -> Tensor:
+        return next(value for value in self.arguments if isinstance(value, Tensor))
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        options = {"num_warps": self.num_warps, **(self.options or {})}
+        if self.num_stages is not None:
+            options["num_stages"] = self.num_stages
+        return options
+
+    def _call(self) -> Any:
+        """Launch through Triton's own path."""
+        return self.kernel[self.grid](*self.arguments, **self.constants, **self._options)
+
+    def _run(self, device: int) -> None:
+        if torch.version.hip is not None or _observed(self.kernel):
+            self._call()
+            return
+        specialisation = self._specialisation()
+        compiled = self._compiled(device, specialisation)
+        if compiled is None:
+            self._compile(device, specialisation, warmup=False)
+            return
+        Bound(self, device, compiled, specialisation).launch(
+            *(
+                value.data_ptr() if isinstance(value, Tensor) else value
+                for value in self.arguments[: _tensors(self.arguments)]
+            )
+        )
+
+    def _specialisation(self) -> tuple[Any, ...]:
+        """(type, detail) of every parameter, as Triton distinguishes compiled kernels by it."""
+        known = _binders.get(id(self.kernel))
+        if known is None:
+            known = _binders[id(self.kernel)] = (self.kernel, _binder(self.kernel))
+        _, specialisation, _ = known[1](*self.arguments, **self.constants)
+        return tuple(specialisation)
+
+    def _key(self, device: int) -> tuple[Any, ...]:
+        options = tuple((self.options or {}).items())
+        return id(self.kernel), device, self.num_warps, self.num_stages, options
+
+    def _compiled(self, device: int, specialisation: tuple[Any, ...]) -> Any:
+        return _compiled.get(self._key(device), {}).get(specialisation)
+
+    def _compile(self, device: int, specialisation: tuple[Any, ...], *, warmup: bool) -> Any:
+        """Compile, load and keep the kernel; without `warmup` this also launches it."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"the kernel {self.kernel.fn.__name__} is first needed inside the capture of a "
+                "CUDA graph, where it cannot be compiled: call prunekernels.warm_up (or "
+                "prunekit.warm_up_ for a model) or run the same call once before capturing"
+            )
+        if warmup:
+            compiled = self.kernel.run(
+                *self.arguments, grid=self.grid, warmup=True, **self.constants, **self._options
+            )
+        else:
+            compiled = self._call()
+        # an asynchronous compilation is waited for
+        compiled = compiled.result() if hasattr(compiled, "result") else compiled
+        compiled._init_handles()
+        _compiled.setdefault(self._key(device), {})[specialisation] = compiled
+        return compiled
+
+
+class Bound:
+    """A compiled kernel, its grid and its arguments but for the addresses of its tensors."""
+
+    __slots__ = ("_aligned", "_compiled", "_device", "_grid", "_kernel", "_rest", "_run")
+
+    def __init__(
+        self, launch: Launch, device: int, compiled: Any, specialisation: tuple[Any, ...]
+    ) -> None:
+        tensors = _tensors(launch.arguments)
+        constants = launch.constants
+        rest = iter(launch.arguments[tensors:])
+        self._rest = tuple(
+            constants[name] if name in constants else next(rest)
+            for name in launch.kernel.arg_names[tensors:]
+        )
+        self._aligned = tuple(
+            index for index in range(tensors) if "D" in str(specialisation[index][1] or "")
+        )
+        self._kernel, self._compiled, self._run = launch.kernel, compiled, compiled.run
+        self._grid, self._device = launch.grid, device
+
+    def launch(self, *addresses: int | None) -> None:
+        """Launch on the current stream of its device, which must be the current device.
+
+        Args:
+            addresses: `data_ptr()` of the tensors that the launch was built from, in its order;
+                None where it had None.
+
+        Raises:
+            ValueError: A tensor that was aligned to 16 bytes no longer is.
+        """
+        joined = 0
+        for index in self._aligned:
+            joined |= addresses[index]  # type: ignore[operator]
+        if joined & 15:
+            raise ValueError(
+                f"{self._kernel.fn.__name__} was bound to tensors aligned to 16 bytes, and one of "
+                f"{addresses} is not: bind the launch of these tensors"
+            )
+        compiled = self._compiled
+        self._run(
+            *self._grid,
+            _stream(self._device),  # type: ignore[misc]
+            compiled.function,
+            compiled.packed_metadata,
+            None,
+            None,
+            None,
+            *addresses,
+            *self._rest,
+        )
+
+
+def meta(shape: Sequence[int], dtype: torch.dtype, *, aligned: bool = True) -> Tensor:
+    """A contiguous tensor without memory, for a case; not `aligned`, one element past 16 bytes."""
+    if aligned:
+        return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(math.prod(shape) + 1, dtype=dtype, device="meta")[1:].view(*shape)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Launch]]:
+    """Collect the launches of the block in a list instead of running them."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def _tensors(arguments: Sequence[Any]) -> int:
+    """How many of the arguments, from the first on, are tensors or None."""
+    count = 0
+    for value in arguments:
+        if value is not None and not isinstance(value, Tensor):
+            break
+        count += 1
+    return count
+
+
+def _is_compiled(kernel: Any) -> bool:
+    from triton.runtime.jit import JITFunction
+
+    return isinstance(kernel, JITFunction)
+
+
+def _binder(kernel: Any) -> Callable[..., Any]:
+    from triton.backends.compiler import BaseBackend
+    from triton.runtime.jit import create_function_from_signature
+
+    # the base's rules are those of NVIDIA's back end
+    binder: Callable[..., Any] = create_function_from_signature(
+        kernel.signature, kernel.params, BaseBackend
+    )
+    return binder
+
+
+def _observed(kernel: Any) -> bool:
+    """Whether a profiler or a debugger has hooked itself into Triton's launches."""
+    from triton import knobs
+
+    hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(
+        kernel.pre_run_hooks
+        or any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+        or knobs.runtime.add_stages_inspection_hook is not None
+    )
