@@ -6,7 +6,7 @@ hardware that differs from the PTX ISA, and how warps interleave.
 
 from __future__ import annotations
 
-import ptx_emulation as emulation
+import ptx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def machine(monkeypatch):
     monkeypatch.setattr(launching, "counters", lambda count, device: counter[:count])
 
     def launch(x, weight, bias, activation, config, arch=80, lazy=True):
-        target = emulation.Machine(kernel, arch, lazy)
+        target = ptx.Machine(kernel, arch, lazy)
         monkeypatch.setattr(mma_bitmap, "_bitmap_mma_fwd_kernel", target)
         packed = bitmap_pack(weight)
         parts = packed.bitmap, packed.starts, packed.values, weight.shape[0]

@@ -1,13 +1,13 @@
 """An emulated mma.sp proves the packed order: W·x from the packed words equals the dense product.
 
-The instruction is written from the PTX ISA (`ptx_emulation.mma_sp_m16n8k32`), not from the packer:
-its operands are the 32-bit registers of 32 lanes.
+The instruction is written from the PTX ISA (`ptx.tensor_cores.mma_sp_m16n8k32`), not from the
+packer: its operands are the 32-bit registers of 32 lanes.
 """
 
 from __future__ import annotations
 
 import numpy as np
-import ptx_emulation as emulation
+import ptx
 import pytest
 import torch
 from prunekernels.sparse.two_four.format import sparse24_pack
@@ -40,7 +40,7 @@ def emulated_linear(weight: torch.Tensor, x: torch.Tensor) -> np.ndarray:
             a = words[:, start + step * 128 :][:, :128].reshape(lines, 32, 4)
             b = b_fragments(wide[:, k + 32 * step : k + 32 * step + 32])
             b = np.broadcast_to(b, a.shape)
-            acc = emulation.mma_sp_m16n8k32(a, b, acc, meta[:, :, step // 2], step % 2, kind)
+            acc = ptx.tensor_cores.mma_sp_m16n8k32(a, b, acc, meta[:, :, step // 2], step % 2, kind)
     out = np.zeros((8, lines, 16), np.float32)
     lane, i = np.arange(32)[:, None], np.arange(4)[None, :]
     out[2 * (lane % 4) + i % 2, :, lane // 4 + 8 * (i // 2)] = acc.transpose(1, 2, 0)

@@ -6,7 +6,7 @@ hardware reads the sparse operand is taken from the PTX ISA. The kernel stays ou
 
 from __future__ import annotations
 
-import ptx_emulation as emulation
+import ptx
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,7 +60,7 @@ def test_machine_values(monkeypatch, dtype, tokens, rows, columns, activation):
     exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
     results = []
     for lazy in (True, False):
-        target = emulation.Machine(wgmma24._wgmma24_fwd_kernel, 90, lazy)
+        target = ptx.Machine(wgmma24._wgmma24_fwd_kernel, 90, lazy)
         with monkeypatch.context() as patch:
             patch.setattr(wgmma24, "_wgmma24_fwd_kernel", target)
             packed = sparse24_pack(weight).packed
@@ -77,15 +77,15 @@ def test_machine_values(monkeypatch, dtype, tokens, rows, columns, activation):
 def test_its_self_test_passes_and_notices(monkeypatch, broken):
     from prunekernels.sparse.two_four import wgmma as wgmma24
 
-    target = emulation.Machine(wgmma24._wgmma24_fwd_kernel, 90, True)
+    target = ptx.Machine(wgmma24._wgmma24_fwd_kernel, 90, True)
     monkeypatch.setattr(wgmma24, "_wgmma24_fwd_kernel", target)
     if broken:
-        real = emulation.mma_sp_m16n8k32
+        real = ptx.tensor_cores.mma_sp_m16n8k32
 
         def swapped(a, b, c, e, selector, kind):
             return real(a, b, c, e, 1 - selector, kind)
 
-        monkeypatch.setattr(emulation, "mma_sp_m16n8k32", swapped)
+        monkeypatch.setattr(ptx.tensor_cores, "mma_sp_m16n8k32", swapped)
     problem = wgmma24.self_test(torch.device("cpu"))
     assert (problem is not None and "results differ" in problem) if broken else problem is None
 
