@@ -33,7 +33,7 @@ from bench.harness import Session, add_options, provenance, say, write_csv
 from bench.research import pruning_functions
 from prunekit import checkpoint
 from prunekit.data import calibration
-from prunekit.data.texts import read_file
+from prunekit.data.text_files import read_file
 from prunekit.evaluation.likelihood import perplexity
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS

@@ -20,7 +20,7 @@ import torch
 from bench.harness import RESULTS, provenance, write_csv
 from prunekit import checkpoint
 from prunekit.data import calibration
-from prunekit.data.texts import read_file
+from prunekit.data.text_files import read_file
 from prunekit.evaluation.items import load_heldout
 from prunekit.evaluation.likelihood import perplexity
 from prunekit.pruning import Magnitude, Method, SparseGPT, Wanda, prune_

@@ -120,7 +120,7 @@ def _compiled(weight: Tensor, tokens: int) -> Layer:
 
 def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
     """One of our formats, by one of its implementations."""
-    pack, linear, select, kinds = FORMATS[form]
+    pack, linear, select, kinds = PACKED_FORMATS[form]
     try:
         select(weight.new_zeros((min(tokens, 8), weight.shape[1])), weight.shape[0], impl)
     except ValueError as error:
@@ -134,7 +134,7 @@ def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
 
 
 #: Our formats: packing, product, choice of implementation, and what an implementation costs.
-FORMATS: dict[str, Any] = {
+PACKED_FORMATS: dict[str, Any] = {
     "2:4": (
         prunekernels.sparse24_pack,
         prunekernels.sparse24_linear,

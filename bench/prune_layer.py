@@ -20,7 +20,7 @@ from bench import bench_model, bench_select, bounds, research
 from bench.harness import Case, Contender, Prepared, Session, Verdict
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import WeightRef
-from prunekit.pruning import Wanda, prune_, scores, sparsegpt
+from prunekit.pruning import Wanda, importance, prune_, sparsegpt
 from prunekit.pruning.patterns import Pattern, parse
 from prunekit.speed import timing
 
@@ -114,7 +114,7 @@ def choices(layer: Layer, case: Case) -> list[Contender]:
     squares = [group.mean_square for group in layer.groups for _ in group.refs]
     pairs = list(zip(layer.dense, squares, strict=True))
     plain = torch_choice(pattern)
-    wanted = [plain(scores.wanda(*pair)) for pair in pairs]
+    wanted = [plain(importance.wanda(*pair)) for pair in pairs]
 
     def check(found: list[Tensor]) -> Verdict:
         wrong = sum(int((got != want).sum()) for got, want in zip(found, wanted, strict=True))
@@ -135,10 +135,10 @@ def choices(layer: Layer, case: Case) -> list[Contender]:
         run = lambda: [target.copy_(source) for target, source in both]  # noqa: E731
         return Prepared([run], equal, cost, graph=False)
 
-    ours = functools.partial(scores.wanda_mask, pattern=pattern)
+    ours = functools.partial(importance.wanda_mask, pattern=pattern)
     return [
         Contender("prunekit", functools.partial(prepare, ours)),
-        Contender("torch sort", functools.partial(prepare, lambda *p: plain(scores.wanda(*p)))),
+        Contender("torch sort", functools.partial(prepare, lambda *p: plain(importance.wanda(*p)))),
         Contender("copy", copied),
     ]
 
@@ -237,7 +237,7 @@ def whole(layer: Layer, case: Case, checkout: Path | None) -> list[Contender]:
     plain = torch_choice(pattern)
     layer.restore()
     squares = dict(mean_squares(layer))
-    wanted = [plain(scores.wanda(ref.matrix, squares[ref.name])) for ref in layer.refs]
+    wanted = [plain(importance.wanda(ref.matrix, squares[ref.name])) for ref in layer.refs]
 
     def check(found: list[Tensor]) -> Verdict:
         # sums in another order move what lies near the threshold

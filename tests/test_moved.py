@@ -15,6 +15,8 @@ OLD = {
     "prunekit.calibration": "prunekit.data.calibration",
     "prunekit.comparison": "prunekit.study.comparison",
     "prunekit.modeling": "prunekit.models.dropped",
+    "prunekit.pruning.scores": "prunekit.pruning.importance",
+    "prunekit.report.figures": "prunekit.report.png",
 }
 
 

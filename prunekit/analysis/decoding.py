@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 from prunekit import generation
 from prunekit.analysis import grid as grids
 from prunekit.analysis.grid import Array, MetricGrid
+from prunekit.analysis.sequence_metrics import sequence_metrics, text_nlls
 from prunekit.analysis.spaces import Level, Reader, Weights, check_pair
 from prunekit.analysis.steps import final_states, step_batches
 from prunekit.analysis.transcripts import TOP_TOKENS, Generation, Tops, top_tokens, transcribed
-from prunekit.analysis.whole_texts import sequence_metrics, text_nlls
 from prunekit.generation import Rollout
 from prunekit.progress import track
 

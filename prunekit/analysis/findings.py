@@ -8,10 +8,10 @@ from typing import Any, Self
 
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid, interval_from_dict, interval_to_dict
-from prunekit.analysis.scores import Scores
+from prunekit.analysis.quality import Scores
 from prunekit.analysis.subspace import Subspace
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.statistics import Interval
+from prunekit.evaluation.intervals import Interval
 
 SCHEMA_VERSION = 1
 SECTIONS = ("layerwise", "accumulated", "removal", "decoding", "subspace", "theory", "scores")

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.statistics import Interval, bootstrap_mean
+from prunekit.evaluation.intervals import Interval, bootstrap_mean
 
 Array = NDArray[np.float64]
 

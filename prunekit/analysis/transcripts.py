@@ -10,7 +10,7 @@ import numpy as np
 from prunekernels import PairStats
 
 from prunekit.analysis.grid import MetricGrid
-from prunekit.evaluation import text
+from prunekit.evaluation import text_similarity
 from prunekit.generation import Rollout
 
 TOP_TOKENS = 5
@@ -147,6 +147,6 @@ def transcribed(
         tokenizer.decode(list(theirs.continuation), skip_special_tokens=True),
         shown(ours.continuation),
         shown(theirs.continuation),
-        text.first_divergence(ours.continuation, theirs.continuation),
+        text_similarity.first_divergence(ours.continuation, theirs.continuation),
         steps,
     )

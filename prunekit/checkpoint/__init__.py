@@ -14,6 +14,6 @@ that a checkpoint carries is never run.
 
 from prunekit.checkpoint.integrity import check_finite
 from prunekit.checkpoint.reading import load
-from prunekit.checkpoint.writing import FORMATS, check_format, save
+from prunekit.checkpoint.writing import SAVE_FORMATS, check_format, save
 
-__all__ = ["FORMATS", "check_finite", "check_format", "load", "save"]
+__all__ = ["SAVE_FORMATS", "check_finite", "check_format", "load", "save"]

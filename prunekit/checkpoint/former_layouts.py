@@ -31,7 +31,7 @@ from prunekit.models.architectures import Architecture
 from prunekit.packed.described import PACKED_VERSION, unpacked_state
 from prunekit.packed.modules import FORMATS, MergedPart, PackedLinear, own_layer
 
-LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
+FORMER_LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WEIGHTS_PER_BYTE = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
@@ -44,7 +44,7 @@ def layout_of(quantization: Mapping[str, Any]) -> str | None:
     ):
         return None
     layout = sparsity.get("format")
-    return layout if layout in LAYOUTS else None
+    return layout if layout in FORMER_LAYOUTS else None
 
 
 def read_former(
@@ -135,7 +135,7 @@ def former_state(arch: Architecture, layout: str) -> tuple[dict[str, Tensor], di
 
     Args:
         arch: The model, packed or dense.
-        layout: One of `LAYOUTS`.
+        layout: One of `FORMER_LAYOUTS`.
     """
     state = unpacked_state(arch.model)
     compressed, zeros, size = set(), 0, 0
@@ -161,7 +161,7 @@ def former_state(arch: Architecture, layout: str) -> tuple[dict[str, Tensor], di
         "targets": ["Linear"],
         "ignore": sorted(linears - compressed),
         "global_sparsity": zeros / size if size else 0.0,
-        "sparsity_structure": "2:4" if layout == LAYOUTS[0] else "unstructured",
+        "sparsity_structure": "2:4" if layout == FORMER_LAYOUTS[0] else "unstructured",
     }
     return state, {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
 
@@ -170,7 +170,7 @@ def _compress(dense: Tensor, layout: str) -> dict[str, Tensor] | None:
     """The tensors of a matrix in a layout, or None if it does not fit or is no smaller."""
     rows, columns = dense.shape
     mask = dense != 0
-    if layout == LAYOUTS[0]:
+    if layout == FORMER_LAYOUTS[0]:
         if columns % 4 or int(mask.view(rows, -1, 4).sum(2).max()) > 2:
             return None
         # every group stores two values, be they zeros
@@ -182,7 +182,7 @@ def _compress(dense: Tensor, layout: str) -> dict[str, Tensor] | None:
     padded = nn.functional.pad(mask, (0, -columns % 8)).view(rows, -1, 8)
     bitmask = (padded * _WEIGHTS_PER_BYTE).sum(2, dtype=torch.uint8)
     parts = {"compressed": values, "bitmask": bitmask, "shape": shape}
-    if layout != LAYOUTS[0]:
+    if layout != FORMER_LAYOUTS[0]:
         counts = mask.sum(1)
         parts["row_offsets"] = counts.cumsum(0) - counts
     size = sum(part.numel() * part.element_size() for part in parts.values())

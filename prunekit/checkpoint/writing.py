@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prunekit.atomic import replaced_folder
-from prunekit.checkpoint.former_layouts import LAYOUTS, former_state
+from prunekit.checkpoint.former_layouts import FORMER_LAYOUTS, former_state
 from prunekit.checkpoint.manifest import MANIFEST, write_manifest
 from prunekit.checkpoint.skeletons import make_packed_config_, skeleton_of
 from prunekit.errors import PrunekitError, one_line
@@ -25,7 +25,7 @@ from prunekit.packed.described import dense_state, describe_packed, is_packed, p
 from prunekit.packed.modules import packed_layers
 from prunekit.progress import quiet_transformers
 
-FORMATS = ("auto", "dense", "zeroed", *LAYOUTS)
+SAVE_FORMATS = ("auto", "dense", "zeroed", *FORMER_LAYOUTS)
 
 
 def save(
@@ -72,7 +72,7 @@ def save(
         try:
             if format == "zeroed" and any(dropped.values()):
                 _with_zeros(arch).save_pretrained(new)
-            elif format in LAYOUTS:
+            elif format in FORMER_LAYOUTS:
                 _write_former(arch, new, format)
             elif not is_packed(model):
                 model.save_pretrained(new)
@@ -97,8 +97,8 @@ def save(
 
 def check_format(format: str) -> None:
     """Raise a PrunekitError unless `format` is one that `save` writes."""
-    if format not in FORMATS:
-        raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    if format not in SAVE_FORMATS:
+        raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(SAVE_FORMATS)}")
 
 
 def _write_packed(model: PreTrainedModel, folder: Path, *, packed: bool) -> None:

@@ -181,11 +181,11 @@ def _device_name(model: Any) -> str:
 
 def _write(found: dict[str, Any], folder: str, overwrite: bool) -> None:
     from prunekit.atomic import replaced_folder
-    from prunekit.report import figures
+    from prunekit.report import png
 
     with replaced_folder(folder, overwrite=overwrite, replaceable=FILES) as part:
         (part / FILES[0]).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        figures.draw(_figure(found), part / FILES[1])
+        png.draw(_figure(found), part / FILES[1])
 
 
 def _figure(found: dict[str, Any]) -> Any:
@@ -245,14 +245,14 @@ def _shown(found: dict[str, Any], folder: str | None) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     lines = [
         {
             "Batch": row["batch"],
             "Variant": row["variant"],
             "What": row["what"],
-            "Weights": f"{tables.size(row['weight_bytes'])} ({100 * row['size']:.0f} %)",
+            "Weights": f"{terminal.size(row['weight_bytes'])} ({100 * row['size']:.0f} %)",
             "Reading": f"{row['prefill_tokens_per_second']:.0f} tokens/s",
             "Writing": f"{row['decode_tokens_per_second']:.1f} tokens/s",
             "20–80 %": f"{row['decode_low']:.1f} to {row['decode_high']:.1f}",
@@ -273,4 +273,4 @@ def _shown(found: dict[str, Any], folder: str | None) -> Any:
         notes.append(f"Slower than dense here: {names}. Smaller is not always faster.")
     if folder is not None:
         notes.append(f"Written: {folder}/{FILES[0]} and {folder}/{FILES[1]}")
-    return Group(tables.records(title, lines), *(Text(note) for note in notes))
+    return Group(terminal.records(title, lines), *(Text(note) for note in notes))

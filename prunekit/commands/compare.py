@@ -118,10 +118,10 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 
 def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> None:
-    from prunekit.data import texts
+    from prunekit.data import text_files
     from prunekit.evaluation.items import load_heldout
 
-    text = load_heldout() if args.text is None else "\n\n".join(texts.read_file(args.text))
+    text = load_heldout() if args.text is None else "\n\n".join(text_files.read_file(args.text))
 
     options.find(sources)
     from prunekit.analysis.kl_report import kl_report
@@ -146,7 +146,7 @@ def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> 
 def summary_data(study: Any) -> dict[str, Any]:
     """`Study.summary()` as JSON-able data."""
     from prunekit.analysis.grid import interval_to_dict
-    from prunekit.evaluation.statistics import Interval
+    from prunekit.evaluation.intervals import Interval
 
     return {
         name: interval_to_dict(value) if isinstance(value, Interval) else value
@@ -171,6 +171,6 @@ def _shown(study: Any, page: str) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
-    return Group(tables.study_summary(study), Text(f"\nOpen {page}"))
+    return Group(terminal.study_summary(study), Text(f"\nOpen {page}"))

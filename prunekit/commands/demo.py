@@ -192,16 +192,16 @@ def _shown(studies: Mapping[str, Study], pages: Mapping[str, str], seconds: floa
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import sentences, tables
+    from prunekit.report import sentences, terminal
 
     named = {study.meta["names"]["pruned"]: study for study in studies.values()}
-    parts: list[Any] = [tables.studies_side_by_side(named)]
+    parts: list[Any] = [terminal.studies_side_by_side(named)]
     rows = next(iter(studies.values())).meta.get("sweep")
     if rows:
-        parts += [tables.sweep_table(rows), Text()]
+        parts += [terminal.sweep_table(rows), Text()]
     for name, study in named.items():
         parts.append(Text(name, style="bold"))
-        parts += [tables.sentence(said) for said in sentences.describe(study)]
+        parts += [terminal.sentence(said) for said in sentences.describe(study)]
         parts.append(Text())
     parts.append(Text(f"Done in {seconds:.0f} s. Open the pages:"))
     parts += [Text(f"  {page}") for page in pages.values()]

@@ -105,13 +105,13 @@ def _shown(found: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     threads = found["cpu_threads"]
     return Group(
-        tables.facts("Versions", found["versions"].items()),
+        terminal.facts("Versions", found["versions"].items()),
         Text(),
-        tables.facts(
+        terminal.facts(
             "Machine",
             [
                 ("platform", found["platform"]),
@@ -121,7 +121,7 @@ def _shown(found: dict[str, Any]) -> Any:
             ],
         ),
         Text(),
-        tables.records("Which implementation runs, and why", found["ops"]),
+        terminal.records("Which implementation runs, and why", found["ops"]),
         Text(),
-        tables.facts("Optional packages", found["extras"].items()),
+        terminal.facts("Optional packages", found["extras"].items()),
     )

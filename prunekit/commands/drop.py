@@ -51,9 +51,9 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     from prunekit.pruning import Drop, drop_
 
     drop = Drop(args.unit, args.count, args.strategy)
-    if args.format not in checkpoint.FORMATS:
+    if args.format not in checkpoint.SAVE_FORMATS:
         raise PrunekitError(
-            f"format '{args.format}' is unknown: use {' or '.join(checkpoint.FORMATS)}"
+            f"format '{args.format}' is unknown: use {' or '.join(checkpoint.SAVE_FORMATS)}"
         )
     calibration = options.calibration(args)
     model, tokenizer = options.load(source, args)
@@ -100,7 +100,7 @@ def _shown(
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     gone = [
         f"{name} of layers {', '.join(map(str, layers))}"
@@ -121,7 +121,7 @@ def _shown(
         f"({100 * kept:.1f} %).",
         f"KV cache: {before.entries} → {after.entries} entries, "
         f"{before.bytes_per_token:,} → {after.bytes_per_token:,} bytes per token.",
-        f"Saved to {folder} ({tables.size(size)}).",
+        f"Saved to {folder} ({terminal.size(size)}).",
     ]
     if form == "zeroed":
         lines.append(

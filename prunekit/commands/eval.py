@@ -74,7 +74,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 
 def _shown(found: dict[str, list[TaskScore]]) -> Any:
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     def cell(score: TaskScore) -> str:
         error = "" if score.stderr is None else f" ± {score.stderr:.4f}"
@@ -89,4 +89,4 @@ def _shown(found: dict[str, list[TaskScore]]) -> Any:
         if len(scores) > 1:
             row["Change"] = f"{scores[1].value - first.value:+.4f}"
         rows.append(row)
-    return tables.records("lm-evaluation-harness (± one standard error)", rows)
+    return terminal.records("lm-evaluation-harness (± one standard error)", rows)

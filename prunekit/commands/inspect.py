@@ -79,20 +79,20 @@ def _shown(found: dict[str, Any]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     dropped = [f"{name} {layers}" for name, layers in found["dropped"].items() if layers]
     kept, layers = found["original_layers"], found["layers"]
     if kept != list(range(layers)):
         dropped.append(f"blocks (kept {kept} of the original model)")
-    files = "" if found["file_bytes"] is None else f", {tables.size(found['file_bytes'])} on disk"
+    files = "" if found["file_bytes"] is None else f", {terminal.size(found['file_bytes'])} on disk"
     rows = [
         ("Architecture", found["architecture"]),
         ("Format", f"{found['format']} (checksums: {found['checksums']})"),
         (
             "Size",
             f"{found['parameters']:,} parameters, {found['dtype']}, "
-            f"{tables.size(found['parameter_bytes'])} in memory{files}",
+            f"{terminal.size(found['parameter_bytes'])} in memory{files}",
         ),
         ("Layers", f"{layers}, hidden size {found['hidden_size']}"),
         ("Vocabulary", f"{found['vocabulary']:,}, context {found['context_length']:,} tokens"),
@@ -113,7 +113,7 @@ def _shown(found: dict[str, Any]) -> Any:
         for row in found["matrices"]
     ]
     return Group(
-        tables.facts(found["model"], rows),
+        terminal.facts(found["model"], rows),
         Text(),
-        tables.records("Matrices of the layers", matrices),
+        terminal.records("Matrices of the layers", matrices),
     )

@@ -59,12 +59,12 @@ def shown(reports: Sequence[CompiledReport]) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     faults = [report for report in reports if report.fault]
     said = f"{len(reports)} compiled, {len(faults)} with a fault"
     rows = [_row(report) for report in reports]
-    return Group(tables.records("Kernels as compiled", rows), Text(f"\n{said}"))
+    return Group(terminal.records("Kernels as compiled", rows), Text(f"\n{said}"))
 
 
 def _row(report: CompiledReport) -> Mapping[str, Any]:

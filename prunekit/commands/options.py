@@ -87,11 +87,11 @@ def calibration(args: argparse.Namespace) -> Calibration:
     Raises:
         PrunekitError: No such file, or an option is out of range.
     """
-    from prunekit.data import texts
+    from prunekit.data import text_files
     from prunekit.data.calibration import SELF, Calibration
 
     source = args.calibration
-    if source != SELF and not texts.is_hub_id(source) and not Path(source).is_file():
+    if source != SELF and not text_files.is_hub_id(source) and not Path(source).is_file():
         raise PrunekitError(
             f"calibration file {source} does not exist: give a file, 'self' or a Hub dataset id"
         )
@@ -190,9 +190,9 @@ def emit(
         json.dump(data(), answer, ensure_ascii=False, allow_nan=False, indent=2)
         answer.write("\n")
     elif not args.quiet:
-        from prunekit.report import tables
+        from prunekit.report import terminal
 
-        tables.show(shown(), answer)
+        terminal.show(shown(), answer)
 
 
 def whole(text: str) -> int:

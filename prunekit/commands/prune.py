@@ -148,14 +148,14 @@ def _shown(
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     lines = [
         report.table(verbose=verbose),
         "",
         f"Zeros: {report.zeros:,} of {report.size:,} weights of the pruned matrices "
         f"({100 * report.sparsity:.2f} %); {len(report.left_dense)} matrices left dense.",
-        f"Saved to {folder} ({tables.size(size)}).",
+        f"Saved to {folder} ({terminal.size(size)}).",
     ]
     if swapped is not None:
         lines += ["", swapped.table(verbose=verbose), "", swapped.verdict]

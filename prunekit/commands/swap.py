@@ -109,8 +109,8 @@ def _shown(report: SwapReport, folder: str, size: int, verbose: bool) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from prunekit.report import tables
+    from prunekit.report import terminal
 
     lines = [report.table(verbose=verbose), "", report.verdict]
-    lines.append(f"Saved to {folder} ({tables.size(size)}).")
+    lines.append(f"Saved to {folder} ({terminal.size(size)}).")
     return Group(*(Text(line) for line in lines))

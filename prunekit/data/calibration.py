@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prunekit import distributed
-from prunekit.data import texts
+from prunekit.data import text_files
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.progress import track
@@ -247,7 +247,7 @@ def _sample(logits: Tensor, generator: torch.Generator) -> Tensor:
 def _windows(calibration: Calibration, tokenizer: Any) -> Tensor:
     """Random non-overlapping windows of a source's text."""
     samples, length = calibration.samples, calibration.length
-    documents = texts.read(
+    documents = text_files.read(
         str(calibration.source), text_field=calibration.text_field, seed=calibration.seed
     )
     pool: list[int] = []

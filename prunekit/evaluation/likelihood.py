@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.intervals import Interval, wilson
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.scoring import (
     check_length,
     continuation_nlls,
     sequence_token_nlls,
 )
-from prunekit.evaluation.statistics import Interval, wilson
 
 
 @dataclass(frozen=True)

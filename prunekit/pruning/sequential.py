@@ -19,11 +19,11 @@ from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import WeightRef
 from prunekit.progress import track
-from prunekit.pruning import scores, sparsegpt
+from prunekit.pruning import importance, sparsegpt
+from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
 from prunekit.pruning.journal import Journal, fingerprint
 from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
 from prunekit.pruning.report import MatrixReport, PruneReport, dtype_name
-from prunekit.pruning.statistics import InputStatistics, LayerCollector
 from prunekit.pruning.stream import Stream
 
 _NO_TOKENS = "no calibration token reached it: scored by magnitude"
@@ -265,7 +265,9 @@ def _prune_group(
     """Prune matrices that read the same input by the same method; the originals stay."""
     pattern = method.target
     if isinstance(method, Magnitude):
-        found = [scores.select(scores.magnitude(m), pattern, per_row=False) for m in matrices]
+        found = [
+            importance.select(importance.magnitude(m), pattern, per_row=False) for m in matrices
+        ]
         return [_masked(*pair) for pair in zip(matrices, found, strict=True)]
     assert inputs is not None
     note = ""
@@ -277,14 +279,14 @@ def _prune_group(
         return _by_sparsegpt(matrices, method, inputs)
     mean_square = torch.ones_like(inputs.square_sum) if note else inputs.mean_square
     if isinstance(method, Wanda) and (pattern.structured or not method.variant):
-        masks = [scores.wanda_mask(matrix, mean_square, pattern) for matrix in matrices]
+        masks = [importance.wanda_mask(matrix, mean_square, pattern) for matrix in matrices]
         return [_masked(*pair, note) for pair in zip(matrices, masks, strict=True)]
     results = []
     for matrix in matrices:
-        ranked = scores.wanda(matrix, mean_square)
+        ranked = importance.wanda(matrix, mean_square)
         if isinstance(method, Wanda):
-            ranked = scores.cumulative_shares(ranked)
-        results.append(_masked(matrix, scores.select(ranked, pattern, per_row=False), note))
+            ranked = importance.cumulative_shares(ranked)
+        results.append(_masked(matrix, importance.select(ranked, pattern, per_row=False), note))
     return results
 
 

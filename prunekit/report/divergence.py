@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import exp
 from typing import Any
 
-from prunekit.report import tables
+from prunekit.report import terminal
 
 _HIGH = ("p99.9", "p99", "p95", "p90", "p75")
 _LOW = ("p25", "p10", "p5", "p1", "p0.1")
@@ -38,13 +38,13 @@ def kl_table(found: Mapping[str, float], names: tuple[str, str]) -> Any:
     same = [("same top token", error("same_top", 100, 3) + " %")]
     blank = Text()
     return Group(
-        tables.facts(f"Perplexity, {found['rows']:.0f} tokens", perplexity),
+        terminal.facts(f"Perplexity, {found['rows']:.0f} tokens", perplexity),
         blank,
-        tables.facts(f"KL({dense} ‖ {pruned}), nats", kl),
+        terminal.facts(f"KL({dense} ‖ {pruned}), nats", kl),
         blank,
-        tables.facts("Δp of the actual token, percentage points", delta),
+        terminal.facts("Δp of the actual token, percentage points", delta),
         blank,
-        tables.facts("Agreement", same),
+        terminal.facts("Agreement", same),
     )
 
 

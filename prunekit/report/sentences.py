@@ -11,8 +11,8 @@ import numpy as np
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
 from prunekit.analysis.grid import MetricGrid
-from prunekit.evaluation.statistics import Interval
-from prunekit.report.view import Value, number
+from prunekit.evaluation.intervals import Interval
+from prunekit.report.summary_tables import Value, number
 
 # Below this share of valid positions an estimate is called unusable, below the second doubtful.
 _UNUSABLE, _DOUBTFUL = 0.5, 0.9

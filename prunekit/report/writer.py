@@ -19,7 +19,7 @@ from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.subspace import Subspace
 from prunekit.atomic import replaced_folder
 from prunekit.errors import PrunekitError, one_line
-from prunekit.report import build, page
+from prunekit.report import contents, page
 
 STUDY = "study.json"
 PAGE = "index.html"
@@ -40,16 +40,16 @@ def save(study: Findings, folder: str | Path, *, overwrite: bool = False) -> Pat
         PrunekitError: The folder is not empty, holds something that is no study, or can't be
             written.
     """
-    from prunekit.report import figures  # matplotlib is slow to import, and only needed here
+    from prunekit.report import png  # matplotlib is slow to import, and only needed here
 
     with replaced_folder(folder, overwrite=overwrite, replaceable=(STUDY,)) as new:
         _write_json(new / STUDY, study.to_dict())
         for name, rows in _tables(study).items():
             _write_csv(new / f"{name}.csv", rows)
         (new / "figures").mkdir()
-        for figure in build.figures(study):
-            figures.draw(figure, new / "figures" / f"{figure.key}.png")
-        (new / PAGE).write_text(page.render(build.payload(study)), encoding="utf-8")
+        for figure in contents.figures(study):
+            png.draw(figure, new / "figures" / f"{figure.key}.png")
+        (new / PAGE).write_text(page.render(contents.payload(study)), encoding="utf-8")
     return Path(folder) / PAGE
 
 

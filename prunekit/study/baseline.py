@@ -8,8 +8,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit import distributed, generation
-from prunekit.analysis import scores
-from prunekit.analysis.scores import Scores
+from prunekit.analysis import quality
+from prunekit.analysis.quality import Scores
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.generation import Rollout
@@ -69,10 +69,10 @@ class Baseline:
         return [self._rollouts[text] for text in prompts]
 
     def single_step(self, choices: Sequence[Choice]) -> Scores:
-        """`scores.single_step` of the dense model."""
+        """`quality.single_step` of the dense model."""
         asked = tuple(choices)
         if asked not in self._scores:
-            self._scores[asked] = scores.single_step(
+            self._scores[asked] = quality.single_step(
                 self.dense, self.tokenizer, asked, progress=self.progress
             )
         return self._scores[asked]

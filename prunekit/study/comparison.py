@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit import distributed, generation
-from prunekit.analysis import scores
+from prunekit.analysis import quality
 from prunekit.analysis.decoding import decode
 from prunekit.analysis.findings import SECTIONS
 from prunekit.analysis.grid import MetricGrid
@@ -143,12 +143,12 @@ def compare(
         with _timed(seconds, "scores"):
             sequence = found["decoding"].sequence
             found["scores"] = {
-                name: scores.generative(sequence, dense=name == "dense", seed=seed)
+                name: quality.generative(sequence, dense=name == "dense", seed=seed)
                 for name in ("dense", "pruned")
             }
             if choices:
                 found["scores"]["dense"] |= baseline.single_step(choices)
-                found["scores"]["pruned"] |= scores.single_step(
+                found["scores"]["pruned"] |= quality.single_step(
                     pruned, tokenizer, choices, progress=progress
                 )
     if "decoding" not in wanted:

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit import distributed, generation
-from prunekit.analysis import scores
+from prunekit.analysis import quality
 from prunekit.analysis.decoding import decode
 from prunekit.analysis.grid import interval_to_dict
 from prunekit.errors import PrunekitError
@@ -62,7 +62,7 @@ def sweep(
 
     Returns:
         One JSON-able row per count, ascending: `count`, the dropped layers as `attn` and `mlp`, and
-        `scores`: per name of `scores.single_step`, `scores.generative` and `_METRICS` an interval
+        `scores`: per name of `quality.single_step`, `quality.generative` and `_METRICS` an interval
         as a dict of mean, low, high and n.
 
     Raises:
@@ -109,8 +109,8 @@ def sweep(
         if left is dense:
             found = dict(baseline.single_step(choices))
         else:
-            found = scores.single_step(left, tokenizer, choices, progress=progress)
-        found |= scores.generative(decoding.sequence, seed=seed)
+            found = quality.single_step(left, tokenizer, choices, progress=progress)
+        found |= quality.generative(decoding.sequence, seed=seed)
         found |= {name: decoding.teacher_forced.interval(name, seed=seed) for name in _METRICS}
         table = {name: interval_to_dict(value) for name, value in found.items()}
         rows.append({"count": count, **{k: sorted(v) for k, v in dropped.items()}, "scores": table})

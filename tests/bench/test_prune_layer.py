@@ -12,7 +12,7 @@ from prunekernels import nm_mask, rowwise_mask
 from bench.bench_prune import arguments
 from bench.harness import Session
 from bench.prune_layer import MODES, OPS, Layer, run
-from prunekit.pruning import scores, sparsegpt
+from prunekit.pruning import importance, sparsegpt
 
 ROOFS = {torch.bfloat16: (1e10, 1e12)}
 
@@ -47,7 +47,7 @@ def test_a_careless_choice_or_update_is_not_timed(tmp_path, monkeypatch):
         masks = [unscaled(score, None, pattern) for score in worth]
         return [(m.float() * k, k) for m, k in zip(matrices, masks, strict=True)]
 
-    monkeypatch.setattr(scores, "wanda_mask", unscaled)
+    monkeypatch.setattr(importance, "wanda_mask", unscaled)
     monkeypatch.setattr(sparsegpt, "sparsify", without_update)
     found = measured(tmp_path)
     for op in OPS[:2]:

@@ -351,7 +351,7 @@ class State:
             found[f"second_{side}"] = s[f"second_{letter}"]
             found[f"id_{side}"] = self.ids[..., index].double()
             found[f"label_{side}"] = s[f"label_{letter}"] if kind.labels else zero
-        return torch.stack([found[name] for name in partial.FIELDS], -1)
+        return torch.stack([found[name] for name in partial.STATE_FIELDS], -1)
 
     def finish(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """Merge the splits.

@@ -17,7 +17,7 @@ from prunekernels.metrics.result_rows import (
 )
 
 #: Everything that `fields` can name, in the order of a result.
-FIELDS = (*PAIR_FLOATS, *LABEL_FLOATS, *FULL_FLOATS, *PAIR_IDS, *PAIR_FLAGS)
+PAIR_FIELDS = (*PAIR_FLOATS, *LABEL_FLOATS, *FULL_FLOATS, *PAIR_IDS, *PAIR_FLAGS)
 
 MASSES = ("W0", "V0")
 #: KL(p‖q) and KL(q‖p). The Triton loops always have them: they notice what is not finite.
@@ -45,7 +45,7 @@ def sums(fields: Iterable[str], *, weights: str, precise: bool) -> frozenset[str
     """Names of the sums of one pass that the fields need.
 
     Args:
-        fields: names of `FIELDS`.
+        fields: names of `PAIR_FIELDS`.
         weights: "base" or "other": whose distribution weighs the second-order estimates.
         precise: whether divergences come from float32 sums of φ (`PHI`).
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunekernels import checks
-from prunekernels.metrics.needed_sums import FIELDS
+from prunekernels.metrics.needed_sums import PAIR_FIELDS
 from prunekernels.metrics.result_rows import FULL_FLOATS, LABEL_FLOATS, LEVELS, WEIGHTS
 from prunekernels.runtime import check_impl
 
@@ -69,9 +69,9 @@ def pair_fields(op: str, fields: Sequence[str] | None, level: str, labels: bool)
             f"{op}: fields must be a sequence of names, got {fields!r}; leave it out for all"
         )
     for name in fields:
-        if name not in FIELDS:
+        if name not in PAIR_FIELDS:
             raise ValueError(
-                f"{op}: fields holds {name!r}, which is not one of {', '.join(FIELDS)}"
+                f"{op}: fields holds {name!r}, which is not one of {', '.join(PAIR_FIELDS)}"
             )
         if name in LABEL_FLOATS and not labels:
             raise ValueError(f"{op}: fields holds {name!r}, which needs labels=")
@@ -79,4 +79,4 @@ def pair_fields(op: str, fields: Sequence[str] | None, level: str, labels: bool)
             raise ValueError(
                 f"{op}: fields holds {name!r}, which needs level='full', got {level!r}"
             )
-    return ",".join(name for name in FIELDS if name in fields)
+    return ",".join(name for name in PAIR_FIELDS if name in fields)

@@ -1,11 +1,11 @@
 """Partial sums of pairs of logit rows that merge exactly: what one part of the vocabulary says.
 
-A state is one float64 number per row and name of `FIELDS`: references α, β (−inf: nothing there),
-the two largest logits, the first id of the largest, the label's logit and whether it is there, and
-the sums of `closed_form`. Moving the references from (α, β) to (α*, β*), with δa = α*−α, δb = β*−β,
-s = δb−δa, turns a' into a'−δa, b' into b'−δb and x into x−s, so that every sum becomes one of the
-sums' combinations (METRICS, "One pass"); states with the same references then add. Ids are exact in
-float64.
+A state is one float64 number per row and name of `STATE_FIELDS`: references α, β (−inf: nothing
+there), the two largest logits, the first id of the largest, the label's logit and whether it is
+there, and the sums of `closed_form`. Moving the references from (α, β) to (α*, β*), with δa = α*−α,
+δb = β*−β, s = δb−δa, turns a' into a'−δa, b' into b'−δb and x into x−s, so that every sum becomes
+one of the sums' combinations (METRICS, "One pass"); states with the same references then add. Ids
+are exact in float64.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ HEAD_FIELDS = (
     *("id_base", "id_other", "label_base", "label_other", "held"),
 )
 SUM_FIELDS = (*(name for name in SUMS if name not in ("JS", "TV", "HE")), *PHI_SUMS)
-FIELDS = (*HEAD_FIELDS, *SUM_FIELDS)
+STATE_FIELDS = (*HEAD_FIELDS, *SUM_FIELDS)
 _INF = float("inf")
 
 
 def merge(parts: Tensor, temperature: float) -> Tensor:
     """One state `(N, F)` of K states `(K, N, F)`, of disjoint parts of the same rows."""
-    named = dict(zip(FIELDS, parts.unbind(-1), strict=True))
+    named = dict(zip(STATE_FIELDS, parts.unbind(-1), strict=True))
     merged: dict[str, Tensor] = {}
     for side in ("base", "other"):
         top, index = named[f"top_{side}"], named[f"id_{side}"]
@@ -45,7 +45,7 @@ def merge(parts: Tensor, temperature: float) -> Tensor:
     moved = _moved(named, alpha, beta, temperature)
     merged |= {"alpha": alpha, "beta": beta, "held": named["held"].sum(0)}
     merged |= {name: moved[name].sum(0) for name in SUM_FIELDS}
-    return torch.stack([merged[name] for name in FIELDS], -1)
+    return torch.stack([merged[name] for name in STATE_FIELDS], -1)
 
 
 def _moved(
@@ -93,7 +93,7 @@ def finish(
     state: Tensor, *, temperature: float, level: str, weights: str, labels: bool, fields: str
 ) -> list[Tensor]:
     """Floats, ids and flags of a state `(N, F)` of whole rows, as `layout` packs them."""
-    named = dict(zip(FIELDS, state.unbind(-1), strict=True))
+    named = dict(zip(STATE_FIELDS, state.unbind(-1), strict=True))
     sums = {name: named[name] for name in SUM_FIELDS if level != "core" or name not in PHI_SUMS}
     found = pair_fields(
         sums, named["alpha"], named["beta"], temperature=temperature, weights=weights, full=False

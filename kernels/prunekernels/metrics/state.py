@@ -29,7 +29,7 @@ def _pair_state_op(
     state: Tensor = run(base, other, labels, temperature, level, weights, offset, fields)
     if labels is not None:
         here = labels.reshape(-1) - offset
-        state[:, partial.FIELDS.index("held")] = (here >= 0) & (here < base.shape[-1])
+        state[:, partial.STATE_FIELDS.index("held")] = (here >= 0) & (here < base.shape[-1])
     return state
 
 
@@ -46,7 +46,7 @@ def _(
     impl: str,
 ) -> Tensor:
     rows = base.numel() // base.shape[-1]
-    return base.new_empty(rows, len(partial.FIELDS), dtype=torch.float64)
+    return base.new_empty(rows, len(partial.STATE_FIELDS), dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class PairState:
     `torch.distributed.all_gather`, and put it back with `with_data`.
 
     Attributes:
-        data: `(…, F)` float64, one number per name of `prunekernels.metrics.partial.FIELDS`.
+        data: `(…, F)` float64, one number per name of `prunekernels.metrics.partial.STATE_FIELDS`.
         temperature: T.
         level: "core" or "precise".
         weights: "base" or "other".

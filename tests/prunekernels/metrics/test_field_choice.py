@@ -179,8 +179,8 @@ def test_every_field_can_be_asked_for_alone() -> None:
     base, other = logits(2, 700)
     options: dict[str, Any] = {"labels": torch.tensor([1, 2]), "level": "full"}
     whole = pair_stats(base, other, **options)
-    assert set(whole.as_dict()) == set(needed_sums.FIELDS)
-    for name in needed_sums.FIELDS:
+    assert set(whole.as_dict()) == set(needed_sums.PAIR_FIELDS)
+    for name in needed_sums.PAIR_FIELDS:
         same(pair_stats(base, other, fields=[name], **options), whole, (name,))
 
 
@@ -261,9 +261,9 @@ def test_groups_of_sums_are_as_small_as_said() -> None:
     few = ("kl_base_other", "kl_other_base", "lse_base", "nll_other", "margin_base", "argmax_base")
     names = needed_sums.sums(few, weights="base", precise=False)
     assert language.bundle(language.wanted(names)) == ("W0", "W1", "V0", "V1")
-    every = needed_sums.sums(needed_sums.FIELDS, weights="base", precise=False)
+    every = needed_sums.sums(needed_sums.PAIR_FIELDS, weights="base", precise=False)
     bundle = language.bundle(language.wanted(every))
     # four of these are not summed but taken from the others, and n is counted
     assert len(bundle) == 18 + 4 + 1
     assert {"A", "Fp", "Fq", "V2"}.isdisjoint(bundle)
-    assert set(result_rows.PAIR_FLOATS) <= set(needed_sums.FIELDS)
+    assert set(result_rows.PAIR_FLOATS) <= set(needed_sums.PAIR_FIELDS)

@@ -301,7 +301,9 @@ def test_states_are_those_of_eager_and_merge_with_them(level, weights):
         for impl in ("triton", "eager")
     }
     for left, right in zip(parts["triton"], parts["eager"], strict=True):
-        exactly = [partial.FIELDS.index(name) for name in partial.HEAD_FIELDS if name != "beta"]
+        exactly = [
+            partial.STATE_FIELDS.index(name) for name in partial.HEAD_FIELDS if name != "beta"
+        ]
         torch.testing.assert_close(left.data[:, exactly], right.data[:, exactly], rtol=1e-6, atol=0)
     for first, second in (("triton", "triton"), ("triton", "eager"), ("eager", "triton")):
         got = merge([parts[first][0], parts[second][1]]).stats().as_dict()

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from prunekit.analysis.decoding import Decoding, decode
-from prunekit.analysis.whole_texts import SEQUENCE_METRICS
+from prunekit.analysis.sequence_metrics import SEQUENCE_METRICS
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.models.dropped import drop_sublayers_

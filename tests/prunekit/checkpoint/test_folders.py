@@ -96,7 +96,7 @@ def test_tied_embeddings_and_dtype_are_kept(name, tiny, tokenizer, token_ids, tm
     model = tiny(name, tie_word_embeddings=True, num_hidden_layers=6)
     for parameter in model.parameters():  # unlike model.to, which rounds rotary frequencies as well
         parameter.data = parameter.data.bfloat16()
-    for format in checkpoint.FORMATS:
+    for format in checkpoint.SAVE_FORMATS:
         drop_sublayers_(model, attn=[len(getattr(model.config, "drop_attn_list", []))])
         folder = checkpoint.save(model, tokenizer, tmp_path / format, format=format)
         loaded, _ = checkpoint.load(folder)

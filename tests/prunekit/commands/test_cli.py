@@ -508,10 +508,10 @@ def test_zeroed_format_is_stock_and_says_that_it_saves_nothing(here, tmp_path, c
 
 def test_demo_compares_two_models_with_one_dense(tmp_path, capsys, monkeypatch):
     from prunekit.commands import demo
-    from prunekit.report import figures
+    from prunekit.report import png
 
     # drawing is test_report.py's, and slow
-    monkeypatch.setattr(figures, "draw", lambda figure, path: path.touch())
+    monkeypatch.setattr(png, "draw", lambda figure, path: path.touch())
     checkpoint.save(tiny_model(layers=6), tiny_tokenizer(), tmp_path / "model")
     monkeypatch.setattr(demo, "FULL", replace(demo.QUICK, tokens=4, sweep=(0, 2), sweep_prompts=2))
     out = tmp_path / "demo"

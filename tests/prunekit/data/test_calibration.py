@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from prunekit.data import calibration, texts
+from prunekit.data import calibration, text_files
 from prunekit.data.calibration import Calibration, batches, sequences, tokens
 from prunekit.errors import PrunekitError
 from prunekit.models import dropped as modeling
@@ -117,7 +117,7 @@ def rows_of(path):
     }[path.suffix]
 
 
-@pytest.mark.parametrize("suffix", texts.SUFFIXES)
+@pytest.mark.parametrize("suffix", text_files.SUFFIXES)
 def test_windows_of_every_format_are_disjoint_pieces_of_the_text(tiny, tmp_path, suffix):
     path = tmp_path / f"text{suffix}"
     rows = [f"{number:04d} is number {number}" for number in range(60)]
@@ -126,8 +126,8 @@ def test_windows_of_every_format_are_disjoint_pieces_of_the_text(tiny, tmp_path,
     described = Calibration(source=path, samples=20, length=16, seed=1)
     got = tokens(described, model, tokenizer)
     assert got.shape == (20, 16) and got.dtype == torch.int64
-    read = texts.read(str(path), seed=1)
-    assert sorted(read) == sorted(texts.read_file(path))
+    read = text_files.read(str(path), seed=1)
+    assert sorted(read) == sorted(text_files.read_file(path))
     joined = "".join(
         chr(token) for ids in tokenizer(read, False, False)["input_ids"] for token in [*ids, 2]
     )
@@ -164,7 +164,7 @@ def test_text_field_is_chosen(tiny, tmp_path):
 
 def test_line_separators_inside_json_strings(tmp_path):
     path = write(tmp_path, "a.jsonl", json.dumps("one\u2028two", ensure_ascii=False) + "\r\n")
-    assert texts.read_file(path) == ["one\u2028two"]
+    assert text_files.read_file(path) == ["one\u2028two"]
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,7 @@ def test_unusable_files(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(b"a\xff" if content is None else content.encode())
     with pytest.raises(PrunekitError, match=message) as error:
-        texts.read(str(path))
+        text_files.read(str(path))
     assert "\n" not in str(error.value)
 
 
@@ -196,16 +196,16 @@ def test_parquet_without_the_field_and_with_nulls(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x", None]}), path)
     with pytest.raises(PrunekitError, match="no field 'text': set text_field to one of body"):
-        texts.read(str(path))
+        text_files.read(str(path))
     with pytest.raises(PrunekitError, match="row 2 holds NoneType"):
-        texts.read(str(path), text_field="body")
+        text_files.read(str(path), text_field="body")
 
 
 def test_parquet_without_pyarrow(tmp_path, monkeypatch):
     path = write(tmp_path, "a.parquet", "")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(PrunekitError, match=r"pip install 'prunekit\[parquet\]'"):
-        texts.read(path)
+        text_files.read(path)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_a_file_needs_a_tokenizer(tiny, tmp_path):
     ],
 )
 def test_what_counts_as_a_hub_id(source, expected):
-    assert texts.is_hub_id(source) is expected
+    assert text_files.is_hub_id(source) is expected
 
 
 def test_a_missing_file_in_an_existing_folder_is_not_looked_up(tmp_path, monkeypatch):
@@ -256,13 +256,13 @@ def test_a_missing_file_in_an_existing_folder_is_not_looked_up(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, "datasets", None)  # importing it fails
     for source in ("data/c4", "data/c4.jsonl", "gone.txt"):
         with pytest.raises(PrunekitError, match=r"no text source|does not exist: check the path"):
-            texts.read(source)
+            text_files.read(source)
 
 
 def test_hub_dataset_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(PrunekitError, match=r"pip install 'prunekit\[datasets\]'"):
-        list(texts.read("owner/name"))
+        list(text_files.read("owner/name"))
 
 
 def test_hub_dataset_is_streamed(tiny, monkeypatch):
@@ -283,7 +283,7 @@ def test_hub_dataset_is_streamed(tiny, monkeypatch):
     assert tokens(described, tiny("llama"), Characters()).shape == (2, 10)
     assert asked == [("owner/name", "en", "train", True), 4]
     with pytest.raises(PrunekitError, match=r"row 1 has no field 'text'.*body"):
-        list(texts.read("owner/name"))
+        list(text_files.read("owner/name"))
 
 
 def test_hub_failures_are_one_line(monkeypatch):
@@ -292,7 +292,7 @@ def test_hub_failures_are_one_line(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     with pytest.raises(PrunekitError, match=r"can't be read \(no route\)") as error:
-        list(texts.read("owner/name"))
+        list(text_files.read("owner/name"))
     assert "\n" not in str(error.value)
 
 

@@ -22,6 +22,7 @@ from transformers import (
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import scoring
+from prunekit.evaluation.intervals import bootstrap_mean, wilson
 from prunekit.evaluation.items import (
     Choice,
     Prompt,
@@ -30,9 +31,8 @@ from prunekit.evaluation.items import (
     load_prompts,
 )
 from prunekit.evaluation.likelihood import ChoiceResult, option_logliks, perplexity, sequence_nll
-from prunekit.evaluation.statistics import bootstrap_mean, wilson
-from prunekit.evaluation.text import chrf, distinct_n, exact_prefix, first_divergence
-from prunekit.evaluation.text import repetition_rate as repetition
+from prunekit.evaluation.text_similarity import chrf, distinct_n, exact_prefix, first_divergence
+from prunekit.evaluation.text_similarity import repetition_rate as repetition
 from prunekit.models.dropped import drop_sublayers_
 
 # The models are float64, but transformers computes their attention softmax and norms in fp32, whose

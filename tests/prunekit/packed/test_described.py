@@ -27,7 +27,7 @@ from prunekit.packed import modules as packed
 from prunekit.packed.modules import PackedLinear, packed_layers
 from prunekit.swap import merge_
 
-FORMER = former_layouts.LAYOUTS
+FORMER = former_layouts.FORMER_LAYOUTS
 
 
 @pytest.fixture(scope="module")

@@ -23,12 +23,12 @@ from prunekit.pruning import (
     SparseGPT,
     Wanda,
     drop_,
+    importance,
+    input_statistics,
     method_from_dict,
     patterns,
     prune_,
-    scores,
     sparsegpt,
-    statistics,
     stream,
 )
 
@@ -168,7 +168,9 @@ def test_settings_from_a_file_reach_the_method():
 
 def test_magnitude_counts_over_the_matrix():
     matrix = torch.tensor([[1.0, -9.0, 2.0, 8.0], [-3.0, 0.5, -0.25, 4.0]])
-    mask = scores.select(scores.magnitude(matrix), patterns.parse("unstructured"), per_row=False)
+    mask = importance.select(
+        importance.magnitude(matrix), patterns.parse("unstructured"), per_row=False
+    )
     assert mask.tolist() == [[False, True, False, True], [True, False, False, True]]
 
 
@@ -177,31 +179,31 @@ def test_wanda_by_hand_where_other_formulas_differ():
     mean_square = torch.tensor([100.0, 4.0, 1.0, 0.25], dtype=torch.float64)
     # |W|·√: [10, 4, 3, 2] and [40, 6, 2, .5]; |W| alone would prune columns 0, 1 of row 0, and
     # |W|·mean square would rank row 1 alike but a matrix-wide count differently
-    found = scores.wanda(matrix, mean_square)
+    found = importance.wanda(matrix, mean_square)
     assert found.tolist() == [[10.0, 4.0, 3.0, 2.0], [40.0, 6.0, 2.0, 0.5]]
-    mask = scores.select(found, patterns.parse("unstructured"), per_row=True)
+    mask = importance.select(found, patterns.parse("unstructured"), per_row=True)
     assert mask.tolist() == [[True, True, False, False]] * 2
-    root_matters = scores.wanda(torch.tensor([[1.0, 3.0]]), torch.tensor([4.0, 1.0]).double())
+    root_matters = importance.wanda(torch.tensor([[1.0, 3.0]]), torch.tensor([4.0, 1.0]).double())
     assert root_matters.argmin() == 0  # 2 < 3, while 1·4 > 3·1
-    nm = scores.select(found, patterns.parse("1:2"), per_row=True)
+    nm = importance.select(found, patterns.parse("1:2"), per_row=True)
     assert nm.tolist() == [[True, False, True, False]] * 2
 
 
 def test_scores_leave_the_weights_alone():
     matrix = torch.tensor([[1.0, -2.0]])
-    found = scores.wanda(matrix, torch.tensor([4.0, 1.0]).double())
-    scores.cumulative_shares(found)
-    scores.magnitude(matrix).add_(1)
+    found = importance.wanda(matrix, torch.tensor([4.0, 1.0]).double())
+    importance.cumulative_shares(found)
+    importance.magnitude(matrix).add_(1)
     assert matrix.tolist() == [[1.0, -2.0]]
 
 
 def test_variant_by_hand():
     # sums 10 and 100; shares after sorting: .1 .3 .6 1 and .01 .03 .06 1 (order of columns kept)
     found = torch.tensor([[4.0, 1.0, 3.0, 2.0], [1.0, 94.0, 2.0, 3.0]])
-    shares = scores.cumulative_shares(found)
+    shares = importance.cumulative_shares(found)
     expected = torch.tensor([[1.0, 0.1, 0.6, 0.3], [0.01, 1.0, 0.03, 0.06]])
     torch.testing.assert_close(shares, expected)
-    mask = scores.select(shares, patterns.parse("unstructured"), per_row=False)
+    mask = importance.select(shares, patterns.parse("unstructured"), per_row=False)
     # the four smallest shares: three of row 1, one of row 0; Wanda would take two of each
     assert mask.tolist() == [[True, False, True, True], [False, True, False, False]]
 
@@ -215,15 +217,17 @@ def test_variant_is_the_limit_of_bisecting_alpha():
         alpha = (low + high) / 2
         low, high = (alpha, high) if (sums <= alpha * total).sum() <= 320 else (low, alpha)
     pruned_per_row = (sums <= low * total).sum(-1)
-    mask = scores.select(
-        scores.cumulative_shares(found), patterns.parse("unstructured"), per_row=False
+    mask = importance.select(
+        importance.cumulative_shares(found), patterns.parse("unstructured"), per_row=False
     )
     assert torch.equal((~mask).sum(-1), pruned_per_row)
     assert len(set(pruned_per_row.tolist())) > 1
 
 
 def test_variant_on_ties_and_silent_rows():
-    shares = scores.cumulative_shares(torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]]))
+    shares = importance.cumulative_shares(
+        torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    )
     assert shares.tolist() == [[1.0, 0.75, 0.5, 0.25], [0.0, 0.0, 0.0, 0.0]]
 
 
@@ -345,8 +349,8 @@ def test_sparsegpt_loses_less_than_masks_alone_on_correlated_inputs():
     for name in ("unstructured", "2:4"):
         pattern = patterns.parse(name)
         [(updated, _)] = sparsegpt.sparsify([weight], upper, pattern, 128)
-        wanda = scores.select(scores.wanda(weight, mean_square), pattern, per_row=True)
-        magnitude = scores.select(scores.magnitude(weight), pattern, per_row=False)
+        wanda = importance.select(importance.wanda(weight, mean_square), pattern, per_row=True)
+        magnitude = importance.select(importance.magnitude(weight), pattern, per_row=False)
         assert loss(updated) < 0.9 * loss(weight * wanda) < 0.9 * loss(weight * magnitude)
 
 
@@ -486,7 +490,7 @@ def test_each_layer_is_calibrated_on_the_pruned_layers_before_it(tiny, token_ids
     for index in range(len(arch.layers)):
         inputs = inputs_of(twin, token_ids)  # layers before this one are pruned, it is not yet
         for ref in arch.weights(index):
-            found = scores.wanda(ref.matrix, inputs[ref.name].double().square().mean(0))
+            found = importance.wanda(ref.matrix, inputs[ref.name].double().square().mean(0))
             worst = found.argsort(dim=-1, stable=True)[:, : found.shape[1] // 2]
             ref.matrix.scatter_(1, worst, 0)
     for ref, other in zip(refs_of(model), refs_of(twin), strict=True):
@@ -505,7 +509,7 @@ def test_relative_error_is_the_matrices_output_error(tiny, token_ids):
 
 
 def test_rows_for_the_error_are_spread_over_all_batches():
-    collector = statistics.LayerCollector(
+    collector = input_statistics.LayerCollector(
         [ref for ref in _linear_refs(4, 6)], hessians=set(), batches=3
     )
     for batch in range(3):
@@ -514,7 +518,7 @@ def test_rows_for_the_error_are_spread_over_all_batches():
     collector.finish()
     [found] = collector.groups.values()
     rows = found.sampled[:, 0]
-    assert len(rows) == statistics.SAMPLED_ROWS
+    assert len(rows) == input_statistics.SAMPLED_ROWS
     assert [int((rows == batch).sum()) for batch in range(3)] == [42, 43, 43]
     assert found.tokens == 300
     assert found.mean_square.tolist() == [pytest.approx(5 / 3)] * 4
@@ -545,8 +549,8 @@ def test_sequences_of_different_lengths_count_by_their_tokens(tiny, token_ids):
     whole, short = inputs_of(twin, token_ids[:1]), inputs_of(twin, token_ids[1:, :4])
     for ref in arch.weights(0):
         squares = torch.cat([whole[ref.name], short[ref.name]]).double().square().mean(0)
-        found = scores.wanda(ref.matrix, squares)
-        mask = scores.select(found, patterns.parse("unstructured"), per_row=True)
+        found = importance.wanda(ref.matrix, squares)
+        mask = importance.select(found, patterns.parse("unstructured"), per_row=True)
         pruned = next(other for other in refs_of(model) if other.name == ref.name)
         assert torch.equal(pruned.matrix != 0, mask)
 
@@ -673,8 +677,8 @@ def test_experts_are_scored_on_the_tokens_routed_to_them(tiny, token_ids):
         if ref.parameter == "down_proj":
             gate, up = (inputs @ experts.gate_up_proj[ref.expert].t()).chunk(2, dim=-1)
             inputs = nn.functional.silu(gate) * up
-        found = scores.wanda(ref.matrix, inputs.detach().double().square().mean(0))
-        mask = scores.select(found, patterns.parse("unstructured"), per_row=True)
+        found = importance.wanda(ref.matrix, inputs.detach().double().square().mean(0))
+        mask = importance.select(found, patterns.parse("unstructured"), per_row=True)
         assert torch.equal(pruned[ref.name] != 0, mask), ref.name
 
 
@@ -691,8 +695,8 @@ def test_experts_without_a_token_fall_back_to_magnitude_and_say_so(tiny, method)
     pruned = {ref.name: ref.matrix for ref in refs_of(model)}
     per_row = not isinstance(method, SparseGPT)
     for matrix in silent:
-        found = scores.magnitude(dense[matrix.name])
-        mask = scores.select(found, method.target, per_row=per_row)
+        found = importance.magnitude(dense[matrix.name])
+        mask = importance.select(found, method.target, per_row=per_row)
         assert torch.equal(pruned[matrix.name], dense[matrix.name] * mask)
     assert silent[0].name in report.table()
 
@@ -855,9 +859,9 @@ def test_activations_on_disk_really_are_there(tiny, token_ids):
 def test_calibration_in_bfloat16_rounds_activations_only(tiny, token_ids, name, monkeypatch):
     model, twin = tiny(name), tiny(name)
     types = set()
-    original = statistics.InputStatistics.update
+    original = input_statistics.InputStatistics.update
     monkeypatch.setattr(
-        statistics.InputStatistics,
+        input_statistics.InputStatistics,
         "update",
         lambda self, inputs, sample: (types.add(inputs.dtype), original(self, inputs, sample))[1],
     )

@@ -20,15 +20,25 @@ from matplotlib.image import imread
 from prunekit import report
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid
-from prunekit.analysis.scores import generative
+from prunekit.analysis.quality import generative
+from prunekit.analysis.sequence_metrics import SEQUENCE_METRICS
 from prunekit.analysis.spaces import METRICS
 from prunekit.analysis.subspace import SUBSET_FIELDS, Item, Subspace
 from prunekit.analysis.theory import theory
 from prunekit.analysis.transcripts import Generation, Step, TopToken
-from prunekit.analysis.whole_texts import SEQUENCE_METRICS
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.statistics import bootstrap_mean, wilson
-from prunekit.report import build, charts, curves, examples, figures, page, sentences, tables, view
+from prunekit.evaluation.intervals import bootstrap_mean, wilson
+from prunekit.report import (
+    answer_charts,
+    charts,
+    contents,
+    grid_charts,
+    page,
+    png,
+    sentences,
+    summary_tables,
+    terminal,
+)
 from prunekit.study.study import Study
 
 PROMPTS, STEPS, LAYERS = 24, 36, 30
@@ -293,7 +303,7 @@ def test_page_data_is_safe_and_complete(study, folder):
     assert frame.count("</script>") == frame.count("<script") == 3
     assert not set("<>&\u2028\u2029") & set(data)
     found = json.loads(data, parse_constant=lambda name: pytest.fail(name))
-    assert found == json.loads(json.dumps(build.payload(study)).replace(r"\ud800", r"\ufffd"))
+    assert found == json.loads(json.dumps(contents.payload(study)).replace(r"\ud800", r"\ufffd"))
     tokens = [item["dense"][3] for item in found["generations"][: len(EVIL)]]
     assert tokens == [text.replace("\ud800", "\ufffd") for text in EVIL]
     assert "Dense &lt;one&gt; → Pruned &amp; two" in frame
@@ -346,7 +356,7 @@ def test_a_browser_draws_the_page(folder, tmp_path):
     assert "Prompt 0: &lt;/script&gt;&lt;script&gt;alert(1)&lt;/script&gt;" in drawn
     assert "<script>alert" not in drawn
     small = tmp_path / "small.html"
-    small.write_text(page.render(build.payload(make_study(0.001))), encoding="utf-8")
+    small.write_text(page.render(contents.payload(make_study(0.001))), encoding="utf-8")
     drawn = drawn_by_a_browser(small, tmp_path / "profile")
     assert ">5·10⁻⁴<" in drawn and "10^" not in drawn  # short enough for the ticks' margin
 
@@ -355,7 +365,7 @@ def test_the_right_option_is_marked_where_a_long_one_is_not_cut(study):
     item = study.subspace.items[0]
     long = replace(item, options=tuple(f"{option} and so on" * 9 for option in item.options))
     subspace = replace(study.subspace, items=(long,))
-    chart = examples.options(subspace, None).charts[0]
+    chart = answer_charts.options(subspace, None).charts[0]
     assert [name[:4] for name in chart.categories if "✓" in name] == [f"✓ {'ABCD'[item.answer]}."]
 
 
@@ -378,7 +388,7 @@ def test_interrupted_saving_leaves_the_old_study(tmp_path, monkeypatch):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(figures, "draw", interrupt)
+    monkeypatch.setattr(png, "draw", interrupt)
     with pytest.raises(KeyboardInterrupt):
         report.save(make_study(), tmp_path / "out", overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -454,16 +464,16 @@ def test_identical_models_are_called_identical(tmp_path):
     assert "KL(dense‖pruned) averages" not in text
     # its figures have a logarithmic axis without any positive value
     report.save(Study(study.meta, decoding=study.decoding), tmp_path / "out")
-    cards = build.payload(study)["hierarchy"]
+    cards = contents.payload(study)["hierarchy"]
     assert [card["value"]["mean"] for card in cards] == [1, 1, 1]
 
 
 def test_removal_replaces_the_layerwise_figure():
     whole = make_study()
     other = replace(whole, removal=make_grid(whole.layerwise.axes, 11, shape=(6, 8, LAYERS, 2)))
-    titles = [build.figures(one)[0].text for one in (whole, other)]
+    titles = [contents.figures(one)[0].text for one in (whole, other)]
     assert "replaced by its pruned twin" in titles[0] and "is removed" in titles[1]
-    means = [build.figures(one)[0].charts[0].series[2].mean for one in (whole, other)]
+    means = [contents.figures(one)[0].charts[0].series[2].mean for one in (whole, other)]
     assert (
         means[1] == pytest.approx(other.removal["p_cosine"][:, :, :, 0].mean((0, 1)), rel=1e-12)
         and means[0] != means[1]
@@ -473,7 +483,7 @@ def test_removal_replaces_the_layerwise_figure():
 def test_estimates_go_with_the_kl_whose_weights_they_have():
     whole = make_study()
     labels = [
-        build.figures(replace(whole, meta={**whole.meta, "weights": w}))[1].charts[0].y_label
+        contents.figures(replace(whole, meta={**whole.meta, "weights": w}))[1].charts[0].y_label
         for w in ("base", "other")
     ]
     assert labels == ["KL(dense‖pruned) (nats)", "KL(pruned‖dense) (nats)"]
@@ -484,9 +494,9 @@ def test_layers_without_change_have_no_estimate_figure():
     values = {name: value.copy() for name, value in whole.values.items()}
     values["kl_dense_pruned"][:] = 0
     still = MetricGrid(whole.axes, whole.labels, values)
-    assert curves.layerwise_estimates(curves.Traced(still, False, {})) is None
+    assert grid_charts.layerwise_estimates(grid_charts.Traced(still, False, {})) is None
     values["kl_dense_pruned"][:, :, 4, 1] = 0.5
-    figure = curves.layerwise_estimates(curves.Traced(still, False, {}))
+    figure = grid_charts.layerwise_estimates(grid_charts.Traced(still, False, {}))
     assert [chart.key for chart in figure.charts] == ["estimate-kl-mlp", "estimate-cos-mlp"]
 
 
@@ -494,7 +504,7 @@ def test_dropped_layers_are_counted_in_the_dense_model():
     dense = {"kept_blocks": [0, 1, 2, 3, 4, 6], "dropped": {"attn": [1], "mlp": []}}
     pruned = {"kept_blocks": [0, 1, 3, 4, 6], "dropped": {"attn": [1, 3], "mlp": [4]}}
     models = {"dense": dense, "pruned": pruned}
-    assert build.dropped_layers(models) == {"attn": [2, 4], "mlp": [2, 5]}
+    assert contents.dropped_layers(models) == {"attn": [2, 4], "mlp": [2, 5]}
 
 
 def test_invalid_estimates_are_marked(tmp_path):
@@ -504,7 +514,7 @@ def test_invalid_estimates_are_marked(tmp_path):
         estimate = charts.Series("estimate", "estimate", x, [2.0] * 6, valid=valid)
         assert estimate.invalid_at() == marked
         chart = charts.Chart("c", "t", "layer", "KL", [exact, estimate], log=True)
-        figures.draw(charts.Figure("f", "t", "", [chart]), tmp_path / f"{len(marked)}.png")
+        png.draw(charts.Figure("f", "t", "", [chart]), tmp_path / f"{len(marked)}.png")
     drawn = [imread(tmp_path / f"{count}.png") for count in (0, 2)]
     assert drawn[0].shape == drawn[1].shape and not np.array_equal(*drawn)
 
@@ -529,48 +539,52 @@ def test_series_of_different_lengths_are_refused():
 )
 def test_numbers_keep_what_matters(number, short, shown):
     assert charts.compact_number(number) == short
-    assert view.number(number) == shown
+    assert summary_tables.number(number) == shown
 
 
 def test_values_hide_intervals_that_say_nothing():
-    assert str(view.Value(50.0, 41.25, 58.75, "%")) == "50 % [41.25, 58.75]"
-    assert str(view.Value(25.0, 25.0, 25.0, "%")) == "25 %"
-    assert str(view.Value(2.5)) == "2.5"
+    assert str(summary_tables.Value(50.0, 41.25, 58.75, "%")) == "50 % [41.25, 58.75]"
+    assert str(summary_tables.Value(25.0, 25.0, 25.0, "%")) == "25 %"
+    assert str(summary_tables.Value(2.5)) == "2.5"
 
 
 def test_terminal_tables_show_the_numbers(study):
     def text(shown: object) -> str:
         out = io.StringIO()
-        tables.show(shown, out)
+        terminal.show(shown, out)
         return out.getvalue()
 
-    summary = text(tables.study_summary(study))
+    summary = text(terminal.study_summary(study))
     for metric in ("kl_dense_pruned", "kl_pruned_dense", "kl_estimate"):
         found = study.summary()[metric]
-        ends = [view.number(float(getattr(found, end))) for end in ("mean", "low", "high")]
+        ends = [
+            summary_tables.number(float(getattr(found, end))) for end in ("mean", "low", "high")
+        ]
         assert f"{ends[0]} nats [{ends[1]}, {ends[2]}]" in summary
     assert "estimates valid" in summary and "first difference after" in summary
     assert "single-step: accuracy" in summary and "69.44 % [" in summary and "66.67 % [" in summary
     other = make_study(size=2.0)
-    both = text(tables.studies_side_by_side({"small": study, "large": other}))
-    ends = [view.number(float(s.summary()["kl_dense_pruned"].mean)) for s in (study, other)]
+    both = text(terminal.studies_side_by_side({"small": study, "large": other}))
+    ends = [
+        summary_tables.number(float(s.summary()["kl_dense_pruned"].mean)) for s in (study, other)
+    ]
     line = next(line for line in both.splitlines() if line.startswith("KL(dense‖pruned)"))
     assert line.index(ends[0]) < line.index(ends[1])
     assert "small: whole vocabulary" in both and "large: whole vocabulary" in both
     row = [line for line in both.splitlines() if line.startswith("KL(dense‖pruned)")][1]
     metrics = ("subset_kl_dense_pruned", "kl_dense_pruned")
     wanted = [
-        view.number(float(one.subspace.grid.interval(name).mean))
+        summary_tables.number(float(one.subspace.grid.interval(name).mean))
         for one in (study, other)
         for name in metrics
     ]
     assert [word for word in row.split() if word in wanted] == wanted
-    swept = text(tables.sweep_table(sweep_rows()))
+    swept = text(terminal.sweep_table(sweep_rows()))
     assert "60" in swept and "58" in swept and "30" in swept
 
 
 def test_sizes_for_people():
-    assert [tables.size(n) for n in (999, 1500, 269_000_000)] == ["999 B", "1.5 kB", "269 MB"]
+    assert [terminal.size(n) for n in (999, 1500, 269_000_000)] == ["999 B", "1.5 kB", "269 MB"]
 
 
 def test_the_schema_is_documented():

@@ -13,7 +13,7 @@ import torch
 import torch.multiprocessing as mp
 
 from prunekit import generation
-from prunekit.analysis import scores
+from prunekit.analysis import quality
 from prunekit.analysis.findings import SECTIONS
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
@@ -216,7 +216,7 @@ def test_a_shared_baseline_changes_nothing_but_the_work(dropped, word_tokenizer,
         return lambda one, *args, **kwargs: (asked.append(one), plain(one, *args, **kwargs))[1]
 
     monkeypatch.setattr(generation, "generate", noting(generation.generate))
-    monkeypatch.setattr(scores, "single_step", noting(scores.single_step))
+    monkeypatch.setattr(quality, "single_step", noting(quality.single_step))
     shared = run(model, pruned, word_tokenizer, baseline=baseline).to_dict()
     rows = sweep(
         model,

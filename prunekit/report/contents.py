@@ -11,9 +11,9 @@ import numpy as np
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
 from prunekit.analysis.transcripts import Generation, TopToken
-from prunekit.report import curves, examples, sentences, view
+from prunekit.report import answer_charts, grid_charts, sentences, summary_tables
 from prunekit.report.charts import Figure, compact, compact_number
-from prunekit.report.curves import Traced
+from prunekit.report.grid_charts import Traced
 
 _MEASURES = (
     ("chrf", "chrF to the dense text", 1.0, ""),
@@ -30,29 +30,29 @@ def figures(study: Findings) -> list[Figure]:
     found: list[Figure | None] = []
     traced = _traced(study)
     if traced is not None:
-        found += [curves.layerwise_similarity(traced), curves.layerwise_estimates(traced)]
+        found += [grid_charts.layerwise_similarity(traced), grid_charts.layerwise_estimates(traced)]
     if study.accumulated is not None:
-        found.append(curves.accumulated_similarity(study.accumulated))
+        found.append(grid_charts.accumulated_similarity(study.accumulated))
     if study.decoding is not None:
         first = [generation.first_divergence for generation in study.decoding.generations]
-        found.append(curves.stepwise(study.decoding.teacher_forced, first))
+        found.append(grid_charts.stepwise(study.decoding.teacher_forced, first))
     if study.subspace is not None or study.decoding is not None:
-        found.append(examples.options(study.subspace, study.decoding))
+        found.append(answer_charts.options(study.subspace, study.decoding))
     if study.scores is not None:
-        found.append(examples.scores(study.scores, study.meta.get("sweep") or ()))
+        found.append(answer_charts.scores(study.scores, study.meta.get("sweep") or ()))
     return [figure for figure in found if figure is not None]
 
 
-def tables(study: Findings) -> list[view.Table]:
+def tables(study: Findings) -> list[summary_tables.Table]:
     """The summary tables of the sections that the study has."""
     found = []
     if study.decoding is not None:
-        found.append(view.inside_table(study.decoding.teacher_forced))
+        found.append(summary_tables.inside_table(study.decoding.teacher_forced))
     if study.scores is not None and study.decoding is not None:
         first = study.decoding.sequence["first_divergence"]
-        found.append(view.scores_table(study.scores, first))
+        found.append(summary_tables.scores_table(study.scores, first))
     if study.subspace is not None:
-        found += view.subspace_tables(study.subspace)
+        found += summary_tables.subspace_tables(study.subspace)
     return found
 
 
@@ -62,7 +62,7 @@ def payload(study: Findings) -> dict[str, Any]:
     return {
         "names": study.meta["names"],
         "chips": _chips(study.meta),
-        "hierarchy": [] if decoding is None else view.hierarchy(decoding.teacher_forced),
+        "hierarchy": [] if decoding is None else summary_tables.hierarchy(decoding.teacher_forced),
         "sentences": [{"text": said.text, "warn": said.warn} for said in sentences.describe(study)],
         "tables": [table.to_dict() for table in tables(study)],
         "figures": [figure.to_dict() for figure in figures(study)],
@@ -137,7 +137,7 @@ def _text(decoding: Decoding, index: int) -> dict[str, Any]:
         "cosine": compact(step.p_cosine for step in found.steps),
         "top": [[_top(step.top_dense), _top(step.top_pruned)] for step in found.steps],
         "measures": [
-            [name, f"{view.number(scale * sequence[key])}{unit}"]
+            [name, f"{summary_tables.number(scale * sequence[key])}{unit}"]
             for key, name, scale, unit in _MEASURES
             if not np.isnan(sequence[key])
         ],

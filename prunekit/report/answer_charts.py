@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from prunekit.analysis.decoding import Decoding
-from prunekit.analysis.scores import Scores
+from prunekit.analysis.quality import Scores
 from prunekit.analysis.subspace import Item, Subspace
 from prunekit.analysis.transcripts import TopToken
-from prunekit.evaluation.statistics import Interval
+from prunekit.evaluation.intervals import Interval
 from prunekit.report.charts import Chart, Figure, Series
 
 # Key of Scores, name, factor to 0…100.

@@ -19,10 +19,10 @@ _BYTES = ("B", "kB", "MB", "GB", "TB")
 
 def study_summary(study: Findings) -> RenderableType:
     """Every summary table of a study, and what it says in sentences."""
-    from prunekit.report import build, sentences
+    from prunekit.report import contents, sentences
 
     parts: list[RenderableType] = []
-    for found in build.tables(study):
+    for found in contents.tables(study):
         made = plain_table(found.title, found.columns)
         for row in found.rows:
             made.add_row(*(Text(str(cell)) for cell in row))
@@ -40,8 +40,8 @@ def sentence(said: Sentence) -> RenderableType:
 
 def sweep_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """Scores over the number of dropped sublayers, from the rows of `analysis.sweep`."""
-    from prunekit.report.examples import SHOWN
-    from prunekit.report.view import Value
+    from prunekit.report.answer_charts import SHOWN
+    from prunekit.report.summary_tables import Value
 
     made = plain_table("As more sublayers go", ["dropped", *(name for _, name, _ in SHOWN)])
     for row in rows:
@@ -56,9 +56,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
 def studies_side_by_side(studies: Mapping[str, Findings]) -> RenderableType:
     """One table for several studies of the same dense model, whose own column comes once."""
-    from prunekit.report import build
+    from prunekit.report import contents
 
-    tables = {name: build.tables(study) for name, study in studies.items()}
+    tables = {name: contents.tables(study) for name, study in studies.items()}
     first = next(iter(tables.values()))
     parts: list[RenderableType] = []
     for place, shape in enumerate(first):

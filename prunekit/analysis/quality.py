@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from prunekit import distributed
 from prunekit.analysis.grid import Array
+from prunekit.evaluation.intervals import Interval, bootstrap_mean, wilson
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.likelihood import option_logliks
-from prunekit.evaluation.statistics import Interval, bootstrap_mean, wilson
 
 Scores = dict[str, Interval]
 

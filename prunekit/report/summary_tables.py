@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from prunekit.analysis.grid import MetricGrid
-from prunekit.analysis.scores import Scores
+from prunekit.analysis.quality import Scores
 from prunekit.analysis.subspace import Subspace
-from prunekit.evaluation.statistics import Floats, Interval, bootstrap_mean
+from prunekit.evaluation.intervals import Floats, Interval, bootstrap_mean
 from prunekit.report.charts import compact_number
 
 SPACES = (

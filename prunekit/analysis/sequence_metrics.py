@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from prunekit.analysis.grid import Array, nan_mean
 from prunekit.analysis.transcripts import Generation
-from prunekit.evaluation import text
+from prunekit.evaluation import text_similarity
 from prunekit.evaluation.likelihood import sequence_nll
 from prunekit.evaluation.scoring import right_padded
 from prunekit.generation import Rollout
@@ -46,7 +46,7 @@ def sequence_metrics(
     table = []
     for index, found in enumerate(generations):
         ours, theirs = found.dense_ids, found.pruned_ids
-        prefix = text.exact_prefix(ours, theirs)
+        prefix = text_similarity.exact_prefix(ours, theirs)
         table.append(
             {
                 "identical": float(found.first_divergence is None),
@@ -55,11 +55,11 @@ def sequence_metrics(
                 else float(found.first_divergence),
                 "exact_prefix": float(prefix),
                 "exact_prefix_share": prefix / max(len(ours), len(theirs)),
-                "chrf": text.chrf(found.pruned_text, found.dense_text),
-                "repetition_dense": text.repetition_rate(ours, 4),
-                "repetition_pruned": text.repetition_rate(theirs, 4),
-                "distinct2_dense": text.distinct_n(ours, 2),
-                "distinct2_pruned": text.distinct_n(theirs, 2),
+                "chrf": text_similarity.chrf(found.pruned_text, found.dense_text),
+                "repetition_dense": text_similarity.repetition_rate(ours, 4),
+                "repetition_pruned": text_similarity.repetition_rate(theirs, 4),
+                "distinct2_dense": text_similarity.distinct_n(ours, 2),
+                "distinct2_pruned": text_similarity.distinct_n(theirs, 2),
                 "eos_dense": float(ours[-1] in ends),
                 "eos_pruned": float(theirs[-1] in ends),
                 "length_dense": float(len(ours)),
