@@ -122,17 +122,8 @@ def plan(options: argparse.Namespace, session: Session) -> list[Case]:
     return cases
 
 
-def main() -> int:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    add_options(parser)
-    parser.add_argument("--model", nargs="*", choices=SHAPES, help="whose shapes")
-    parser.add_argument("--pattern", nargs="*", choices=peers.PATTERNS, default=peers.PATTERNS)
-    parser.add_argument("--tokens", nargs="*", type=int, help="M")
-    parser.add_argument("--sparsity", nargs="*", type=float, help="of unstructured weights")
-    options = parser.parse_args()
-    session = Session.begin(options, "sparse.csv")
-    torch.manual_seed(0)
+def maker(session: Session) -> Callable[[Case], list[Contender]]:
+    """What makes a case's contenders; the copies of one weight serve every M."""
     held: dict[tuple[object, ...], Weights] = {}
 
     def make(case: Case) -> list[Contender]:
@@ -145,8 +136,22 @@ def main() -> int:
             held[key] = Weights(case, torch.bfloat16, session.device, count)
         return contenders(held[key], case, torch.bfloat16)
 
-    cases = plan(options, session)
-    return session.run([(case, lambda case=case: make(case)) for case in cases])
+    return make
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    add_options(parser)
+    parser.add_argument("--model", nargs="*", choices=SHAPES, help="whose shapes")
+    parser.add_argument("--pattern", nargs="*", choices=peers.PATTERNS, default=peers.PATTERNS)
+    parser.add_argument("--tokens", nargs="*", type=int, help="M")
+    parser.add_argument("--sparsity", nargs="*", type=float, help="of unstructured weights")
+    options = parser.parse_args()
+    session = Session.begin(options, "sparse.csv")
+    torch.manual_seed(0)
+    make = maker(session)
+    return session.run([(case, functools.partial(make, case)) for case in plan(options, session)])
 
 
 if __name__ == "__main__":

@@ -2,24 +2,31 @@
 # GPU tests, then every benchmark; what is already in OUT is not done again.
 #
 #   bench/gpu.sh OUT                everything, however long it takes
-#   bench/gpu.sh OUT next           as much as fits into MINUTES (9); exit status 75: call again
+#   bench/gpu.sh OUT next           as much as fits into MINUTES (6); exit status 75: call again
 #   bench/gpu.sh OUT PART           one of the parts below, within MINUTES
+#   bench/gpu.sh OUT profile        ncu on the kernels that match KERNELS (a regular expression)
 #   bench/gpu.sh OUT ... --quick    tiny cases, also without a GPU: does the script still work?
 #
+# Parts, by interest: tests candidates sparse24 metrics bitmap model select prune shapes. With
+# `next` each part has a time box, so that a long one leaves the others their share; what is left of
+# the minutes goes to the unfinished ones in the same order.
 # OUT gets tests.txt, parts.txt (what is finished) and a folder per device with the CSV files; it
 # may be carried to another machine of the same kind and continued there. BUNDLE=FILE.tar.gz packs
 # OUT into one file after each part, and fills an empty OUT from it at the start. Where the code is
 # a copy without its repository, set BENCH_COMMIT. PYTHON is the interpreter (python3), RESEARCH a
-# checkout of the research code, to compare with.
-# Tests that fail are said and do not stop the measuring; a benchmark that a kernel ends (a broken
-# GPU, no answer) is started again and passes that kernel over.
+# checkout of the research code, to compare with, JOBS the processes that test and compile side by
+# side (three fewer than there are processors).
+# Failing tests do not stop the measuring; a benchmark that a kernel ends (a broken GPU, no answer)
+# is started again and passes that kernel over.
 set -u
 
-PARTS=(tests sparse24 metrics model bitmap select prune shapes)
+PARTS=(tests candidates sparse24 metrics bitmap model select prune shapes)
+declare -A BOX=([tests]=150 [candidates]=90 [sparse24]=75 [metrics]=60 [bitmap]=60 [model]=90
+    [select]=45 [prune]=60 [shapes]=60) # seconds of a part's first turn
 UNFINISHED=75
 BROKEN=76
-TEST_SECONDS=240 # of one file of tests; they run side by side
-usage() { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+TEST_SECONDS=240 # of one file of tests, where they run in a process per file
+usage() { sed -n '2,23s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 
 quick=()
 words=()
@@ -29,7 +36,7 @@ done
 [ "${#words[@]}" -ge 1 ] && [ "${#words[@]}" -le 2 ] || usage
 out=${words[0]}
 what=${words[1]:-all}
-case " all next ${PARTS[*]} " in *" $what "*) ;; *) usage ;; esac
+case " all next profile ${PARTS[*]} " in *" $what "*) ;; *) usage ;; esac
 
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
@@ -38,10 +45,20 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 cd "$root" || exit 1
 export PYTHONPATH="$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 python=${PYTHON:-python3}
-limit=$((60 * ${MINUTES:-9}))
+limit=$((60 * ${MINUTES:-6}))
 failures=0
+jobs=${JOBS:-$(($(nproc) > 4 ? $(nproc) - 3 : 1))}
+box=0 # when the part that runs has had its share, in seconds since the start; 0: it has no box
 
-left() { [ "$what" = all ] && echo "$limit" || echo $((limit - SECONDS)); }
+left() { # seconds that the part may still take
+    if [ "$what" = all ]; then
+        echo "$limit"
+    elif [ "$box" -gt 0 ] && [ "$box" -lt "$limit" ]; then
+        echo $((box - SECONDS))
+    else
+        echo $((limit - SECONDS))
+    fi
+}
 tried() { grep -qE "^$1( failed)?$" "$out/parts.txt" 2>/dev/null; }
 pack() { if [ -n "$bundle" ]; then tar -C "$out" -czf "$bundle.part" . && mv "$bundle.part" "$bundle"; fi; }
 least() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
@@ -49,9 +66,27 @@ least() { [ "$1" -lt "$2" ] && echo "$1" || echo "$2"; }
 # run COMMAND, killed if it overruns the time that is left by more than half a minute
 bounded() { timeout --signal=INT --kill-after=15 $(($(left) + 30)) "$@"; }
 
+minutes() { echo "$(($(left) / 60)).$(($(left) % 60 * 10 / 60))"; }
+
+# compile what a benchmark needs in processes side by side: alone, each kernel takes a second or more
+declare -A compiled=()
+ahead() { # MODULE ARGUMENTS
+    local pids=() index
+    command -v nvidia-smi >/dev/null || return 0
+    [ -z "${compiled[$*]:-}" ] || return 0
+    compiled[$*]=1
+    for ((index = 0; index < jobs; index++)); do
+        OMP_NUM_THREADS=1 bounded "$python" -m "bench.$1" --output "$out" --minutes "$(minutes)" \
+            "${quick[@]}" "${@:2}" --compile "$index/$jobs" >/dev/null 2>&1 &
+        pids+=($!)
+    done
+    wait "${pids[@]}"
+}
+
 benchmark() { # MODULE ARGUMENTS
-    bounded "$python" -m "bench.$1" --output "$out" --brief \
-        --minutes "$(($(left) / 60)).$(($(left) % 60 * 10 / 60))" "${quick[@]}" ${RESEARCH:+--research "$RESEARCH"} "${@:2}"
+    ahead "$@"
+    bounded "$python" -m "bench.$1" --output "$out" --brief --minutes "$(minutes)" \
+        "${quick[@]}" ${RESEARCH:+--research "$RESEARCH"} "${@:2}"
 }
 
 # the tests of one file; after one that breaks the GPU, those without it in a new process
@@ -70,8 +105,30 @@ test_file() { # FILE LOG SECONDS
     return $status
 }
 
-# one process per file, all at once: no plug-in needed
 tests() {
+    if [ ${#quick[@]} -eq 0 ] && "$python" -c 'import xdist' 2>/dev/null; then
+        tests_side_by_side
+        local status=$?
+        # a test that broke the GPU took others with it: those need new processes
+        [ $status -ne $BROKEN ] && return $status
+    fi
+    tests_by_file
+}
+
+# all of them shared among processes, where pytest-xdist is there
+tests_side_by_side() {
+    local status
+    OMP_NUM_THREADS=1 timeout --signal=INT --kill-after=15 "$(left)" "$python" -m pytest -q \
+        --color=no -p no:cacheprovider -m gpu -n "$jobs" tests >"$out/tests.txt" 2>&1
+    status=$?
+    grep -q 'broke the GPU' "$out/tests.txt" && status=$BROKEN
+    tail -n 1 "$out/tests.txt" >&2
+    grep -E '^(FAILED|ERROR) ' "$out/tests.txt" | cut -c -200 | head -n 40 >&2
+    return $status
+}
+
+# one process per file, all at once: no plug-in needed
+tests_by_file() {
     local files file pids=() failed=0 seconds
     mapfile -t files < <(grep -rlE --include='test_*.py' 'mark\.gpu' tests | sort)
     [ ${#quick[@]} -gt 0 ] && files=(tests/prunekernels/sparse/test_sparse24_gpu.py)
@@ -102,6 +159,7 @@ tests() {
 part() {
     case $1 in
     tests) tests ;;
+    candidates) benchmark bench_candidates ;;
     sparse24) benchmark bench_sparse --pattern 2:4 --model Llama-3-8B ;;
     bitmap) benchmark bench_sparse --pattern unstructured --model Llama-3-8B ;;
     metrics) benchmark bench_metrics ;;
@@ -145,25 +203,48 @@ if command -v nvidia-smi >/dev/null; then
     nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,power.limit --format=csv \
         >"$out/machine.txt" 2>&1
 fi
+# ncu's counters and stalls of named kernels, as text: opened anywhere, without its program
+profile() {
+    command -v ncu >/dev/null || { echo "ncu is not installed: it comes with the CUDA toolkit" >&2; return 1; }
+    [ -n "${KERNELS:-}" ] || { echo "KERNELS='pair_sums|mma24' names what to profile" >&2; return 2; }
+    bounded ncu --clock-control none --set full --import-source yes --launch-count 8 \
+        --kernel-name "regex:$KERNELS" --export "$out/profile" --force-overwrite \
+        "$python" -m bench.bench_candidates --output "$out/profiled" --fresh --rounds 1 >&2 &&
+        ncu --import "$out/profile.ncu-rep" --page details >"$out/profile.txt" &&
+        ncu --import "$out/profile.ncu-rep" --page source --csv >"$out/profile_source.csv"
+}
+
+if [ "$what" = profile ]; then
+    profile
+    exit
+fi
 if [ "$what" != all ] && [ "$what" != next ]; then
     attempt "$what"
     exit
 fi
-for name in "${PARTS[@]}"; do
-    attempt "$name"
-    status=$?
-    turns=1
-    while [ "$what" = all ] && [ $status -eq $UNFINISHED ] && [ $turns -lt 20 ]; do
+# `next`: a turn within the boxes, then the minutes that are left for whoever is not finished
+turns=2
+[ "$what" = all ] && turns=20
+unfinished=("${PARTS[@]}")
+for ((turn = 1; turn <= turns && ${#unfinished[@]} > 0; turn++)); do
+    names=("${unfinished[@]}")
+    unfinished=()
+    for name in "${names[@]}"; do
+        box=0
+        [ "$what" = next ] && [ $turn -eq 1 ] && box=$((SECONDS + ${BOX[$name]}))
         attempt "$name"
-        status=$?
-        turns=$((turns + 1))
+        case $? in
+        0) ;;
+        "$UNFINISHED") unfinished+=("$name") ;;
+        *) failures=$((failures + 1)) ;;
+        esac
     done
-    if [ $status -eq $UNFINISHED ]; then
-        echo "== time is up in $name: call again" >&2
-        exit $UNFINISHED
-    fi
-    [ $status -eq 0 ] || failures=$((failures + 1))
 done
+box=0
+if [ ${#unfinished[@]} -gt 0 ]; then
+    echo "== time is up in ${unfinished[*]}: call again" >&2
+    exit $UNFINISHED
+fi
 "$python" -m bench.summary "$out" >&2
 echo "== done, $failures of ${#PARTS[@]} parts failed" >&2
 [ $failures -eq 0 ] && ! grep -q ' failed$' "$out/parts.txt"

@@ -161,6 +161,7 @@ class Session:
         seconds: Stop before another case begins once this long has passed; None for no limit.
         brief: Print a line per case instead of one per contender.
         patience: Seconds that a contender may take for one step.
+        share: (index, of) of the cases to compile ahead, timing nothing; None measures.
     """
 
     path: Path
@@ -170,6 +171,7 @@ class Session:
     seconds: float | None = None
     brief: bool = False
     patience: float = float("inf")
+    share: tuple[int, int] | None = None
     started: float = field(default_factory=time.monotonic)
     _roofs: dict[torch.dtype, tuple[float, float]] = field(default_factory=dict)
     _said: set[tuple[str, str]] = field(default_factory=set)  # whose absence was explained
@@ -185,7 +187,8 @@ class Session:
         rounds = options.rounds or (20 if device.type == "cuda" and not options.quick else 5)
         # a CPU may take all its time: there nothing hangs that could be stopped
         patience = guard.PATIENCE if device.type == "cuda" else float("inf")
-        return cls(path, device, rounds, options.quick, seconds, options.brief, patience)
+        rest = (options.quick, seconds, options.brief, patience, options.compile)
+        return cls(path, device, rounds, *rest)
 
     def roofs(self, dtype: str) -> tuple[float, float]:
         """Copy bytes/s and matrix FLOP/s of this run, measured when first asked for.
@@ -238,6 +241,8 @@ class Session:
         """Measure every case that the file lacks; returns the process's exit status."""
         done = self.done()
         missing = [(case, make) for case, make in cases if case.key not in done]
+        if self.share is not None:
+            return self._compile(missing)
         if len(missing) < len(cases):
             say(f"{len(cases) - len(missing)} of {len(cases)} cases are already in {self.path}")
         for index, (case, make) in enumerate(missing):
@@ -255,6 +260,24 @@ class Session:
             self._report(rows)
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
+        return 0
+
+    @torch.no_grad()
+    def _compile(self, cases: Sequence[tuple[Case, Callable[[], Sequence[Contender]]]]) -> int:
+        """Run every contender of this process's share once, so that its kernels are compiled.
+
+        Several processes compile side by side into the compilers' own caches on disk; what fails
+        here is reported when it is measured.
+        """
+        assert self.share is not None
+        index, of = self.share
+        for _, make in cases[index::of]:
+            if self.out_of_time():
+                return UNFINISHED
+            for contender in self._made(make):
+                with contextlib.suppress(Exception):
+                    contender.prepare().runs[0]()
+                    timing.synchronize(self.device)
         return 0
 
     @staticmethod
@@ -434,6 +457,19 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, help="begin no further case after this long")
     parser.add_argument("--brief", action="store_true", help="a line per case, not per contender")
     parser.add_argument("--research", type=Path, help="the research code's checkout, to compare")
+    parser.add_argument(
+        "--compile",
+        type=_share,
+        metavar="I/N",
+        help="measure nothing: compile what every Nth case needs, beginning with case I",
+    )
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, _, of = text.partition("/")
+    if not (index.isdigit() and of.isdigit() and int(index) < int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I < N: give 0/13, say")
+    return int(index), int(of)
 
 
 def say(text: str, end: str = "\n") -> None:

@@ -24,11 +24,12 @@ from bench.bounds import RESULTS
 ROOT = Path(__file__).parent.parent
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/pruning.md"))
 CPU = RESULTS / "cpu"
+H200 = RESULTS / "NVIDIA_H200"
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    """The rows of a CSV of CPU results."""
-    with (CPU / name).open(newline="", encoding="utf-8") as file:
+def rows(name: str, folder: Path = CPU) -> list[dict[str, str]]:
+    """The rows of a CSV of results."""
+    with (folder / name).open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -193,6 +194,130 @@ def headlines() -> str:
     return table(head, body) if body else "Not measured on this version yet."
 
 
+Case = tuple[str, ...]
+
+
+def cases(name: str, op: str, mode: str = "") -> dict[Case, dict[str, float]]:
+    """Microseconds of an op on the H200 by case (type, shape) and provider."""
+    found: dict[Case, dict[str, float]] = {}
+    for row in rows(name, H200):
+        if row["op"] == op and row["mode"].startswith(mode) and row["status"] == "ok":
+            case = (row["dtype"], *(part.split("=")[1] for part in row["shape"].split()))
+            found.setdefault(case, {})[row["provider"]] = 1000 * float(row["p50_ms"])
+    return found
+
+
+def speedups(times: dict[str, float], providers: list[str], base: str) -> list[str]:
+    """Each provider's time as a factor of `base`'s, "–" where it was not measured."""
+    return [f"{times[base] / times[p]:.2f}×" if p in times else "–" for p in providers]
+
+
+def h200_two_four() -> str:
+    """2:4 layers on the H200: speed-up over dense by tokens."""
+    providers = ["2:4 mma_sp", "2:4 wgmma_sp", "2:4 expand", "2:4 triton", "cuSPARSELt best"]
+    body = []
+    for (_, tokens, n, k, _), times in sorted(
+        cases("sparse.csv", "linear", "2:4").items(),
+        key=lambda item: (item[0][2:4], int(item[0][1])),
+    ):
+        dense = f"{times['dense']:.1f} µs"
+        body.append([f"{n} × {k}", tokens, dense, *speedups(times, providers, "dense")])
+    heads = [name.removeprefix("2:4 ").removesuffix(" best") for name in providers]
+    return table(["N × K", "tokens", "dense", *heads], body)
+
+
+def h200_bitmap() -> str:
+    """Bitmap layers on the H200: speed-up over dense by sparsity and tokens."""
+    providers = ["bitmap mma", "bitmap mma adding bytes", "bitmap triton", "bitmap expand"]
+    body = []
+    for (_, tokens, n, k, sparsity), times in sorted(
+        cases("sparse.csv", "linear", "unstructured").items(),
+        key=lambda item: (item[0][2:4], int(item[0][1]), item[0][4]),
+    ):
+        zeros, dense = f"{float(sparsity):.0%}", f"{times['dense']:.1f} µs"
+        body.append([f"{n} × {k}", tokens, zeros, dense, *speedups(times, providers, "dense")])
+    heads = [name.removeprefix("bitmap ") for name in providers]
+    return table(["N × K", "tokens", "zeros", "dense", *heads], body)
+
+
+def h200_statistics() -> str:
+    """Statistics on the H200: microseconds beside torch's and Liger's."""
+    providers = [
+        *(f"prunekernels {level}" for level in ("core", "KL", "precise", "full")),
+        *("torch eager", "torch eager KL", "Liger kl_div", "copy"),
+    ]
+    body = [
+        [f"{n} × {v}", dtype, *(f"{times[p]:.0f}" if p in times else "–" for p in providers)]
+        for (dtype, n, v), times in cases("metrics.csv", "pair_stats").items()
+    ]
+    heads = [name.removeprefix("prunekernels ") for name in providers]
+    return table(["rows × vocabulary", "type", *heads], body)
+
+
+def h200_heads() -> str:
+    """Statistics through the output head on the H200: microseconds."""
+    providers = [
+        *("prunekernels fused", "prunekernels chunked", "products alone"),
+        *("torch eager", "Liger fused jsd", "cut-cross-entropy x2"),
+    ]
+    body = [
+        [f"{n} × {d} × {v}", *(f"{times[p]:.0f}" if p in times else "–" for p in providers)]
+        for (_, n, d, v), times in cases("metrics.csv", "head_pair_stats").items()
+    ]
+    heads = [name.removeprefix("prunekernels ") for name in providers]
+    return table(["rows × width × vocabulary", *heads], body)
+
+
+def h200() -> str:
+    """The README's few lines of the H200's files."""
+    body = []
+    for case, what in (
+        (("bfloat16", "1", "14336", "4096", "0.5"), "1 token"),
+        (("bfloat16", "16", "14336", "4096", "0.5"), "16 tokens"),
+        (("bfloat16", "1024", "14336", "4096", "0.5"), "1024 tokens"),
+    ):
+        times = cases("sparse.csv", "linear", "2:4")[case]
+        best = "2:4 mma_sp" if "2:4 mma_sp" in times else "2:4 wgmma_sp"
+        body.append(
+            [
+                f"2:4 layer 14336 × 4096, {what}",
+                f"{times[best]:.1f} µs",
+                f"cuBLAS {times['dense']:.1f} µs",
+                f"{times['dense'] / times[best]:.2f}×",
+                f"cuSPARSELt {times['dense'] / times['cuSPARSELt best']:.2f}×",
+            ]
+        )
+    for sparsity in ("0.5", "0.7"):
+        case = ("bfloat16", "1", "14336", "4096", sparsity)
+        times = cases("sparse.csv", "linear", "unstructured")[case]
+        ours = times["bitmap mma"]
+        body.append(
+            [
+                f"bitmap layer 14336 × 4096, {float(sparsity):.0%} zeros, 1 token",
+                f"{ours:.1f} µs",
+                f"cuBLAS {times['dense']:.1f} µs",
+                f"{times['dense'] / ours:.2f}×",
+                "",
+            ]
+        )
+    times = cases("metrics.csv", "pair_stats")["bfloat16", "2048", "152064"]
+    for ours, peer, also in (
+        ("prunekernels core", "torch eager", ""),
+        ("prunekernels KL", "torch eager KL", "Liger kl_div"),
+    ):
+        further = f"Liger {times[peer] / times[also]:.2f}×" if also else ""
+        body.append(
+            [
+                f"`pair_stats` {ours.split()[1]}, 2048 rows of 152064, bfloat16",
+                f"{times[ours]:.0f} µs",
+                f"torch {times[peer]:.0f} µs",
+                f"{times[peer] / times[ours]:.1f}×",
+                further,
+            ]
+        )
+    return table(["what", "prunekernels", "against", "ratio", "another, by the same"], body)
+
+
 def demo() -> str:
     """The demo's headline, for both prunings."""
     found = json.loads((CPU / "demo.json").read_text(encoding="utf-8"))
@@ -232,6 +357,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "prunings": prunings,
     "memory": memory,
     "draws": draws,
+    "h200": h200,
+    "h200-2:4": h200_two_four,
+    "h200-bitmap": h200_bitmap,
+    "h200-statistics": h200_statistics,
+    "h200-heads": h200_heads,
 }
 
 

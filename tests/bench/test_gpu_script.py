@@ -14,7 +14,17 @@ import pytest
 from bench import guard, harness
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.sh"
-PARTS = ["tests", "sparse24", "metrics", "model", "bitmap", "select", "prune", "shapes"]
+PARTS = [
+    "tests",
+    "candidates",
+    "sparse24",
+    "metrics",
+    "bitmap",
+    "model",
+    "select",
+    "prune",
+    "shapes",
+]
 
 
 def call(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -46,7 +56,7 @@ def test_every_part_runs_leaves_results_and_is_not_run_again(tmp_path):
     assert found.returncode == 0, found.stderr[-2000:]
     assert (tmp_path / "parts.txt").read_text().split() == PARTS
     tables = {path.stem: path for path in tmp_path.rglob("*.csv")}
-    assert set(tables) == {"sparse", "metrics", "model", "select", "prune_layer"}
+    assert set(tables) == {"candidates", "sparse", "metrics", "model", "select", "prune_layer"}
     for name in tables:
         with tables[name].open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
@@ -136,7 +146,7 @@ def test_a_broken_gpu_starts_its_part_again_and_failures_do_not_stop_the_others(
     bundle = tmp_path / "bundle.tar.gz"
     settings = {"PYTHON": str(stub), "LOG": str(log), "BUNDLE": str(bundle)}
     found = call(str(out), "next", **settings)
-    assert found.returncode == 1 and "2 of 8 parts failed" in found.stderr
+    assert found.returncode == 1 and "2 of 9 parts failed" in found.stderr
     assert "FAILED tests/x.py::test_y - why" in found.stderr
     assert log.read_text().count("bench.bench_metrics") == 2
     assert "--brief" in log.read_text() and "bench.bench_prune --output" in log.read_text()
@@ -149,3 +159,25 @@ def test_a_broken_gpu_starts_its_part_again_and_failures_do_not_stop_the_others(
     runs = [line.split()[1] for line in log.read_text().splitlines()]
     assert runs == ["bench.bench_select", "bench.summary"]
     assert (other / "parts.txt").read_text() == (out / "parts.txt").read_text()
+
+
+UNFINISHED_ONCE = """#!/usr/bin/env bash
+echo "$*" >>"$LOG"
+[[ "$*" == *bench_candidates* && ! -e "$LOG.once" ]] && touch "$LOG.once" && exit 75
+exit 0
+"""
+
+
+def test_a_part_that_overruns_its_box_lets_the_others_run_and_goes_on_afterwards(tmp_path):
+    stub, log, out = tmp_path / "python", tmp_path / "log", tmp_path / "out"
+    stub.write_text(UNFINISHED_ONCE)
+    stub.chmod(0o755)
+    found = call(str(out), "next", PYTHON=str(stub), LOG=str(log))
+    assert found.returncode == 0, found.stderr
+    order = (out / "parts.txt").read_text().split()
+    assert order == [*(part for part in PARTS if part != "candidates"), "candidates"]
+
+
+def test_a_profile_says_what_it_lacks(tmp_path):
+    found = call(str(tmp_path), "profile", PATH="/usr/bin:/bin")
+    assert found.returncode == 1 and "ncu is not installed" in found.stderr
