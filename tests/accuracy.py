@@ -108,12 +108,10 @@ def of_splits(
     base: Tensor, other: Tensor, labels: Tensor, splits: int, level: str
 ) -> dict[str, Tensor]:
     """Statistics by the kernels from any number of splits, by name."""
-    from prunekernels.metrics import merge_triton, pair_triton
+    from prunekernels.metrics import pair_triton
     from prunekernels.metrics.fields import unpack_pair
+    from prunekernels.metrics.options import PairOptions
 
-    kind = merge_triton.Kind(1.0, level, "base", True, "")
-    packed, _, _ = pair_triton.partial_state(base, other, labels, kind, splits=splits).finish()
-    found = unpack_pair(
-        packed, base.shape[:-1], level=level, labels=True, subset=False, topk=0, fields=""
-    )
-    return found.as_dict()
+    options = PairOptions(level=level, labels=True)
+    packed, _, _ = pair_triton.partial_state(base, other, labels, options, splits=splits).finish()
+    return unpack_pair(packed, base.shape[:-1], options, False).as_dict()

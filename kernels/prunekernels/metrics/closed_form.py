@@ -18,6 +18,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from prunekernels.metrics.options import PairOptions
+
 SUMS = (
     *("W0", "W1", "W2", "Wy", "V0", "V1", "V2", "Vy", "R0", "R1", "R2", "S0", "S1", "S2"),
     *("C0", "Pw", "P2", "U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2"),
@@ -31,9 +33,8 @@ def pair_fields(
     sums: dict[str, Tensor],
     alpha: Tensor,
     beta: Tensor,
+    options: PairOptions,
     *,
-    temperature: float,
-    weights: str,
     full: bool,
 ) -> dict[str, Tensor]:
     """Evaluate the fields that need no single token, from `SUMS`.
@@ -43,14 +44,13 @@ def pair_fields(
             Of sums that were left out (zeros), the fields that need them mean nothing.
         alpha: `(N,)` float64, the reference of base (its maximum).
         beta: `(N,)` float64, the reference of other.
-        temperature: T.
-        weights: "base" or "other": whose distribution weighs the second-order estimates.
+        options: T, and whose distribution weighs the second-order estimates.
         full: whether the second-pass sums are there.
 
     Returns:
         Float64 `(N,)` tensors by field name; `estimate_valid` is bool.
     """
-    t = temperature
+    t = options.temperature
     inv_2t2 = 1.0 / (2.0 * t * t)
     w0, v0 = sums["W0"], sums["V0"]
     w1, v1 = sums["W1"] / w0, sums["V1"] / v0
@@ -70,7 +70,7 @@ def pair_fields(
     inf, nan = float("inf"), float("nan")
 
     var_p = (sums["W2"] / w0 - w1 * w1).clamp_min(0.0).masked_fill(only_other, inf)
-    if weights == "base":
+    if not options.by_other:
         kl_estimate = var_p * inv_2t2
         squared, lost = ("R0", "R1", "R2"), only_other
     else:
@@ -129,11 +129,9 @@ def pack(
     margins: Tensor,
     ids: Tensor,
     label_logits: Tensor | None,
-    *,
-    temperature: float,
-    names: tuple[str, ...],
+    options: PairOptions,
 ) -> list[Tensor]:
-    """Add the fields that need single tokens, and pack those asked for as `layout` says.
+    """Add the fields that need single tokens, and pack those asked for as `result_rows` says.
 
     Args:
         fields: what `pair_fields` returned.
@@ -141,18 +139,18 @@ def pack(
         margins: `(2, N)` float64 leads over the runners-up.
         ids: `(2, N)` int64 first indices of the largest.
         label_logits: `(2, N)` float64 logits of the labels, or None.
-        temperature: T.
-        names: float fields to pack, in order.
+        options: T, and which float fields to pack.
 
     Returns:
         Floats, ids and flags; NaN, −1 and False where a row is broken.
     """
     fields["margin_base"], fields["margin_other"] = margins
     if label_logits is not None:
-        nll_base = fields["lse_base"] - label_logits[0] / temperature
-        nll_other = fields["lse_other"] - label_logits[1] / temperature
+        nll_base = fields["lse_base"] - label_logits[0] / options.temperature
+        nll_other = fields["lse_other"] - label_logits[1] / options.temperature
         fields["nll_base"], fields["nll_other"] = nll_base, nll_other
         fields["prob_delta"] = torch.exp(-nll_other) - torch.exp(-nll_base)
+    names = options.floats
     broken = ~torch.isfinite(tops)  # NaN, +inf, or nothing but −inf
     any_broken = broken.any(0)
     floats = tops.new_empty(len(names), tops.shape[1], dtype=torch.float32)

@@ -1,7 +1,7 @@
 """The ops as chunked torch: what runs on a CPU and wherever Triton cannot.
 
 Every function takes arguments that the public op has already checked, and returns tensors packed
-as `layout` says. No Python loop runs once per row where rows are short, and none allocates in
+as `result_rows` says. No Python loop runs once per row where rows are short, and none allocates in
 proportion to the logits.
 """
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prunekernels.metrics.closed_form import angle_fields
+from prunekernels.metrics.options import OutputHead, PairOptions
 from prunekernels.metrics.result_rows import VECTOR_FLOATS
 from prunekernels.metrics.sums.eager import GROUP_ROWS, PairSums
 from prunekernels.rows import flattens, take_rows
@@ -23,36 +24,22 @@ def pair_stats(
     other: Tensor,
     labels: Tensor | None,
     subset: Tensor | None,
-    temperature: float,
-    topk: int,
-    level: str,
-    weights: str,
-    fields: str = "",
+    options: PairOptions,
 ) -> list[Tensor]:
-    """Packed statistics of `(…, V)` logits; `fields` as `layout.pair_floats` takes it."""
-    options = (labels, subset, temperature, topk, level, weights, fields)
-    return _pair_sums(base, other, *options).result()
+    """Packed statistics of `(…, V)` logits."""
+    return _pair_sums(base, other, labels, subset, options).result()
 
 
 def pair_state(
-    base: Tensor,
-    other: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    level: str,
-    weights: str,
-    offset: int,
-    fields: str = "",
+    base: Tensor, other: Tensor, labels: Tensor | None, offset: int, options: PairOptions
 ) -> Tensor:
     """Mergeable state `(N, F)` of `(…, V)` logits whose first column has id `offset`."""
     if labels is None:
-        tail = (temperature, 0, level, weights, fields)
-        return _pair_sums(base, other, None, None, *tail).state(offset)
+        return _pair_sums(base, other, None, None, options).state(offset)
     here = labels.reshape(-1) - offset
     held = (here >= 0) & (here < base.shape[-1])
     known = here.clamp(0, base.shape[-1] - 1)
-    options = (known, None, temperature, 0, level, weights, fields)
-    sums = _pair_sums(base, other, *options)
+    sums = _pair_sums(base, other, known, None, options)
     sums.label_logits.masked_fill_(~held, 0.0)
     return sums.state(offset)
 
@@ -62,16 +49,11 @@ def _pair_sums(
     other: Tensor,
     labels: Tensor | None,
     subset: Tensor | None,
-    temperature: float,
-    topk: int,
-    level: str,
-    weights: str,
-    fields: str,
+    options: PairOptions,
 ) -> PairSums:
     vocab = base.shape[-1]
     rows = base.numel() // vocab
-    options = (labels, subset, temperature, topk, level, weights, fields)
-    sums = PairSums(rows, vocab, base.device, base.dtype, *options)
+    sums = PairSums(rows, vocab, base.device, base.dtype, labels, subset, options)
     step = sums.group_rows if flattens(base) and flattens(other) else sums.block_rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
@@ -82,43 +64,23 @@ def _pair_sums(
 def head_pair_stats(
     base_hidden: Tensor,
     other_hidden: Tensor,
-    head_weight: Tensor,
-    other_head_weight: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
+    head: OutputHead,
     labels: Tensor | None,
     subset: Tensor | None,
-    norm_eps: float,
-    softcap: float | None,
-    logit_scale: float | None,
-    temperature: float,
-    topk: int,
-    level: str,
-    weights: str,
-    fields: str = "",
+    options: PairOptions,
 ) -> list[Tensor]:
     """Packed statistics of the logits of `(…, D)` hidden states, computed a few rows at a time."""
-    vocab, width = head_weight.shape
+    vocab, width = head.weight.shape
     rows = base_hidden.numel() // width
-    options = (labels, subset, temperature, topk, level, weights, fields)
-    sums = PairSums(rows, vocab, base_hidden.device, torch.float32, *options)
-    heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
-    hidden = (base_hidden, other_hidden)
-    for start, a, b in logit_blocks(
-        hidden, heads, bias, norm_weight, norm_eps, softcap, logit_scale
-    ):
+    device = base_hidden.device
+    sums = PairSums(rows, vocab, device, torch.float32, labels, subset, options)
+    for start, a, b in logit_blocks((base_hidden, other_hidden), head):
         sums.add(start, a, b)
     return sums.result()
 
 
 def logit_blocks(
-    hidden: tuple[Tensor, Tensor],
-    heads: tuple[Tensor, Tensor],
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_eps: float,
-    softcap: float | None,
-    logit_scale: float | None,
+    hidden: tuple[Tensor, Tensor], head: OutputHead
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row and float32 logits `(R, V)` of base and other, in buffers that are reused.
 
@@ -128,6 +90,7 @@ def logit_blocks(
     a host sync.) Otherwise both rows of a pair come from products of the same shape, at the same
     place in buffers of the same alignment.
     """
+    heads = head.weights
     vocab, width = heads[0].shape
     device = heads[0].device
     rows = hidden[0].numel() // width
@@ -137,29 +100,29 @@ def logit_blocks(
     # Two allocations, not two halves of one: a matmul may round by its output's alignment.
     logits = [torch.empty(step, vocab, dtype=torch.float32, device=device) for _ in range(2)]
 
-    def head(states: Tensor, side: int) -> Tensor:
+    def project(states: Tensor, side: int) -> Tensor:
         out = logits[side][: states.shape[0]]
         _project(states, heads[side], out)
-        if bias is not None:
-            out += bias
-        if logit_scale is not None:
-            out *= logit_scale
-        if softcap is not None:
-            out.div_(softcap).tanh_().mul_(softcap)
+        if head.bias is not None:
+            out += head.bias
+        if head.logit_scale is not None:
+            out *= head.logit_scale
+        if head.softcap is not None:
+            out.div_(head.softcap).tanh_().mul_(head.softcap)
         return out
 
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         base, other = (
-            rms_normalised(take_rows(states, start, stop), norm_weight, norm_eps)
+            rms_normalised(take_rows(states, start, stop), head.norm_weight, head.norm_eps)
             for states in hidden
         )
         found = _positions(other, base) if shared else None
         if found is None or bool((found < 0).all()):
-            yield start, head(base, 0), head(other, 1)
+            yield start, project(base, 0), project(other, 1)
             continue
-        a, missing = head(base, 0), found < 0
-        fresh = head(other[missing], 1)
+        a, missing = project(base, 0), found < 0
+        fresh = project(other[missing], 1)
         found[missing] = torch.arange(fresh.shape[0])
         for row in range(0, stop - start, GROUP_ROWS):
             group = slice(row, row + GROUP_ROWS)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from prunekernels.metrics import result_rows
+from prunekernels.metrics.options import PairOptions
 
 _Self = TypeVar("_Self", bound="_Fields")
 
@@ -250,17 +251,14 @@ class VectorStats(_Fields):
     norm_other: Tensor
 
 
-def packed_like(
-    like: Tensor, rows: int, *, level: str, labels: bool, subset: bool, topk: int, fields: str
-) -> list[Tensor]:
+def packed_like(like: Tensor, rows: int, options: PairOptions, subset: bool) -> list[Tensor]:
     """Uninitialised tensors of the shapes that a pair op returns (for `register_fake`)."""
     packed = []
-    for has_labels in (labels, False)[: 1 + subset]:
-        floats = len(result_rows.pair_floats(level, has_labels, fields))
-        packed.append(like.new_empty(floats, rows, dtype=torch.float32))
+    for some in (options, options.of_subset)[: 1 + subset]:
+        packed.append(like.new_empty(len(some.floats), rows, dtype=torch.float32))
         packed.append(like.new_empty(len(result_rows.PAIR_IDS), rows, dtype=torch.int64))
         packed.append(like.new_empty(len(result_rows.PAIR_FLAGS), rows, dtype=torch.bool))
-    if topk:
+    if topk := options.topk:
         packed.append(like.new_empty(len(result_rows.TOPK_FLOATS), rows, topk, dtype=torch.float32))
         packed.append(like.new_empty(len(result_rows.TOPK_ROWS), rows, dtype=torch.float32))
         packed.append(like.new_empty(len(result_rows.TOPK_IDS), rows, topk, dtype=torch.int64))
@@ -268,24 +266,17 @@ def packed_like(
 
 
 def unpack_pair(
-    packed: list[Tensor],
-    lead: torch.Size,
-    *,
-    level: str,
-    labels: bool,
-    subset: bool,
-    topk: int,
-    fields: str,
+    packed: list[Tensor], lead: torch.Size, options: PairOptions, subset: bool
 ) -> PairStats:
     """Name the rows of a pair op's packed result and give them their leading shape."""
-    named = _name_pair(packed[:3], lead, level, labels, fields)
+    named = _name_pair(packed[:3], lead, options)
     if subset:
-        inner = _name_pair(packed[3:6], lead, level, False, fields)
-        named["subset"] = PairStats.of(inner) if fields else PairStats(**inner)
-    if topk:
+        inner = _name_pair(packed[3:6], lead, options.of_subset)
+        named["subset"] = PairStats.of(inner) if options.fields else PairStats(**inner)
+    if options.topk:
         floats, rows, ids = packed[-3:]
         top = {
-            name: row.reshape(*lead, topk)
+            name: row.reshape(*lead, options.topk)
             for names, block in ((result_rows.TOPK_FLOATS, floats), (result_rows.TOPK_IDS, ids))
             for name, row in zip(names, block, strict=True)
         }
@@ -293,17 +284,14 @@ def unpack_pair(
             name: row.reshape(lead) for name, row in zip(result_rows.TOPK_ROWS, rows, strict=True)
         }
         named["topk"] = TopKStats(**top)
-    return PairStats.of(named) if fields else PairStats(**named)
+    return PairStats.of(named) if options.fields else PairStats(**named)
 
 
-def _name_pair(
-    packed: list[Tensor], lead: torch.Size, level: str, labels: bool, fields: str
-) -> dict[str, Any]:
+def _name_pair(packed: list[Tensor], lead: torch.Size, options: PairOptions) -> dict[str, Any]:
     floats, *rest = packed
-    names = result_rows.pair_floats(level, labels, fields)
-    named = {name: row.reshape(lead) for name, row in zip(names, floats, strict=True)}
+    named = {name: row.reshape(lead) for name, row in zip(options.floats, floats, strict=True)}
     for names, block in zip((result_rows.PAIR_IDS, result_rows.PAIR_FLAGS), rest, strict=True):
-        asked = result_rows.chosen(names, fields)
+        asked = result_rows.chosen(names, options.fields)
         rows = zip(names, block, strict=True)
         named |= {name: row.reshape(lead) for name, row in rows if name in asked}
     return named

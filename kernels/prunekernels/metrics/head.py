@@ -9,8 +9,14 @@ import torch
 from torch import Tensor
 
 from prunekernels import checks, runtime
-from prunekernels.metrics import eager, options
+from prunekernels.metrics import eager
 from prunekernels.metrics.fields import PairStats, packed_like, unpack_pair
+from prunekernels.metrics.options import (
+    OutputHead,
+    PairOptions,
+    checked_labels,
+    checked_subset,
+)
 
 
 @torch.library.custom_op("prunekernels::head_pair_stats", mutates_args=())
@@ -36,24 +42,11 @@ def _head_pair_stats_op(
     checks.token_ids("head_pair_stats", head_weight.shape[0], labels, subset)
     tensors = (base_hidden, other_hidden, head_weight)
     run = runtime.run("head_pair_stats", eager.head_pair_stats, tensors, impl)
-    return run(
-        base_hidden,
-        other_hidden,
-        head_weight,
-        other_head_weight,
-        bias,
-        norm_weight,
-        labels,
-        subset,
-        norm_eps,
-        softcap,
-        logit_scale,
-        temperature,
-        topk,
-        level,
-        weights,
-        fields,
+    head = OutputHead(
+        head_weight, other_head_weight, bias, norm_weight, norm_eps, softcap, logit_scale
     )
+    options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
+    return run(base_hidden, other_hidden, head, labels, subset, options)
 
 
 @_head_pair_stats_op.register_fake
@@ -76,15 +69,9 @@ def _(
     fields: str,
     impl: str,
 ) -> list[Tensor]:
-    return packed_like(
-        base_hidden,
-        base_hidden.numel() // base_hidden.shape[-1],
-        level=level,
-        labels=labels is not None,
-        subset=subset is not None,
-        topk=topk,
-        fields=fields,
-    )
+    options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
+    rows = base_hidden.numel() // base_hidden.shape[-1]
+    return packed_like(base_hidden, rows, options, subset is not None)
 
 
 def head_pair_stats(
@@ -181,20 +168,19 @@ def head_pair_stats(
     if logit_scale is not None and not 0.0 < abs(logit_scale) < math.inf:
         raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
     checks.positive(op, "norm_eps", norm_eps)
-    subset = options.pair_options(
+    runtime.check_impl(impl)
+    options = PairOptions.checked(
         op,
-        lead=lead,
-        vocab=vocab,
-        device=base_hidden.device,
+        vocab,
+        labels=labels is not None,
         temperature=temperature,
-        labels=labels,
-        subset=subset,
         topk=topk,
         level=level,
         weights=weights,
-        impl=impl,
+        fields=fields,
     )
-    asked = options.pair_fields(op, fields, level, labels is not None)
+    labels = checked_labels(op, labels, lead, base_hidden.device)
+    subset = checked_subset(op, subset, base_hidden.device)
     packed = _head_pair_stats_op(
         base_hidden,
         other_hidden,
@@ -202,24 +188,12 @@ def head_pair_stats(
         other_head_weight,
         bias,
         norm_weight,
-        None if labels is None else labels.long(),
+        labels,
         subset,
         float(norm_eps),
         softcap,
         logit_scale,
-        float(temperature),
-        topk,
-        level,
-        weights,
-        asked,
+        *options.scalars,
         impl,
     )
-    return unpack_pair(
-        packed,
-        lead,
-        level=level,
-        labels=labels is not None,
-        subset=subset is not None,
-        topk=topk,
-        fields=asked,
-    )
+    return unpack_pair(packed, lead, options, subset is not None)

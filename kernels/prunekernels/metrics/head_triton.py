@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels.compilation import KernelCase
-from prunekernels.metrics import merge_triton, pair_triton, result_rows, tuning
+from prunekernels.metrics import merge_triton, pair_triton, tuning
 from prunekernels.metrics.eager import logit_blocks, rms_normalised
-from prunekernels.metrics.merge_triton import Kind, State
+from prunekernels.metrics.merge_triton import State
+from prunekernels.metrics.options import OutputHead, PairOptions
 from prunekernels.metrics.sums import triton as lib
 from prunekernels.runtime import interpreting, on
 
@@ -51,7 +52,7 @@ def _head_pair_kernel(
     inverse_t,  # 1/T
     logit_scale,
     softcap,
-    SUMS: tl.constexpr,  # the sums that are wanted: see `language`
+    SUMS: tl.constexpr,  # the sums that are wanted: see `sums.triton`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     TWO_HEADS: tl.constexpr,
@@ -238,32 +239,32 @@ def _tile_lead(z, columns):
 
 def partial_state(
     hidden: tuple[Tensor, Tensor],
-    heads: tuple[Tensor, Tensor],
-    bias: Tensor | None,
+    head: OutputHead,
     labels: Tensor | None,
-    softcap: float | None,
-    logit_scale: float | None,
-    kind: Kind,
+    options: PairOptions,
     splits: int | None = None,
 ) -> State:
     """Launch the fused kernel on normalised, contiguous `(N, D)` states."""
     base, other = hidden
-    head, other_head = heads
+    weight, other_weight = head.weights
+    bias, softcap, logit_scale = head.bias, head.softcap, head.logit_scale
     rows, width = base.shape
-    vocab = head.shape[0]
-    mixed = not base.dtype == head.dtype == other_head.dtype
+    vocab = weight.shape[0]
+    mixed = not base.dtype == weight.dtype == other_weight.dtype
     capability = torch.cuda.get_device_capability(base.device) if base.is_cuda else (9, 0)
-    config = tuning.head_config(rows, 4 if mixed else base.element_size(), kind.precise, capability)
+    config = tuning.head_config(
+        rows, 4 if mixed else base.element_size(), options.precise, capability
+    )
     if splits is None:
         splits = tuning.head_splits(rows, vocab, config)
-    state = merge_triton.empty_state(base.device, rows, splits, kind)
+    state = merge_triton.empty_state(base.device, rows, splits, options)
     if rows:
         with on(base):
             _head_pair_kernel[(triton.cdiv(rows, config.block_n) * splits,)](
                 base,
                 other,
-                head,
-                other_head,
+                weight,
+                other_weight,
                 bias,
                 labels,
                 state.floats,
@@ -272,16 +273,16 @@ def partial_state(
                 vocab,
                 splits,
                 width,
-                *head.stride(),
-                *other_head.stride(),
-                kind.scale,
-                1.0 / kind.temperature,
+                *weight.stride(),
+                *other_weight.stride(),
+                merge_triton.exponent_scale(options.temperature),
+                1.0 / options.temperature,
                 1.0 if logit_scale is None else float(logit_scale),
                 1.0 if softcap is None else float(softcap),
-                SUMS=kind.sums,
-                PRECISE=kind.precise,
-                OTHER=kind.by_other,
-                TWO_HEADS=other_head is not head,
+                SUMS=merge_triton.summed(options),
+                PRECISE=options.precise,
+                OTHER=options.by_other,
+                TWO_HEADS=other_weight is not weight,
                 BIAS=bias is not None,
                 SCALE=logit_scale is not None,
                 CAP=softcap is not None,
@@ -299,56 +300,32 @@ def partial_state(
 def head_pair_stats(
     base_hidden: Tensor,
     other_hidden: Tensor,
-    head_weight: Tensor,
-    other_head_weight: Tensor | None,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
+    head: OutputHead,
     labels: Tensor | None,
     subset: Tensor | None,
-    norm_eps: float,
-    softcap: float | None,
-    logit_scale: float | None,
-    temperature: float,
-    topk: int,
-    level: str,
-    weights: str,
-    fields: str = "",
+    options: PairOptions,
 ) -> list[Tensor]:
     """Packed statistics of the logits of hidden states (`eager.head_pair_stats` by Triton)."""
-    width = head_weight.shape[1]
+    vocab, width = head.weight.shape
     rows = base_hidden.numel() // width
-    heads = (head_weight, head_weight if other_head_weight is None else other_head_weight)
     labels = None if labels is None else labels.reshape(-1)
-    second = any(
-        name in result_rows.FULL_FLOATS for name in result_rows.pair_floats(level, False, fields)
-    )
-    if second or topk or not tuning.head_fused(rows, width):
-        hidden = (base_hidden, other_hidden)
+    if options.second_pass or options.topk or not tuning.head_fused(rows, width):
         parts = []
-        for start, a, b in logit_blocks(
-            hidden, heads, bias, norm_weight, norm_eps, softcap, logit_scale
-        ):
+        for start, a, b in logit_blocks((base_hidden, other_hidden), head):
             some = None if labels is None else labels[start : start + a.shape[0]]
-            options = (some, subset, temperature, topk, level, weights, fields)
-            parts.append(pair_triton.pair_stats(a, b, *options))
+            parts.append(pair_triton.pair_stats(a, b, some, subset, options))
         if parts:
             return [torch.cat(blocks, 1) for blocks in zip(*parts, strict=True)]
-        none = head_weight.new_empty(0, head_weight.shape[0])
-        options = (labels, subset, temperature, topk, level, weights, fields)
-        return pair_triton.pair_stats(none, none, *options)
+        none = head.weight.new_empty(0, vocab)
+        return pair_triton.pair_stats(none, none, labels, subset, options)
     states = (
-        rms_normalised(base_hidden.reshape(-1, width), norm_weight, norm_eps),
-        rms_normalised(other_hidden.reshape(-1, width), norm_weight, norm_eps),
+        rms_normalised(base_hidden.reshape(-1, width), head.norm_weight, head.norm_eps),
+        rms_normalised(other_hidden.reshape(-1, width), head.norm_weight, head.norm_eps),
     )
-    shape = (softcap, logit_scale)
-    kind = Kind(temperature, level, weights, labels is not None, fields)
-    packed = partial_state(states, heads, bias, labels, *shape, kind).finish()[0]
+    packed = partial_state(states, head, labels, options).finish()[0]
     if subset is not None:
-        few = heads[0].index_select(0, subset)
-        few_other = few if other_head_weight is None else heads[1].index_select(0, subset)
-        few_bias = None if bias is None else bias.index_select(0, subset)
-        kind = kind._replace(labels=False)
-        packed += partial_state(states, (few, few_other), few_bias, None, *shape, kind).finish()[0]
+        few = partial_state(states, head.only(subset), None, options.of_subset)
+        packed += few.finish()[0]
     return packed
 
 
@@ -377,7 +354,7 @@ def compile_cases() -> list[KernelCase]:
             **{"other_head_ptr": None, "stride_hd": 1, "stride_ov": 1, "stride_od": 1},
             **{"PRECISE": level == "precise", "OTHER": False, "TWO_HEADS": False},
             **{"BIAS": True, "SCALE": True, "CAP": True, "LABELS": True, "UPCAST": False},
-            "SUMS": Kind(1.0, level, "base", True, "").sums,
+            "SUMS": merge_triton.summed(PairOptions(level=level, labels=True)),
             **{"BLOCK_N": config.block_n, "BLOCK_V": config.block_v, "BLOCK_D": config.block_d},
         }
         cases.append(

@@ -2,7 +2,7 @@
 
 The splits of a row (of one vocabulary, or of shards of it held by several processes) are moved to
 common references and added in float64, in an order that only depends on their number; the fields
-are then evaluated as `closed_form` defines them, with exponents in base 2 (`language`).
+are then evaluated as `closed_form` defines them, with exponents in base 2 (`sums.triton`).
 """
 
 # ruff: noqa: RUF005  (Triton compiles neither starred tuples nor every ternary)
@@ -15,7 +15,6 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 import triton
@@ -23,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels.compilation import KernelCase
-from prunekernels.metrics import needed_sums, partial, result_rows, tuning
+from prunekernels.metrics import partial, result_rows, tuning
+from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.sums import triton as lib
 from prunekernels.runtime import on
 
@@ -55,8 +55,8 @@ def _pair_merge_kernel(
     k,  # log2(e)/T as the sums used it
     temperature,  # T = temperature + temperature_rest
     temperature_rest,
-    SUMS: tl.constexpr,  # the sums of a state: see `language`
-    FIELDS: tl.constexpr,  # the fields that are wanted: bits in the order of `layout`
+    SUMS: tl.constexpr,  # the sums of a state: see `sums.triton`
+    FIELDS: tl.constexpr,  # the fields that are wanted: bits in the order of `result_rows`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     LABELS: tl.constexpr,
@@ -269,48 +269,9 @@ def _width(sums):
     return len(HEAD) + sums.bit_count()
 
 
-class Kind(NamedTuple):
-    """What is asked of a pair of rows: which sums a state holds, and the fields that come of it.
-
-    Attributes:
-        temperature: T.
-        level: "core", "precise" or "full".
-        weights: "base" or "other".
-        labels: whether label logits are there.
-        fields: names asked for, as `result_rows.pair_floats` takes them.
-    """
-
-    temperature: float
-    level: str
-    weights: str
-    labels: bool
-    fields: str
-
-    @property
-    def precise(self) -> bool:
-        """Whether references are logits, and a small divergence keeps its digits."""
-        return self.level != "core"
-
-    @property
-    def by_other(self) -> bool:
-        """Whether the second-order estimates are weighted by other."""
-        return self.weights == "other"
-
-    @property
-    def scale(self) -> float:
-        """k = log2(e)/T as the kernels see it."""
-        return exponent_scale(self.temperature)
-
-    @property
-    def floats(self) -> tuple[str, ...]:
-        """Names of the float fields asked for."""
-        return result_rows.pair_floats(self.level, self.labels, self.fields)
-
-    @property
-    def sums(self) -> int:
-        """The constant SUMS of `language`."""
-        names = (*self.floats, *result_rows.chosen(result_rows.PAIR_FLAGS, self.fields))
-        return lib.wanted(needed_sums.sums(names, weights=self.weights, precise=self.precise))
+def summed(options: PairOptions) -> int:
+    """The constant SUMS of `sums.triton`: the sums that a state holds for these options."""
+    return lib.wanted(options.sums(float32=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -318,26 +279,26 @@ class State:
     """Partial sums of N rows in S splits.
 
     Attributes:
-        floats: `(N, S, F)` float32: `HEAD`, then the kind's sums.
+        floats: `(N, S, F)` float32: `HEAD`, then the sums that the options need.
         ids: `(N, S, 2)` int64, first ids of the largest logits.
-        kind: what they are sums of.
+        options: what they are sums for.
     """
 
     floats: Tensor
     ids: Tensor
-    kind: Kind
+    options: PairOptions
 
     def natural(self) -> Tensor:
         """The splits in the units of `partial`: `(N, S, F)` float64."""
-        kind = self.kind
-        names = HEAD + lib.bundle(kind.sums)
+        options = self.options
+        names = HEAD + lib.bundle(summed(options))
         s = dict(zip(names, self.floats.double().unbind(-1), strict=True))
-        logits = 1.0 / kind.scale  # per unit of an exponent
-        unit = kind.temperature if kind.precise else logits  # of x
-        reference = 1.0 if kind.precise else logits
+        logits = 1.0 / exponent_scale(options.temperature)  # per unit of an exponent
+        unit = options.temperature if options.precise else logits  # of x
+        reference = 1.0 if options.precise else logits
         zero = torch.zeros_like(s["W0"])
         found = {name: s.get(name, zero) for name in partial.SUM_FIELDS}
-        squared = "S" if kind.by_other else "R"
+        squared = "S" if options.by_other else "R"
         found |= {name: logits * found[name] for name in ("Wy", "Vy")}
         for power, moments in enumerate((("W1", "V1", "U1"), ("W2", "V2", "U2")), 1):
             found |= {name: unit**power * found[name] for name in moments}
@@ -350,26 +311,26 @@ class State:
             found[f"top_{side}"] = s[f"top_{letter}"].masked_fill(broken, math.nan)
             found[f"second_{side}"] = s[f"second_{letter}"]
             found[f"id_{side}"] = self.ids[..., index].double()
-            found[f"label_{side}"] = s[f"label_{letter}"] if kind.labels else zero
+            found[f"label_{side}"] = s[f"label_{letter}"] if options.labels else zero
         return torch.stack([found[name] for name in partial.STATE_FIELDS], -1)
 
     def finish(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """Merge the splits.
 
         Returns:
-            Floats, ids and flags as `layout` packs them (rows of the second pass left open); the
-            norms `(4, N)` that this needs; and whether NaN or infinity spoils a row, `(N,)`.
+            Floats, ids and flags as `result_rows` packs them (rows of the second pass left open);
+            the norms `(4, N)` that it needs; and whether NaN or infinity spoils a row, `(N,)`.
         """
         rows, splits = self.ids.shape[:2]
-        kind = self.kind
+        options = self.options
         device = self.floats.device
-        floats = torch.empty(len(kind.floats), rows, dtype=torch.float32, device=device)
+        floats = torch.empty(len(options.floats), rows, dtype=torch.float32, device=device)
         ids = torch.empty(2, rows, dtype=torch.int64, device=device)
         flags = torch.empty(4, rows, dtype=torch.bool, device=device)
         norms = torch.empty(4, rows, dtype=torch.float64, device=device)
         if rows:
             config = tuning.merge_config(splits)
-            high = _to_float32(kind.temperature)
+            high = _to_float32(options.temperature)
             with on(self.floats):
                 _pair_merge_kernel[(triton.cdiv(rows, config.rows),)](
                     self.floats,
@@ -380,14 +341,14 @@ class State:
                     norms,
                     rows,
                     splits,
-                    kind.scale,
+                    exponent_scale(options.temperature),
                     high,
-                    kind.temperature - high,
-                    SUMS=kind.sums,
-                    FIELDS=_bits(kind.floats),
-                    PRECISE=kind.precise,
-                    OTHER=kind.by_other,
-                    LABELS=kind.labels,
+                    options.temperature - high,
+                    SUMS=summed(options),
+                    FIELDS=_bits(options.floats),
+                    PRECISE=options.precise,
+                    OTHER=options.by_other,
+                    LABELS=options.labels,
                     ROWS=config.rows,
                     SPLITS=config.splits,
                     num_warps=config.num_warps,
@@ -396,12 +357,12 @@ class State:
         return [floats, ids, flags[:3]], norms, flags[3]
 
 
-def empty_state(device: torch.device, rows: int, splits: int, kind: Kind) -> State:
+def empty_state(device: torch.device, rows: int, splits: int, options: PairOptions) -> State:
     """Room for the partial sums of `rows` rows in `splits` splits."""
-    width = len(HEAD) + kind.sums.bit_count()
+    width = len(HEAD) + summed(options).bit_count()
     floats = torch.empty(rows, splits, width, dtype=torch.float32, device=device)
     ids = torch.empty(rows, splits, 2, dtype=torch.int64, device=device)
-    return State(floats, ids, kind)
+    return State(floats, ids, options)
 
 
 def merge_states(states: Sequence[State]) -> State:
@@ -437,7 +398,7 @@ def compile_cases() -> list[KernelCase]:
         ("precise", "other", 1),
     ):
         config = tuning.merge_config(splits)
-        kind = Kind(1.0, level, weights, True, "")
+        options = PairOptions(level=level, weights=weights, labels=True)
         signature = {
             **dict.fromkeys(("floats_ptr", "out_ptr"), "*fp32"),
             **dict.fromkeys(("ids_ptr", "out_ids_ptr"), "*i64"),
@@ -450,10 +411,10 @@ def compile_cases() -> list[KernelCase]:
                 kernel=_pair_merge_kernel,
                 signature=signature,
                 constants={
-                    "SUMS": kind.sums,
-                    "FIELDS": _bits(kind.floats),
-                    "PRECISE": kind.precise,
-                    "OTHER": kind.by_other,
+                    "SUMS": summed(options),
+                    "FIELDS": _bits(options.floats),
+                    "PRECISE": options.precise,
+                    "OTHER": options.by_other,
                     "LABELS": True,
                     "ROWS": config.rows,
                     "SPLITS": config.splits,

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from prunekernels import checks, runtime
-from prunekernels.metrics import eager, options
+from prunekernels.metrics import eager
 from prunekernels.metrics.fields import PairStats, packed_like, unpack_pair
+from prunekernels.metrics.options import PairOptions, checked_labels, checked_subset
 
 
 @torch.library.custom_op("prunekernels::pair_stats", mutates_args=())
@@ -26,8 +27,9 @@ def _pair_stats_op(
     impl: str,
 ) -> list[Tensor]:
     checks.token_ids("pair_stats", base.shape[-1], labels, subset)
+    options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
     run = runtime.run("pair_stats", eager.pair_stats, (base, other), impl)
-    return run(base, other, labels, subset, temperature, topk, level, weights, fields)
+    return run(base, other, labels, subset, options)
 
 
 @_pair_stats_op.register_fake
@@ -43,15 +45,8 @@ def _(
     fields: str,
     impl: str,
 ) -> list[Tensor]:
-    return packed_like(
-        base,
-        base.numel() // base.shape[-1],
-        level=level,
-        labels=labels is not None,
-        subset=subset is not None,
-        topk=topk,
-        fields=fields,
-    )
+    options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
+    return packed_like(base, base.numel() // base.shape[-1], options, subset is not None)
 
 
 def pair_stats(
@@ -106,30 +101,18 @@ def pair_stats(
     checks.floats("pair_stats", base=base, other=other)
     checks.alike("pair_stats", base=base, other=other)
     lead, vocab = base.shape[:-1], base.shape[-1]
-    subset = options.pair_options(
+    runtime.check_impl(impl)
+    options = PairOptions.checked(
         "pair_stats",
-        lead=lead,
-        vocab=vocab,
-        device=base.device,
+        vocab,
+        labels=labels is not None,
         temperature=temperature,
-        labels=labels,
-        subset=subset,
         topk=topk,
         level=level,
         weights=weights,
-        impl=impl,
+        fields=fields,
     )
-    asked = options.pair_fields("pair_stats", fields, level, labels is not None)
-    labels = None if labels is None else labels.long()
-    packed = _pair_stats_op(
-        base, other, labels, subset, float(temperature), topk, level, weights, asked, impl
-    )
-    return unpack_pair(
-        packed,
-        lead,
-        level=level,
-        labels=labels is not None,
-        subset=subset is not None,
-        topk=topk,
-        fields=asked,
-    )
+    labels = checked_labels("pair_stats", labels, lead, base.device)
+    subset = checked_subset("pair_stats", subset, base.device)
+    packed = _pair_stats_op(base, other, labels, subset, *options.scalars, impl)
+    return unpack_pair(packed, lead, options, subset is not None)

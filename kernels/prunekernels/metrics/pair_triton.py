@@ -23,7 +23,8 @@ from torch import Tensor
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.metrics import merge_triton, partial, result_rows, top_tokens, tuning
-from prunekernels.metrics.merge_triton import Kind, State
+from prunekernels.metrics.merge_triton import State
+from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.rows import PairRows
 from prunekernels.metrics.second_pass_triton import second_pass
 from prunekernels.metrics.sums import triton as lib
@@ -49,7 +50,7 @@ def _pair_sums_kernel(
     first_id,  # id of the first column
     k,  # log2(e)/T
     inverse_t,  # 1/T
-    SUMS: tl.constexpr,  # the sums that are wanted: see `language`
+    SUMS: tl.constexpr,  # the sums that are wanted: see `sums.triton`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     LABELS: tl.constexpr,
@@ -63,7 +64,7 @@ def _pair_sums_kernel(
 ):
     WIDTH: tl.constexpr = 4 * LANES
     TILE: tl.constexpr = WIDTH * UNITS
-    # References are logits at the precise level, else exponents: see `language`.
+    # References are logits at the precise level, else exponents: see `sums.triton`.
     if PRECISE:
         unit = 1.0
         far = 20.0 / inverse_t
@@ -357,7 +358,7 @@ def partial_state(
     base: Tensor,
     other: Tensor,
     labels: Tensor | None,
-    kind: Kind,
+    options: PairOptions,
     first_id: int = 0,
     splits: int | None = None,
 ) -> State:
@@ -365,7 +366,7 @@ def partial_state(
     rows = PairRows(base, other)
     if splits is None:
         splits = tuning.pair_splits(rows.count, rows.width)
-    state = merge_triton.empty_state(base.device, rows.count, splits, kind)
+    state = merge_triton.empty_state(base.device, rows.count, splits, options)
     if rows.count:
         warp = 32 if torch.version.hip is None else 64
         config = tuning.pair_config(warp)
@@ -382,11 +383,11 @@ def partial_state(
                 splits,
                 *rows.strides,
                 first_id,
-                kind.scale,
-                1.0 / kind.temperature,
-                SUMS=kind.sums,
-                PRECISE=kind.precise,
-                OTHER=kind.by_other,
+                merge_triton.exponent_scale(options.temperature),
+                1.0 / options.temperature,
+                SUMS=merge_triton.summed(options),
+                PRECISE=options.precise,
+                OTHER=options.by_other,
                 LABELS=labels is not None,
                 HALF=base.element_size() == 2,
                 ROW_TABLE=rows.starts is not None,
@@ -397,7 +398,7 @@ def partial_state(
                 UNITS=config.units,
                 num_warps=config.num_warps,
                 num_stages=1,
-                **tuning.pair_options(kind.precise, warp),
+                **tuning.pair_options(options.precise, warp),
             )
     return state
 
@@ -407,52 +408,39 @@ def pair_stats(
     other: Tensor,
     labels: Tensor | None,
     subset: Tensor | None,
-    temperature: float,
-    topk: int,
-    level: str,
-    weights: str,
-    fields: str = "",
+    options: PairOptions,
 ) -> list[Tensor]:
     """Packed statistics of `(…, V)` logits (`eager.pair_stats` by Triton kernels)."""
     labels = None if labels is None else labels.reshape(-1)
-    kind = Kind(temperature, level, weights, labels is not None, fields)
-    packed, norms, broken = partial_state(base, other, labels, kind).finish()
-    asked = [name for name in result_rows.FULL_FLOATS if name in kind.floats]
-    if asked:
-        extra = second_pass(base, other, norms, temperature).masked_fill_(broken, float("nan"))
+    packed, norms, broken = partial_state(base, other, labels, options).finish()
+    if asked := options.second_pass:
+        extra = second_pass(base, other, norms, options.temperature)
+        extra.masked_fill_(broken, float("nan"))
         # row by row: indexing with a list would copy it from the host, which no graph can capture
         for row, name in zip(packed[0][-len(asked) :], asked, strict=True):
             row.copy_(extra[result_rows.FULL_FLOATS.index(name)])
     if subset is not None:
         few_a, few_b = (x.index_select(-1, subset) for x in (base, other))
-        packed += pair_stats(few_a, few_b, None, None, temperature, 0, level, weights, fields)
-    if topk:
-        packed += _top_tokens(base, other, norms, broken, temperature, topk)
+        packed += pair_stats(few_a, few_b, None, None, options.of_subset)
+    if options.topk:
+        packed += _top_tokens(base, other, norms, broken, options)
     return packed
 
 
 def pair_state(
-    base: Tensor,
-    other: Tensor,
-    labels: Tensor | None,
-    temperature: float,
-    level: str,
-    weights: str,
-    offset: int,
-    fields: str = "",
+    base: Tensor, other: Tensor, labels: Tensor | None, offset: int, options: PairOptions
 ) -> Tensor:
     """Mergeable state `(N, F)` of `(…, V)` logits (`eager.pair_state` by Triton)."""
     labels = None if labels is None else labels.reshape(-1)
-    kind = Kind(temperature, level, weights, labels is not None, fields)
-    state = partial_state(base, other, labels, kind, first_id=offset)
-    return partial.merge(state.natural().transpose(0, 1), temperature)
+    state = partial_state(base, other, labels, options, first_id=offset)
+    return partial.merge(state.natural().transpose(0, 1), options.temperature)
 
 
 def _top_tokens(
-    base: Tensor, other: Tensor, norms: Tensor, broken: Tensor, temperature: float, topk: int
+    base: Tensor, other: Tensor, norms: Tensor, broken: Tensor, options: PairOptions
 ) -> list[Tensor]:
     """The likeliest tokens, a few rows at a time: selection is torch's."""
-    rows = norms.shape[1]
+    rows, topk = norms.shape[1], options.topk
     device = base.device
     floats = torch.zeros(len(result_rows.TOPK_FLOATS), rows, topk, device=device)
     totals = torch.zeros(len(result_rows.TOPK_ROWS), rows, device=device)
@@ -462,7 +450,7 @@ def _top_tokens(
         part = slice(start, min(start + step, rows))
         pair = (take_rows(base, start, part.stop), take_rows(other, start, part.stop))
         norm = (norms[:2, part], norms[2:, part])
-        found = top_tokens.compare(pair, *norm, temperature, topk, reads=False)
+        found = top_tokens.compare(pair, *norm, options.temperature, topk, reads=False)
         floats[:, part], totals[:, part], ids[:, part] = found
     floats.masked_fill_(broken[:, None], float("nan"))
     totals.masked_fill_(broken, float("nan"))
@@ -502,7 +490,8 @@ def compile_cases() -> list[KernelCase]:
         warp = 32 if archs == nvidia else 64
         config = tuning.pair_config(warp)
         level = "precise" if sums.startswith("precise") else "core"
-        kind = Kind(1.0, level, weights, False, ",".join(LOOPS.get(sums, ())))
+        fields = ",".join(LOOPS.get(sums, ()))
+        options = PairOptions(level=level, weights=weights, fields=fields)
         outputs = {"floats_ptr": "*fp32", "ids_ptr": "*i64"}
         columns = config.lanes * 4 * config.units
         per_thread = columns // (32 * config.num_warps)
@@ -523,9 +512,9 @@ def compile_cases() -> list[KernelCase]:
                     "labels_ptr": None,
                     "stride_av": 1,
                     "stride_bv": 1,
-                    "SUMS": kind.sums,
-                    "PRECISE": kind.precise,
-                    "OTHER": kind.by_other,
+                    "SUMS": merge_triton.summed(options),
+                    "PRECISE": options.precise,
+                    "OTHER": options.by_other,
                     "LABELS": False,
                     "HALF": dtype != "fp32",
                     "ROW_TABLE": False,
@@ -537,7 +526,7 @@ def compile_cases() -> list[KernelCase]:
                 },
                 num_warps=config.num_warps,
                 num_stages=1,
-                options=tuning.pair_options(kind.precise, warp),
+                options=tuning.pair_options(options.precise, warp),
                 divisible=(*pointers, *outputs, *strides),
                 opcodes=("MUFU.EX2", "v_exp_f32"),
                 elements_per_iteration=columns // config.num_warps,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prunekernels.metrics.closed_form import PHI_SUMS, SUMS, pack, pair_fields
-from prunekernels.metrics.result_rows import pair_floats
+from prunekernels.metrics.options import PairOptions
 
 HEAD_FIELDS = (
     *("alpha", "beta", "top_base", "top_other", "second_base", "second_other"),
@@ -89,15 +89,11 @@ def _moved(
     return {name: s[name] for name in SUM_FIELDS} | moved
 
 
-def finish(
-    state: Tensor, *, temperature: float, level: str, weights: str, labels: bool, fields: str
-) -> list[Tensor]:
-    """Floats, ids and flags of a state `(N, F)` of whole rows, as `layout` packs them."""
+def finish(state: Tensor, options: PairOptions) -> list[Tensor]:
+    """Floats, ids and flags of a state `(N, F)` of whole rows, as `result_rows` packs them."""
     named = dict(zip(STATE_FIELDS, state.unbind(-1), strict=True))
-    sums = {name: named[name] for name in SUM_FIELDS if level != "core" or name not in PHI_SUMS}
-    found = pair_fields(
-        sums, named["alpha"], named["beta"], temperature=temperature, weights=weights, full=False
-    )
+    sums = {name: named[name] for name in SUM_FIELDS if options.precise or name not in PHI_SUMS}
+    found = pair_fields(sums, named["alpha"], named["beta"], options, full=False)
 
     def pair(name: str) -> Tensor:
         return torch.stack([named[f"{name}_base"], named[f"{name}_other"]])
@@ -108,7 +104,6 @@ def finish(
         pair("top"),
         pair("top") - pair("second"),
         pair("id").long(),
-        pair("label").masked_fill(lost, float("nan")) if labels else None,
-        temperature=temperature,
-        names=pair_floats(level, labels, fields),
+        pair("label").masked_fill(lost, float("nan")) if options.labels else None,
+        options,
     )

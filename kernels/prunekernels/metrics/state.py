@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from prunekernels import checks, runtime
-from prunekernels.metrics import eager, options, partial
+from prunekernels.metrics import eager, partial
 from prunekernels.metrics.fields import PairStats, unpack_pair
+from prunekernels.metrics.options import PairOptions, checked_labels
 
 
 @torch.library.custom_op("prunekernels::pair_state", mutates_args=())
@@ -26,7 +27,8 @@ def _pair_state_op(
     impl: str,
 ) -> Tensor:
     run = runtime.run("pair_state", eager.pair_state, (base, other), impl)
-    state: Tensor = run(base, other, labels, temperature, level, weights, offset, fields)
+    options = PairOptions(temperature, 0, level, weights, fields, labels is not None)
+    state: Tensor = run(base, other, labels, offset, options)
     if labels is not None:
         here = labels.reshape(-1) - offset
         state[:, partial.STATE_FIELDS.index("held")] = (here >= 0) & (here < base.shape[-1])
@@ -79,23 +81,11 @@ class PairState:
     def stats(self) -> PairStats:
         """Statistics of whole rows, once all columns have been merged into this state."""
         lead = self.data.shape[:-1]
-        packed = partial.finish(
-            self.data.reshape(-1, self.data.shape[-1]),
-            temperature=self.temperature,
-            level=self.level,
-            weights=self.weights,
-            labels=self.labels,
-            fields=self.fields,
+        options = PairOptions(
+            self.temperature, 0, self.level, self.weights, self.fields, self.labels
         )
-        return unpack_pair(
-            packed,
-            lead,
-            level=self.level,
-            labels=self.labels,
-            subset=False,
-            topk=0,
-            fields=self.fields,
-        )
+        packed = partial.finish(self.data.reshape(-1, self.data.shape[-1]), options)
+        return unpack_pair(packed, lead, options, False)
 
 
 def pair_state(
@@ -142,25 +132,21 @@ def pair_state(
         raise ValueError(f"{op}: level 'full' cannot be merged; use 'core' or 'precise'")
     if offset < 0:
         raise ValueError(f"{op}: offset must be an id from 0, got {offset}")
-    options.pair_options(
+    runtime.check_impl(impl)
+    options = PairOptions.checked(
         op,
-        lead=base.shape[:-1],
-        vocab=base.shape[-1],
-        device=base.device,
+        base.shape[-1],
+        labels=labels is not None,
         temperature=temperature,
-        labels=labels,
-        subset=None,
-        topk=0,
         level=level,
         weights=weights,
-        impl=impl,
+        fields=fields,
     )
-    asked = options.pair_fields(op, fields, level, labels is not None)
-    t = float(temperature)
-    labels = None if labels is None else labels.long()
+    labels = checked_labels(op, labels, base.shape[:-1], base.device)
+    t, _, _, _, asked = options.scalars
     data = _pair_state_op(base, other, labels, t, level, weights, offset, asked, impl)
     data = data.reshape(*base.shape[:-1], data.shape[-1])
-    return PairState(data, t, level, weights, labels is not None, asked)
+    return PairState(data, t, level, weights, options.labels, asked)
 
 
 def merge(states: Sequence[PairState]) -> PairState:

@@ -26,7 +26,7 @@ def _vector_stats_kernel(
     base_ptr,  # vectors h
     other_ptr,  # vectors h+Δ
     starts_ptr,  # (2, N) int64 first element of each row, with ROW_TABLE
-    out_ptr,  # (8, N) fp32, `layout.VECTOR_FLOATS`
+    out_ptr,  # (8, N) fp32, `result_rows.VECTOR_FLOATS`
     N,
     D,
     stride_an,

@@ -11,6 +11,7 @@ from allocations import Allocations
 from interpreter import run_interpreted
 from prunekernels import PairStats, head_pair_stats, merge, pair_state, pair_stats, summarize
 from prunekernels.metrics import eager, needed_sums, result_rows
+from prunekernels.metrics.options import PairOptions
 from prunekernels.runtime import interpreting
 from rows import adversarial
 from torch import Tensor
@@ -204,7 +205,7 @@ def test_summarize_reports_what_is_there() -> None:
 def test_memory_stays_under_a_tenth_of_the_logits(level: str, fields: str) -> None:
     base, other = torch.randn(64, 49152), torch.randn(64, 49152)
     with Allocations() as memory:
-        eager.pair_stats(base, other, None, None, 1.0, 0, level, "base", fields)
+        eager.pair_stats(base, other, None, None, PairOptions(level=level, fields=fields))
     logits = base.nbytes + other.nbytes
     assert 0.005 * logits < memory.peak < 0.10 * logits
 
@@ -227,7 +228,7 @@ def test_fewer_fields_take_fewer_passes() -> None:
     def passes(fields: str) -> float:
         pair = logits()
         with Work() as work:
-            eager.pair_stats(*pair, None, None, 1.0, 0, "core", "base", fields)
+            eager.pair_stats(*pair, None, None, PairOptions(fields=fields))
         return work.elements / pair[0].numel()
 
     assert passes("lse_base,argmax_other") < 0.35 * passes("")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from prunekernels import head_pair_stats, pair_stats, reference
 from prunekernels.metrics import eager
+from prunekernels.metrics.options import OutputHead, PairOptions
 from tolerances import mismatches
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -141,12 +142,12 @@ def test_a_state_of_both_models_is_multiplied_once(dtype: torch.dtype) -> None:
     own = chain[:5].float().neg().to(dtype)
     order = torch.randperm(rows)
     other = torch.cat([chain[order][5:], own])[torch.randperm(rows)]
-    arguments = (chain, other, head, None, None, None, None, None)
-    settings = (1e-6, None, None, 0.7, 2, "core", "base")
+    options = PairOptions(temperature=0.7, topk=2)
     with Products() as products:
-        packed = eager.head_pair_stats(*arguments, *settings)
+        packed = eager.head_pair_stats(chain, other, OutputHead(head), None, None, options)
     assert products.rows == rows + 5
-    found = eager.head_pair_stats(*arguments[:3], head.clone(), *arguments[4:], *settings)
+    apart_heads = OutputHead(head, head.clone())
+    found = eager.head_pair_stats(chain, other, apart_heads, None, None, options)
     for shared, apart in zip(packed, found, strict=True):
         torch.testing.assert_close(shared, apart, rtol=1e-4, atol=2e-6, equal_nan=True)
 

@@ -10,6 +10,7 @@ import torch
 from allocations import Allocations
 from prunekernels import PairStats, head_pair_stats, pair_stats, vector_stats
 from prunekernels.metrics import eager
+from prunekernels.metrics.options import OutputHead, PairOptions
 from torch import Tensor
 
 LOGITS = torch.randn(2, 3, 50, generator=torch.Generator().manual_seed(1))
@@ -116,7 +117,7 @@ def test_a_vocabulary_larger_than_a_tile_is_split() -> None:
 def test_pair_stats_takes_a_tenth_of_the_logits_in_memory(level: str, dtype: torch.dtype) -> None:
     base, other = torch.randn(64, 49152).to(dtype), torch.randn(64, 49152).to(dtype)
     with Allocations() as memory:
-        eager.pair_stats(base, other, None, None, 1.0, 0, level, "base")
+        eager.pair_stats(base, other, None, None, PairOptions(level=level))
     logits = base.nbytes + other.nbytes
     assert 0.005 * logits < memory.peak < 0.10 * logits
 
@@ -127,10 +128,7 @@ def test_head_pair_stats_memory_does_not_grow_with_rows() -> None:
     for rows in (500, 1000):
         hidden = torch.randn(rows, 8)
         with Allocations() as memory:
-            eager.head_pair_stats(
-                *(hidden, hidden + 0.1, head, None, None, None, None, None),
-                *(1e-6, None, None, 1.0, 0, "core", "base"),
-            )
+            eager.head_pair_stats(hidden, hidden + 0.1, OutputHead(head), None, None, PairOptions())
         peaks.append(memory.peak)
     logits = 2 * 1000 * 60_000 * 4
     assert peaks[1] < peaks[0] + 500 * 1200  # the sums and results of a row, in bytes

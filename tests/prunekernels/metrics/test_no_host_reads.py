@@ -16,7 +16,7 @@ import torch
 from interpreter import run_interpreted
 from prunekernels import checks, reference
 from prunekernels.metrics import partial
-from prunekernels.metrics.options import pair_options
+from prunekernels.metrics.options import OutputHead, PairOptions, checked_subset
 from prunekernels.metrics.top_tokens import top_ids
 from prunekernels.runtime import interpreting
 from torch import Tensor
@@ -147,8 +147,9 @@ def test_pair_stats_with_everything(fields: str, capturing: None) -> None:
     labels, subset = torch.arange(4).reshape(2, 2), torch.tensor([4, 600, 2])
     with NoHostReads():
         checks.token_ids("pair_stats", 700, labels, subset)
-        pair_triton.pair_stats(base, other, labels, subset, 0.8, 5, "full", "other", fields)
-        pair_triton.pair_stats(base, other, None, None, 1.0, 0, "core", "base", fields)
+        options = PairOptions(0.8, 5, "full", "other", fields, labels=True)
+        pair_triton.pair_stats(base, other, labels, subset, options)
+        pair_triton.pair_stats(base, other, None, None, PairOptions(fields=fields))
 
 
 @interpreted
@@ -157,16 +158,14 @@ def test_pair_state_and_merge() -> None:
 
     base, other = logits()
     labels = torch.arange(4).reshape(2, 2)
+    options = PairOptions(level="precise", labels=True)
     with NoHostReads():
         states = [
-            pair_triton.pair_state(
-                base[..., a:b], other[..., a:b], labels, 1.0, "precise", "base", a
-            )
+            pair_triton.pair_state(base[..., a:b], other[..., a:b], labels, a, options)
             for a, b in ((0, 300), (300, 700))
         ]
         whole = partial.merge(torch.stack(states), 1.0)
-        options = {"temperature": 1.0, "level": "precise", "weights": "base", "labels": True}
-        partial.finish(whole, fields="", **options)  # type: ignore[arg-type]
+        partial.finish(whole, options)
 
 
 @interpreted
@@ -179,8 +178,11 @@ def test_heads_fused_and_through_logits(level: str, topk: int) -> None:
     labels, subset = torch.tensor([3, 89]), torch.tensor([4, 60, 2])
     with NoHostReads():
         head_triton.head_pair_stats(
-            *(hidden[0], hidden[1], head, head.clone(), head[:, 0], torch.ones(16)),
-            *(labels, subset, 1e-6, 3.0, 0.5, 1.0, topk, level, "base"),
+            *hidden,
+            OutputHead(head, head.clone(), head[:, 0], torch.ones(16), 1e-6, 3.0, 0.5),
+            labels,
+            subset,
+            PairOptions(topk=topk, level=level, labels=True),
         )
 
 
@@ -216,10 +218,8 @@ def test_a_subset_that_would_be_copied_into_a_graph_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    options: dict[str, Any] = {"lead": torch.Size([2]), "vocab": 9, "temperature": 1.0, "topk": 0}
-    options |= {"labels": None, "level": "core", "weights": "base", "impl": "auto"}
     with pytest.raises(ValueError, match=r"subset is a list, .* torch.tensor\(subset, device='cu"):
-        pair_options("pair_stats", device=torch.device("cuda"), subset=[1, 2], **options)
+        checked_subset("pair_stats", [1, 2], torch.device("cuda"))
 
 
 @compiled

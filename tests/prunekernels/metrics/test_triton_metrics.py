@@ -258,14 +258,15 @@ def test_swapping_the_rows_swaps_the_fields(level):
 @interpreted
 def test_parts_of_the_vocabulary_merge_as_splits():
     from prunekernels.metrics import merge_triton, pair_triton
+    from prunekernels.metrics.options import PairOptions
 
-    kind = merge_triton.Kind(1.0, "precise", "base", True, "")
+    options = PairOptions(level="precise", labels=True)
     base, other = pair(1, 37 * 4096 // 4 + 99)
     base[0, 9000], other[0, 20000] = 15.0, 16.0
     labels = torch.tensor([30000])
     exact = reference.pair_stats(base.double(), other.double(), labels=labels)
     halves = [
-        pair_triton.partial_state(part_a, part_b, labels, kind, first_id=first)
+        pair_triton.partial_state(part_a, part_b, labels, options, first_id=first)
         for first, part_a, part_b in (
             (0, base[:, :11111], other[:, :11111]),
             (11111, base[:, 11111:], other[:, 11111:]),
@@ -378,6 +379,7 @@ def opcheck(name, *arguments):
 @interpreted
 def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
     from prunekernels.metrics import head_triton, tuning
+    from prunekernels.metrics.options import OutputHead, PairOptions
 
     width, peaks = 8, {}
     for rows, vocab in ((64, 200), (64, 400), (128, 200)):
@@ -385,8 +387,7 @@ def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
         hidden, head = torch.randn(rows, width), torch.randn(vocab, width)
         with Allocations() as memory:
             head_triton.head_pair_stats(
-                *(hidden, hidden + 0.1, head, None, None, None, None, None),
-                *(1e-6, None, None, 1.0, 0, "core", "base"),
+                hidden, hidden + 0.1, OutputHead(head), None, None, PairOptions()
             )
         splits = tuning.head_splits(rows, vocab, tuning.head_config(rows, 4, False, (9, 0)))
         state = 4 * 35 + 16  # bytes of a partial state's numbers and ids

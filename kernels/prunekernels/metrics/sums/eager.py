@@ -14,8 +14,9 @@ import math
 import torch
 from torch import Tensor
 
-from prunekernels.metrics import needed_sums, result_rows, top_tokens
+from prunekernels.metrics import result_rows, top_tokens
 from prunekernels.metrics.closed_form import PHI_SUMS, SUMS, pack, pair_fields
+from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.partial import SUM_FIELDS
 
 _LOG2E = math.log2(math.e)
@@ -49,11 +50,7 @@ class PairSums:
         dtype: of the logits; decides how many buffers a tile needs.
         labels: N ids or None.
         subset: ids or None.
-        temperature: T.
-        topk: k.
-        level: "core", "precise" or "full".
-        weights: "base" or "other".
-        fields: names asked for, with commas between them ("" for all): what they need is summed.
+        options: what is asked for, and with it which sums are taken.
     """
 
     def __init__(
@@ -64,19 +61,13 @@ class PairSums:
         dtype: torch.dtype,
         labels: Tensor | None,
         subset: Tensor | None,
-        temperature: float,
-        topk: int,
-        level: str,
-        weights: str,
-        fields: str = "",
+        options: PairOptions,
     ) -> None:
-        self.temperature, self.topk, self.level, self.weights = temperature, topk, level, weights
+        self.options, self.temperature, self.topk = options, options.temperature, options.topk
         self.labels = None if labels is None else labels.reshape(-1)
-        self.names = result_rows.pair_floats(level, labels is not None, fields)
-        flags = result_rows.chosen(result_rows.PAIR_FLAGS, fields)
-        self.needed = needed_sums.sums((*self.names, *flags), weights=weights, precise=False)
-        self.full = not set(result_rows.FULL_FLOATS).isdisjoint(self.names)
-        self.work = torch.float32 if level == "core" else torch.float64
+        self.work = torch.float64 if options.precise else torch.float32
+        self.needed = options.sums(float32=False)
+        self.full = bool(options.second_pass)
         tile = _tile_elements(rows * vocab, self.work, dtype, device)
         self.columns = min(vocab, tile)
         self.block_rows = min(max(1, tile // vocab), max(rows, 1))
@@ -99,16 +90,14 @@ class PairSums:
         self.margins = zeros(2, rows)
         self.ids = zeros(2, rows, dtype=torch.int64)
         self.label_logits = zeros(2, rows if labels is not None else 0)
-        self.topk_floats = zeros(len(result_rows.TOPK_FLOATS), rows, topk, dtype=torch.float32)
+        self.topk_floats = zeros(len(result_rows.TOPK_FLOATS), rows, self.topk, dtype=torch.float32)
         self.topk_rows = zeros(len(result_rows.TOPK_ROWS), rows, dtype=torch.float32)
-        self.topk_ids = zeros(len(result_rows.TOPK_IDS), rows, topk, dtype=torch.int64)
+        self.topk_ids = zeros(len(result_rows.TOPK_IDS), rows, self.topk, dtype=torch.int64)
         self.subset = subset
         self.inner: PairSums | None = None
         if subset is not None:
-            size = subset.numel()
-            self.inner = PairSums(
-                rows, size, device, dtype, None, None, temperature, 0, level, weights, fields
-            )
+            size, inner = subset.numel(), options.of_subset
+            self.inner = PairSums(rows, size, device, dtype, None, None, inner)
 
     def add(self, start: int, base: Tensor, other: Tensor) -> None:
         """Take rows `start …` from two `(R, V)` logit blocks."""
@@ -343,7 +332,7 @@ class PairSums:
         held = torch.zeros_like(self.sums[:1])  # known to the op
         named = dict(zip(SUMS, self.sums, strict=True))
         rows = [*torch.cat([*head, held]), *(named[name] for name in SUM_FIELDS if name in named)]
-        if self.level != "core" and "W1" in self.needed:  # float64 sums: nothing cancels
+        if self.options.precise and "W1" in self.needed:  # float64 sums: nothing cancels
             t1, t2 = named["W1"] / self.temperature, named["V1"] / self.temperature
             gap = named["V0"] - named["W0"]
             rows += [gap, gap - t1, t2 - gap]
@@ -353,21 +342,16 @@ class PairSums:
 
     def result(self) -> list[Tensor]:
         """Floats, ids, flags; then the subset's three; then the top tokens' three."""
-        fields = pair_fields(
-            dict(zip(SUMS, self.sums, strict=True)),
-            *self.references,
-            temperature=self.temperature,
-            weights=self.weights,
-            full=self.full,
-        )
+        alpha, beta = self.references
+        named = dict(zip(SUMS, self.sums, strict=True))
+        fields = pair_fields(named, alpha, beta, self.options, full=self.full)
         packed = pack(
             fields,
             self.maxima,
             self.margins,
             self.ids,
             None if self.labels is None else self.label_logits,
-            temperature=self.temperature,
-            names=self.names,
+            self.options,
         )
         if self.inner is not None:
             packed += self.inner.result()
