@@ -8,8 +8,8 @@ at once: right code gives the same result both ways. Threads that use the same s
 them writing, must be ordered by barriers, whatever order they ran in (`ptx.memory`); else that
 raises too. Programs run one after another.
 
-`ptx.tensor_cores` has NVIDIA's tensor-core instructions, written from the PTX ISA. `Machine` stands
-where a `@gluon.jit` kernel stands in its launcher.
+`ptx.tensor_cores` has NVIDIA's tensor-core instructions, written from the PTX ISA. A `Machine`
+stands where a GPU stands: it runs what `prunekernels.launch.Launch` describes.
 """
 
 from ptx.machine import Machine

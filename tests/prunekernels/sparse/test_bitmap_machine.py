@@ -27,17 +27,16 @@ def machine(monkeypatch):
     from prunekernels.sparse import launching
     from prunekernels.sparse.bitmap import mma as mma_bitmap
 
-    kernel = mma_bitmap._bitmap_mma_fwd_kernel
     counter = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(launching, "counters", lambda count, device: counter[:count])
 
     def launch(x, weight, bias, activation, config, arch=80, lazy=True):
-        target = ptx.Machine(kernel, arch, lazy)
-        monkeypatch.setattr(mma_bitmap, "_bitmap_mma_fwd_kernel", target)
+        target = ptx.Machine(arch, lazy)
+        target.take_over(monkeypatch)
         packed = bitmap_pack(weight)
         parts = packed.bitmap, packed.starts, packed.values, weight.shape[0]
         y = mma_bitmap.launch(x, *parts, bias, activation, config)
-        assert target.launches == 1
+        assert len(target.launches) == 1
         assert not counter.any(), "the counter must be zero again"
         return y
 

@@ -28,15 +28,14 @@ def machine(monkeypatch):
     from prunekernels.sparse import launching
     from prunekernels.sparse.two_four import mma as mma24
 
-    kernel = mma24._mma24_fwd_kernel
     counter = torch.zeros(64, dtype=torch.int32)
     monkeypatch.setattr(launching, "counters", lambda count, device: counter[:count])
 
     def launch(*arguments, arch=80, lazy=True):
-        target = ptx.Machine(kernel, arch, lazy)
-        monkeypatch.setattr(mma24, "_mma24_fwd_kernel", target)
+        target = ptx.Machine(arch, lazy)
+        target.take_over(monkeypatch)
         y = mma24.launch(*arguments)
-        assert target.launches == 1
+        assert len(target.launches) == 1
         assert not counter.any(), "the counter must be zero again"
         return y
 

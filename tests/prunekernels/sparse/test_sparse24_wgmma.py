@@ -60,9 +60,8 @@ def test_machine_values(monkeypatch, dtype, tokens, rows, columns, activation):
     exact = act(F.linear(x.double(), weight.double(), None if bias is None else bias.double()))
     results = []
     for lazy in (True, False):
-        target = ptx.Machine(wgmma24._wgmma24_fwd_kernel, 90, lazy)
         with monkeypatch.context() as patch:
-            patch.setattr(wgmma24, "_wgmma24_fwd_kernel", target)
+            ptx.Machine(90, lazy).take_over(patch)
             packed = sparse24_pack(weight).packed
             results.append(wgmma24.forward(x, packed, None, rows, bias, activation))
     got = results[0]
@@ -77,8 +76,7 @@ def test_machine_values(monkeypatch, dtype, tokens, rows, columns, activation):
 def test_its_self_test_passes_and_notices(monkeypatch, broken):
     from prunekernels.sparse.two_four import wgmma as wgmma24
 
-    target = ptx.Machine(wgmma24._wgmma24_fwd_kernel, 90, True)
-    monkeypatch.setattr(wgmma24, "_wgmma24_fwd_kernel", target)
+    ptx.Machine(90).take_over(monkeypatch)
     if broken:
         real = ptx.tensor_cores.mma_sp_m16n8k32
 

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from prunekernels.compilation import KernelCase
+from prunekernels.launch import Launch
 from prunekernels.sparse.fragments import finish
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference
@@ -178,26 +179,32 @@ def forward(
         x = x.clone(memory_format=torch.contiguous_format)
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(lines, WARPS), 1)
-    _wgmma24_fwd_kernel[grid](
-        x,
-        packed,
-        y if bias is None else bias,
-        y,
-        x.stride(0),
-        tokens,
-        rows,
-        lines,
-        packed.shape[1],
-        units,
-        4 * units + tails,
-        KIND="bf16" if x.dtype == torch.bfloat16 else "f16",
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        NW=WARPS,
-        NT=TOKENS // 8,
-        STAGES=STAGES,
+    Launch(
+        _wgmma24_fwd_kernel,
+        grid,
+        (
+            x,
+            packed,
+            y if bias is None else bias,
+            y,
+            x.stride(0),
+            tokens,
+            rows,
+            lines,
+            packed.shape[1],
+            units,
+            4 * units + tails,
+        ),
+        {
+            "KIND": "bf16" if x.dtype == torch.bfloat16 else "f16",
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "NW": WARPS,
+            "NT": TOKENS // 8,
+            "STAGES": STAGES,
+        },
         num_warps=WARPS,
-    )
+    ).run()
     return y
 
 
