@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
-from prunekit.models.weight_refs import is_fused_experts
+from prunekit.models.weight_refs import expert_tensors
 from prunekit.packed.described import is_packed
 from prunekit.packed.modules import (
     FORMATS,
@@ -204,7 +204,7 @@ def swap_(
     linears = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) or is_fused_experts(module)
+        if isinstance(module, nn.Linear | Conv1D) or expert_tensors(module)
     ]
     decisions: dict[str, ModuleSwap] = {}
     try:
@@ -252,7 +252,7 @@ def _blocker(module: nn.Module, is_head: bool, uses: Counter[int]) -> str | None
 
 
 def _left(name: str, module: Any, reason: str) -> ModuleSwap:
-    held = [module.gate_up_proj, module.down_proj] if is_fused_experts(module) else [module.weight]
+    held = expert_tensors(module) or [module.weight]
     size = sum(tensor.numel() * tensor.element_size() for tensor in held)
     shape = tuple(held[0].shape)
     return ModuleSwap(
@@ -315,15 +315,16 @@ def merge_(model: PreTrainedModel) -> dict[str, str]:
     arch = Architecture(model)
     fused: dict[str, str] = {}
     for index in range(len(arch.layers)):
-        for names in list(arch.shared_projections(index)):
-            fused |= _merge_(model, names)
-        for path in list(arch.silu_mlps(index)):
-            mlp: Any = model.get_submodule(path)
-            both = (f"{path}.gate_proj", f"{path}.up_proj")
-            if _fusable(mlp):
-                _replace_(model, path, FusedGatedMLP(mlp).train(mlp.training))
-                fused |= dict.fromkeys(both, "gate_proj+up_proj")
-            elif not isinstance(mlp, FusedGatedMLP):
+        for projections in list(arch.shared_projections(index)):
+            fused |= _merge_(model, projections)
+        for path, names in list(arch.silu_mlps(index)):
+            mlp = model.get_submodule(path)
+            both = (f"{path}.{names.gate}", f"{path}.{names.up}")
+            if _fusable(getattr(mlp, names.gate), getattr(mlp, names.up)):
+                parts = (names.gate, names.up, names.down)
+                _replace_(model, path, FusedGatedMLP(mlp, parts).train(mlp.training))
+                fused |= dict.fromkeys(both, f"{names.gate}+{names.up}")
+            else:
                 fused |= _merge_(model, both)
     return fused
 
@@ -369,11 +370,9 @@ def _mergeable(parts: Sequence[Any]) -> bool:
     )
 
 
-def _fusable(mlp: Any) -> bool:
-    gate, up = mlp.gate_proj, mlp.up_proj
+def _fusable(gate: Any, up: Any) -> bool:
     return (
-        not isinstance(mlp, FusedGatedMLP)
-        and type(gate) is PackedLinear
+        type(gate) is PackedLinear
         and type(up) is PackedLinear
         and gate.format == up.format
         and FORMATS[gate.format].gate_up is not None

@@ -21,11 +21,12 @@ from prunekit.models.layouts import (
     LAYOUTS,
     SUBLAYERS,
     Branch,
+    GatedMLP,
     base_model_type,
     check_supported,
     slice_config_,
 )
-from prunekit.models.weight_refs import SHARED_INPUTS, WeightRef, module_weights
+from prunekit.models.weight_refs import WeightRef, module_weights
 
 # The class differs between transformers versions.
 _SILU = (nn.SiLU, type(ACT2FN["silu"]))
@@ -207,19 +208,24 @@ class Architecture:
             for name in self.branch(sublayer).modules:
                 root = getattr(layer, name)
                 for path, module in root.named_modules(prefix=f"{prefix}.{name}"):
-                    yield from module_weights(path, module, index, sublayer)
+                    yield from module_weights(
+                        path, module, index, sublayer, self.layout.shared_inputs
+                    )
 
     def shared_projections(self, index: int) -> Iterator[list[str]]:
         """Names of the attention projections of layer `index` that read one input, as called."""
-        yield from self._holders(index, self.layout.attn, SHARED_INPUTS[0])
+        if self.layout.projections:
+            yield from self._holders(index, self.layout.attn, self.layout.projections)
 
-    def silu_mlps(self, index: int) -> Iterator[str]:
-        """Names of the modules of layer `index` that compute down(SiLU(gate(x))·up(x))."""
-        parts = (*SHARED_INPUTS[1], "down_proj", "act_fn")
-        for gate, *_ in self._holders(index, self.layout.mlp, parts):
-            path = gate.rpartition(".")[0]
-            if isinstance(self._part(f"{path}.act_fn"), _SILU):
-                yield path
+    def silu_mlps(self, index: int) -> Iterator[tuple[str, GatedMLP]]:
+        """The modules of layer `index` that compute down(SiLU(gate(x))·up(x)), and their parts."""
+        names = self.layout.gated_mlp
+        if names is None:
+            return
+        parts = (names.gate, names.up, names.down, names.activation)
+        for *_, activation in self._holders(index, self.layout.mlp, parts):
+            if isinstance(self._part(activation), _SILU):
+                yield activation.rpartition(".")[0], names
 
     def _holders(self, index: int, branch: Branch, names: Sequence[str]) -> Iterator[list[str]]:
         """For each module of a sublayer that has all submodules `names`: their dotted names."""
@@ -233,16 +239,15 @@ class Architecture:
 
     def last_projection(self, index: int, sublayer: str) -> list[Tensor]:
         """The parameters that, set to zero, silence a sublayer: its last matrix and bias."""
-        path = self.layout.last_projections[SUBLAYERS.index(sublayer)]
-        layer = self.layers[index]
-        if path.startswith("mlp.experts") and not hasattr(layer.mlp, "experts"):
-            path = "mlp.down_proj"  # Qwen-MoE keeps some layers dense
-        owner_path, _, last = path.rpartition(".")
-        owner = layer.get_submodule(owner_path)
-        found = getattr(owner, last)
-        silenced = [found] if isinstance(found, nn.Parameter) else list(found.parameters())
-        if path.startswith("mlp.experts") and hasattr(layer.mlp, "shared_expert"):
-            silenced += list(layer.get_submodule("mlp.shared_expert.down_proj").parameters())
+        silenced: list[nn.Parameter] = []
+        for path in self.branch(sublayer).writes:
+            found: Any = self.layers[index]
+            for name in path.split("."):
+                found = getattr(found, name, None)
+            if isinstance(found, nn.Parameter):
+                silenced.append(found)
+            elif found is not None:
+                silenced += found.parameters()
         return [parameter.data for parameter in silenced]
 
     def remove_(self, index: int, sublayer: str) -> None:

@@ -5,10 +5,10 @@ A decoder layer is read as two residual sublayers,
     x ← x + post_norm(attn(norm(x)))        "attn"
     x ← x + post_norm(mlp(norm(x)))         "mlp"
 
-(in parallel from the same x where the architecture says so). `LAYOUTS` names their modules, one row
-per architecture; `architectures.py` sees a model through its row. Supporting another architecture
-means one more row; `tests/prunekit/test_architectures.py` then checks that the parts add up to the
-layer.
+(in parallel from the same x where the architecture says so). `LAYOUTS` names their modules and
+matrices, one row per architecture; `architectures.py` sees a model through its row, and no other
+module of prunekit names one. Supporting another architecture means one more row;
+`tests/prunekit/models/test_architectures.py` then checks that the parts add up to the layer.
 """
 
 from __future__ import annotations
@@ -26,63 +26,137 @@ MODEL_TYPE_PREFIX = "prunekit_"
 
 @dataclass(frozen=True)
 class Branch:
-    """Where one residual sublayer lives in its decoder layer (attribute names)."""
+    """Where one residual sublayer lives in its decoder layer (attribute names).
+
+    Attributes:
+        norm: The norm before it.
+        modules: What computes it, applied in this order.
+        writes: The matrices that write into the residual stream, those of every kind of layer that
+            the architecture has; set to zero, they silence the sublayer.
+        post_norm: The norm of its output, or None.
+    """
 
     norm: str
-    modules: tuple[str, ...]  # applied in this order
+    modules: tuple[str, ...]
+    writes: tuple[str, ...]
     post_norm: str | None = None
 
 
 @dataclass(frozen=True)
+class GatedMLP:
+    """Names inside a module that computes down(activation(gate(x)) · up(x))."""
+
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    activation: str = "act_fn"
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """Names inside a module that holds all experts in (experts, out, in) parameters.
+
+    It is called as module(hidden (tokens, hidden), top_k_index (tokens, k), top_k_weights) and
+    computes down(activation(gate) · up) per routed token; `gate_up` holds both, gate first.
+    """
+
+    gate_up: str = "gate_up_proj"
+    down: str = "down_proj"
+    activation: str = "act_fn"
+
+
+@dataclass(frozen=True)
 class Layout:
-    """Where the parts of one architecture live (dotted names from the causal language model)."""
+    """Where the parts of one architecture live (dotted names from the causal language model).
+
+    Attributes:
+        base: The model without its head.
+        layers: The list of decoder layers.
+        final_norm: The norm before the head.
+        attn: The attention sublayer.
+        mlp: The MLP sublayer.
+        projections: Matrices of the attention that read the same input, in the order in which
+            they are called; empty where one matrix does it all.
+        gated_mlp: The parts of its gated MLPs, or None where gate and up are one matrix or there
+            is no gate.
+        experts: The parameters of its experts, or None.
+    """
 
     base: str
     layers: str
     final_norm: str
     attn: Branch
     mlp: Branch
-    last_projections: tuple[str, str]  # the matrices that write attn and mlp into the residual
+    projections: tuple[str, ...] = ()
+    gated_mlp: GatedMLP | None = None
+    experts: FusedExperts | None = None
+
+    @property
+    def shared_inputs(self) -> tuple[tuple[str, ...], ...]:
+        """Groups of matrices, by their names in one module, that read the same input."""
+        gated = self.gated_mlp
+        groups = (self.projections, () if gated is None else (gated.gate, gated.up))
+        return tuple(group for group in groups if group)
 
 
-def _llama_like(post_norms: bool = False, moe: bool = False) -> Layout:
+_QKV = ("q_proj", "k_proj", "v_proj")
+
+
+def _llama_like(*, post_norms: bool = False, experts: bool = False, joint: bool = False) -> Layout:
+    """The layout of Llama and its relatives.
+
+    Args:
+        post_norms: Each sublayer's output has a norm too (Gemma).
+        experts: The MLP is a mixture of experts, in some or all layers.
+        joint: q, k and v are one matrix, gate and up another (Phi-3).
+    """
+    of_experts = ("mlp.experts.down_proj", "mlp.shared_expert.down_proj") if experts else ()
+    down = (*of_experts, "mlp.down_proj")
+    output = ("self_attn.o_proj",)
     if post_norms:
-        attn = Branch("input_layernorm", ("self_attn",), "post_attention_layernorm")
-        mlp = Branch("pre_feedforward_layernorm", ("mlp",), "post_feedforward_layernorm")
+        attn = Branch("input_layernorm", ("self_attn",), output, "post_attention_layernorm")
+        mlp = Branch("pre_feedforward_layernorm", ("mlp",), down, "post_feedforward_layernorm")
     else:
-        attn = Branch("input_layernorm", ("self_attn",))
-        mlp = Branch("post_attention_layernorm", ("mlp",))
-    down = "mlp.experts.down_proj" if moe else "mlp.down_proj"
-    return Layout("model", "model.layers", "model.norm", attn, mlp, ("self_attn.o_proj", down))
+        attn = Branch("input_layernorm", ("self_attn",), output)
+        mlp = Branch("post_attention_layernorm", ("mlp",), down)
+    return Layout(
+        "model",
+        "model.layers",
+        "model.norm",
+        attn,
+        mlp,
+        projections=() if joint else _QKV,
+        gated_mlp=None if joint else GatedMLP(),
+        experts=FusedExperts() if experts else None,
+    )
 
 
 LAYOUTS: dict[str, Layout] = {
-    **{name: _llama_like() for name in ("llama", "mistral", "qwen2", "qwen3", "phi3")},
+    **{name: _llama_like() for name in ("llama", "mistral", "qwen2", "qwen3")},
+    "phi3": _llama_like(joint=True),
     **{name: _llama_like(post_norms=True) for name in ("gemma2", "gemma3_text")},
-    **{name: _llama_like(moe=True) for name in ("mixtral", "qwen2_moe", "qwen3_moe")},
+    **{name: _llama_like(experts=True) for name in ("mixtral", "qwen2_moe", "qwen3_moe")},
     "opt": Layout(
         "model",
         "model.decoder.layers",
         "model.decoder.final_layer_norm",
-        Branch("self_attn_layer_norm", ("self_attn",)),
-        Branch("final_layer_norm", ("fc1", "activation_fn", "fc2")),
-        ("self_attn.out_proj", "fc2"),
+        Branch("self_attn_layer_norm", ("self_attn",), ("self_attn.out_proj",)),
+        Branch("final_layer_norm", ("fc1", "activation_fn", "fc2"), ("fc2",)),
+        projections=_QKV,
     ),
     "gpt2": Layout(
         "transformer",
         "transformer.h",
         "transformer.ln_f",
-        Branch("ln_1", ("attn",)),
-        Branch("ln_2", ("mlp",)),
-        ("attn.c_proj", "mlp.c_proj"),
+        Branch("ln_1", ("attn",), ("attn.c_proj",)),
+        Branch("ln_2", ("mlp",), ("mlp.c_proj",)),
     ),
     "gpt_neox": Layout(
         "gpt_neox",
         "gpt_neox.layers",
         "gpt_neox.final_layer_norm",
-        Branch("input_layernorm", ("attention",)),
-        Branch("post_attention_layernorm", ("mlp",)),
-        ("attention.dense", "mlp.dense_4h_to_h"),
+        Branch("input_layernorm", ("attention",), ("attention.dense",)),
+        Branch("post_attention_layernorm", ("mlp",), ("mlp.dense_4h_to_h",)),
     ),
 }
 SUPPORTED = tuple(sorted(LAYOUTS))
@@ -99,7 +173,7 @@ def check_supported(config: PretrainedConfig) -> None:
     if name not in LAYOUTS:
         raise PrunekitError(
             f"architecture '{name}' is not supported: prunekit lacks its layout (where layers, "
-            f"norms, attention and MLP live); add a row to prunekit/layouts.py or use one "
+            f"norms, attention and MLP live); add a row to prunekit/models/layouts.py or use one "
             f"of {', '.join(SUPPORTED)}"
         )
     if name == "opt" and (

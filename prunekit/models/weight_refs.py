@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
+from prunekit.models.layouts import LAYOUTS, FusedExperts
 from prunekit.packed.modules import MergedPart, PackedLinear, own_layer
 
-# Projections of one module that read the same input: one set of statistics serves them all.
-SHARED_INPUTS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_EXPERTS = tuple({layout.experts for layout in LAYOUTS.values() if layout.experts is not None})
 
 
 @dataclass(frozen=True)
@@ -59,26 +60,66 @@ class WeightRef:
         packed = own_layer(self.module)
         return self.matrix if packed is None else packed.weight.to_dense()
 
+    def expert_inputs(self, routed: Tensor) -> Tensor:
+        """What enters this expert's matrix.
 
-def module_weights(path: str, module: nn.Module, layer: int, sublayer: str) -> Iterator[WeightRef]:
-    """The prunable matrices that `module` itself holds."""
+        Args:
+            routed: (tokens, hidden): the tokens that the router sends to this expert.
+
+        Returns:
+            (tokens, in): the same for gate and up, activation(gate) · up for down.
+        """
+        module: Any = self.module
+        names = fused_experts(module)
+        assert names is not None and self.expert is not None
+        if self.parameter != names.down:
+            return routed
+        projected = nn.functional.linear(routed, getattr(module, names.gate_up)[self.expert])
+        gate, up = projected.chunk(2, dim=-1)
+        entering: Tensor = getattr(module, names.activation)(gate) * up
+        return entering
+
+
+def module_weights(
+    path: str,
+    module: nn.Module,
+    layer: int,
+    sublayer: str,
+    shared_inputs: Sequence[tuple[str, ...]],
+) -> Iterator[WeightRef]:
+    """The prunable matrices that `module` itself holds.
+
+    Args:
+        path: Dotted name of the module.
+        module: Any module of a decoder layer.
+        layer: Index of the layer.
+        sublayer: "attn" or "mlp".
+        shared_inputs: `Layout.shared_inputs`: one set of statistics serves all of a group.
+    """
     if isinstance(module, nn.Linear | Conv1D | PackedLinear | MergedPart):
         parent, _, leaf = path.rpartition(".")
-        shared = next((names for names in SHARED_INPUTS if leaf in names), None)
+        shared = next((names for names in shared_inputs if leaf in names), None)
         group = f"{parent}.{'+'.join(shared)}" if shared else path
         yield WeightRef(path, layer, sublayer, module, input_group=group)
-    elif is_fused_experts(module):
-        for parameter in ("gate_up_proj", "down_proj"):
+        return
+    names = fused_experts(module)
+    if names is not None:
+        for parameter in (names.gate_up, names.down):
             for expert in range(getattr(module, parameter).shape[0]):
                 name = f"{path}.{parameter}.{expert}"
                 yield WeightRef(name, layer, sublayer, module, parameter, expert, name)
 
 
-def is_fused_experts(module: nn.Module) -> bool:
-    """Whether `module` holds all experts in (experts, out, in) tensors, as transformers 5 does.
+def fused_experts(module: nn.Module) -> FusedExperts | None:
+    """The names of `module`'s parameters if it holds all experts in them, else None."""
+    for names in _EXPERTS:
+        tensors = [getattr(module, name, None) for name in (names.gate_up, names.down)]
+        if all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors):
+            return names
+    return None
 
-    It is called as module(hidden (tokens, hidden), top_k_index (tokens, k), top_k_weights) and
-    computes down(act(gate) · up) per routed token.
-    """
-    tensors = (getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None))
-    return all(isinstance(tensor, nn.Parameter) and tensor.ndim == 3 for tensor in tensors)
+
+def expert_tensors(module: nn.Module) -> list[Tensor]:
+    """The (experts, out, in) parameters that `module` holds, none for any other module."""
+    names = fused_experts(module)
+    return [] if names is None else [getattr(module, name) for name in (names.gate_up, names.down)]

@@ -374,29 +374,30 @@ class FusedGatedMLP(nn.Module):
     """down(SiLU(gate(x))·up(x)) with gate and up in one kernel; stands where the MLP was.
 
     Args:
-        mlp: A module with `gate_proj`, `up_proj` (both packed, without bias) and `down_proj`.
+        mlp: A module whose gate and up are packed and have no bias.
+        parts: Names of gate, up and down in it; they keep these names here.
     """
 
-    def __init__(self, mlp: Any) -> None:
+    def __init__(self, mlp: nn.Module, parts: tuple[str, str, str]) -> None:
         super().__init__()
-        self.gate_proj: Any = mlp.gate_proj
-        self.up_proj: Any = mlp.up_proj
-        self.down_proj: Any = mlp.down_proj
+        for name in parts:
+            self.add_module(name, getattr(mlp, name))
+        self._parts = parts
         self._original = (mlp,)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden)."""
-        fused = FORMATS[self.gate_proj.format].gate_up
+        gate, up, down = (self._modules[name] for name in self._parts)
+        assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and down is not None
+        fused = FORMATS[gate.format].gate_up
         assert fused is not None
-        gated: Tensor = fused(x, self.gate_proj.weight, self.up_proj.weight)
-        down: Tensor = self.down_proj(gated)
-        return down
+        projected: Tensor = down(fused(x, gate.weight, up.weight))
+        return projected
 
     @property
     def original(self) -> nn.Module:
         """The module that this replaced, which shares its projections."""
-        mlp: nn.Module = self._original[0]
-        return mlp
+        return self._original[0]
 
 
 def own_layer(module: nn.Module) -> PackedLinear | None:

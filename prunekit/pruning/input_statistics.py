@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from prunekit import distributed
 from prunekit.errors import PrunekitError
-from prunekit.models.weight_refs import WeightRef, is_fused_experts
+from prunekit.models.weight_refs import WeightRef
 from prunekit.pruning import sparsegpt
 
 _SQUARED_TOGETHER = 64  # rows whose squares a CPU forms at once
@@ -163,17 +163,15 @@ class LayerCollector:
     def _read(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         refs = self._sources[module]
         inputs = [*args, *kwargs.values()]
-        if is_fused_experts(module):
-            self._read_experts(module, refs, *inputs[:2])
+        if refs[0].expert is not None:
+            self._read_experts(refs, *inputs[:2])
         else:
             self.groups[refs[0].input_group].update(inputs[0], self._quota())
         self._pending.discard(module)
         if not self._pending:
             raise _AllSeenError
 
-    def _read_experts(
-        self, module: Any, refs: Sequence[WeightRef], hidden: Tensor, experts: Tensor
-    ) -> None:
+    def _read_experts(self, refs: Sequence[WeightRef], hidden: Tensor, experts: Tensor) -> None:
         """Split a fused experts module's tokens (tokens, in) by their experts (tokens, k)."""
         by_expert: dict[int, list[WeightRef]] = {}
         for ref in refs:
@@ -182,12 +180,7 @@ class LayerCollector:
         for expert, its_refs in by_expert.items():
             tokens = hidden[(experts == expert).any(-1)]
             for ref in its_refs:
-                inputs = tokens
-                if ref.parameter == "down_proj":
-                    projected = nn.functional.linear(tokens, module.gate_up_proj[expert])
-                    gate, up = projected.chunk(2, dim=-1)
-                    inputs = module.act_fn(gate) * up
-                self.groups[ref.input_group].update(inputs, self._quota())
+                self.groups[ref.input_group].update(ref.expert_inputs(tokens), self._quota())
 
     def _quota(self) -> int:
         """Rows to sample from this batch: shares of all batches add up to SAMPLED_ROWS."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
@@ -83,8 +87,8 @@ def test_every_matrix_of_the_layers_is_found_once(architecture, tiny):
     for module in arch.layers.modules():
         if isinstance(module, nn.Linear | Conv1D):
             expected += module.weight.numel()
-        elif weight_refs.is_fused_experts(module):
-            expected += module.gate_up_proj.numel() + module.down_proj.numel()
+        else:
+            expected += sum(tensor.numel() for tensor in weight_refs.expert_tensors(module))
     assert found == expected > 0
     for ref in refs:
         assert model.get_submodule(ref.name.rsplit(".", 2)[0]) is not None
@@ -135,6 +139,33 @@ def test_silenced_sublayer_contributes_nothing(architecture, tiny, token_ids):
             for parameter in arch.last_projection(index, sublayer):
                 parameter.zero_()
             assert arch.contribution(*args).abs().max() == 0
+
+
+def matrix_names() -> set[str]:
+    """Names of modules, matrices and parameters that only an architecture's row may hold."""
+    names: set[str] = set()
+    for layout in layouts.LAYOUTS.values():
+        names.update(layout.projections)
+        for parts in (layout.gated_mlp, layout.experts):
+            names.update(dataclasses.astuple(parts) if parts else ())
+        for branch in (layout.attn, layout.mlp):
+            names.update((branch.norm, branch.post_norm or branch.norm))
+            names.update(path.rpartition(".")[2] for path in branch.writes)
+    return names - {"dense"}  # a dense layer, in other places
+
+
+def test_only_the_layouts_name_a_module_or_matrix():
+    package = Path(layouts.__file__).parents[1]
+    # the second maps the names of GGUF files to those of Llama
+    others = {Path(layouts.__file__), package / "checkpoint" / "gguf_reader.py"}
+    names = matrix_names()
+    assert {"q_proj", "gate_up_proj", "dense_4h_to_h", "act_fn", "ln_1"} <= names
+    for path in set(package.rglob("*.py")) - others:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            named = node.attr if isinstance(node, ast.Attribute) else None
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                named = node.value.rpartition(".")[2]
+            assert named not in names, f"{path}:{node.lineno} names {named}"
 
 
 def test_unknown_architecture_lists_what_is_missing():
