@@ -29,6 +29,7 @@ from prunekit.packed.modules import (
     MergedPart,
     PackedLinear,
     packed_layers,
+    share_hooks_,
 )
 from prunekit.progress import track
 from prunekit.pruning.report import align
@@ -246,6 +247,8 @@ def _blocker(module: nn.Module, is_head: bool, uses: Counter[int]) -> str | None
         return "output head"
     if type(module) not in (nn.Linear, Conv1D):
         return f"is a {type(module).__name__}"
+    if "weight" not in module._parameters:
+        return "its weight is computed from other tensors"
     if uses[id(module.weight)] > 1:
         return "shares its weight with another module"
     return None
@@ -299,6 +302,7 @@ def _pack_(
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
     parent, _, attribute = name.rpartition(".")
+    share_hooks_(module, model.get_submodule(name))
     setattr(model.get_submodule(parent), attribute, module)
 
 
@@ -335,6 +339,7 @@ def _merge_(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     if not _mergeable(parts):
         return {}
     owner = MergedLinear(parts).train(parts[0].training)
+    owner.watch_(model.get_submodule(names[0].rpartition(".")[0]))
     _replace_(model, names[0], owner)
     for place, name in enumerate(names[1:], start=1):
         _replace_(model, name, MergedPart(owner, place))
@@ -397,6 +402,9 @@ def unswap_(model: nn.Module) -> list[str]:
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedGatedMLP):
             _replace_(model, name, module.original)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, MergedLinear):
+            module.unwatch_(model.get_submodule(name.rpartition(".")[0]))
     for name, module in list(packed_layers(model)):
         _replace_(model, name, module)
     restored = [n for n, module in model.named_modules() if isinstance(module, PackedLinear)]

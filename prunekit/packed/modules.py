@@ -4,6 +4,10 @@
 `state_dict`, follows `.to(device)`, and is converted by `.to(dtype)`. `MergedLinear` computes
 several projections of one input at once, and `FusedGatedMLP` a Llama-like MLP's gate and up. Which
 module becomes which is `prunekit.swap`'s business; a new format is one more entry in `FORMATS`.
+
+Types. A format holds float32, bfloat16 and float16 values. A layer that is converted to another
+type (float64) keeps values that it can hold and multiplies densely in that type. Under autocast a
+layer returns autocast's type, as nn.Linear does; float32 values are multiplied as float32.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from prunekernels import (
     BitmapSparse,
     Sparse24,
@@ -34,6 +39,10 @@ from transformers.pytorch_utils import Conv1D
 from prunekit.errors import PrunekitError
 
 Shape = tuple[int, int]
+
+#: Types of values that every format holds.
+VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WORDS = {2: torch.int16, 4: torch.int32}  # integers of their sizes
 
 
 class PackedWeight(Protocol):
@@ -145,6 +154,10 @@ class _Blank(NamedTuple):
 class PackedLinear(nn.Module):
     """A linear layer y = x·Wᵀ + bias whose weight is packed.
 
+    Attributes:
+        dtype: Type that the layer was converted to. Its values are of that type if a format can
+            hold it (`VALUE_TYPES`), otherwise of a type that `_apply` chose.
+
     Args:
         weight: The packed weight.
         bias: (out_features,), or None.
@@ -154,6 +167,7 @@ class PackedLinear(nn.Module):
     """
 
     bias: nn.Parameter | None
+    dtype: torch.dtype
 
     def __init__(
         self,
@@ -175,7 +189,7 @@ class PackedLinear(nn.Module):
     def _hold_(self, weight: PackedWeight | _Blank) -> None:
         tensors = weight.state_dict()
         self.out_features, self.in_features = weight.shape
-        self.dtype = weight.dtype
+        self.dtype = self._held_dtype = weight.dtype
         self.tensor_names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -185,7 +199,7 @@ class PackedLinear(nn.Module):
         """The packed weight (shares the buffers)."""
         tensors = {name: getattr(self, name) for name in self.tensor_names}
         shape = (self.out_features, self.in_features)
-        return FORMATS[self.format].rebuild(tensors, shape, self.dtype)
+        return FORMATS[self.format].rebuild(tensors, shape, self._held_dtype)
 
     def kept_values(self) -> Sequence[Tensor]:
         """Tensors that hold every weight which is not zero, in no order (sharing memory)."""
@@ -193,11 +207,24 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return FORMATS[self.format].linear(x, self.weight, self.bias)
+        return self._product(x, self.weight, self.bias)
+
+    def _product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
+        """x·Wᵀ + bias in the type that nn.Linear would return, `weight` being held here."""
+        plan = _plan(x, self.dtype, weight.dtype)
+        if plan is None:
+            return F.linear(x, weight.to_dense().to(self.dtype), bias)
+        compute, result = plan
+        linear = FORMATS[self.format].linear
+        if compute == result == x.dtype:
+            return linear(x, weight, bias)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if bias is None else bias.to(compute)
+            return linear(x.to(compute), weight, bias).to(result)
 
     def to_dense(self) -> nn.Module:
         """The dense nn.Linear or Conv1D that this stands for."""
-        weight = self.weight.to_dense()
+        weight = self.weight.to_dense().to(self.dtype)
         # on meta: nothing is allocated or initialised only to be replaced
         with torch.device("meta"):
             dense: Any
@@ -209,15 +236,18 @@ class PackedLinear(nn.Module):
             weight = weight.t().contiguous()
         dense.weight = nn.Parameter(weight, requires_grad=self.trainable)
         dense.bias = self.bias
+        share_hooks_(dense, self)
         return dense.train(self.training)
 
     def describe(self) -> dict[str, Any]:
         """What `skeleton` needs to make an empty one; JSON-serialisable."""
         tensors = {name: getattr(self, name) for name in self.tensor_names}
+        converted = {"converted_to": str(self.dtype).removeprefix("torch.")}
         return {
             "format": self.format,
             "shape": [self.out_features, self.in_features],
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self._held_dtype).removeprefix("torch."),
+            **(converted if self.dtype != self._held_dtype else {}),
             "tensors": {
                 name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
                 for name, tensor in tensors.items()
@@ -238,7 +268,9 @@ class PackedLinear(nn.Module):
         rows, columns = described["shape"]
         blank = _Blank((rows, columns), getattr(torch, described["dtype"]), tensors)
         bias: Any = dense.bias
-        return cls(blank, bias, described["format"], conv1d=isinstance(dense, Conv1D))
+        made = cls(blank, bias, described["format"], conv1d=isinstance(dense, Conv1D))
+        made.dtype = getattr(torch, described.get("converted_to", described["dtype"]))
+        return made
 
     def check(self, name: str) -> None:
         """Raise a PrunekitError unless the tensors are a valid weight of this module's shape.
@@ -252,7 +284,7 @@ class PackedLinear(nn.Module):
             held = FORMATS[self.format].load(tensors)
         except ValueError as error:
             raise PrunekitError(f"{name} is no valid packed weight: {error}") from error
-        wanted = ((self.out_features, self.in_features), self.dtype)
+        wanted = ((self.out_features, self.in_features), self._held_dtype)
         if (tuple(held.shape), held.dtype) != wanted:
             raise PrunekitError(
                 f"{name} holds a packed {tuple(held.shape)} weight of {held.dtype}, config.json "
@@ -260,19 +292,42 @@ class PackedLinear(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # the buffers are integers, which a conversion leaves alone: see what it does to a float
+        # see what it does to a float; the buffers pass as integers, which are moved only
         probe = torch.empty(0, dtype=self.dtype, device=getattr(self, self.tensor_names[0]).device)
         wanted = fn(probe).dtype
         if wanted != self.dtype:
+            self._convert_(wanted)
+        held = {name: getattr(self, name) for name in self.tensor_names}
+        for name, tensor in held.items():
+            if tensor.is_floating_point():
+                setattr(self, name, tensor.view(_WORDS[tensor.element_size()]))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in held.items():
+            setattr(self, name, getattr(self, name).view(tensor.dtype))
+        return self
+
+    def _convert_(self, wanted: torch.dtype) -> None:
+        """Round the values to a type, and hold them in a type that a format has."""
+        if wanted in VALUE_TYPES:
             self._hold_(self.weight.to(dtype=wanted))
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return
+        if wanted.is_floating_point and torch.finfo(wanted).bits < 32:
+            rounded = self.weight.to_dense().to(wanted).float()
+            self._hold_(FORMATS[self.format].pack(rounded))
+        # every value that is held is a float64 or a complex number already
+        self.dtype = wanted
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        """Load nothing from a state of another format version, shape or value type."""
+        """Load nothing from a dense state, or one of another version, shape or value type."""
+        errors = args[-1]
         found = state_dict.get(f"{prefix}header")
         held: Tensor = self.header  # type: ignore[assignment]
+        if found is None and f"{prefix}weight" in state_dict:
+            errors.append(
+                f"{prefix}weight is dense, and packed here: call prunekit.unswap_(model) first"
+            )
+            return
         if found is not None and not held.is_meta and found.tolist() != held.tolist():
-            errors = args[-1]
             errors.append(
                 f"{prefix}header is {found.tolist()}, here (version, out, in, type) is "
                 f"{held.tolist()}: load a state of this model, or the checkpoint with prunekit.load"
@@ -291,8 +346,9 @@ class PackedLinear(nn.Module):
 class MergedLinear(PackedLinear):
     """Several projections of the same input as one packed weight; stands where the first was.
 
-    The stock attention calls its projections one by one with the same tensor. The first call
-    computes all; the results of the others wait here until their `MergedPart`s are called.
+    The stock attention calls its projections one by one with the same tensor. While it runs
+    (`watch_`), the first call computes all, and the results of the others wait here until their
+    `MergedPart`s are called with the unchanged tensor. Every other call computes one projection.
 
     Args:
         parts: The packed projections, in the order they are called.
@@ -308,24 +364,53 @@ class MergedLinear(PackedLinear):
             bias = nn.Parameter(joined, requires_grad=first.bias.requires_grad)
         weight = cat([part.weight for part in parts])
         super().__init__(weight, bias, first.format, trainable=first.trainable)
+        self.dtype = first.dtype
         self.sizes = [part.out_features for part in parts]
-        self._waiting: tuple[Tensor, list[Tensor]] | None = None
+        self._running = False
+        self._waiting: tuple[Tensor, object, list[Tensor]] | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """The first projection of x; the others wait for their turn."""
-        first, *rest = torch.split(super().forward(x), self.sizes, -1)
-        self._waiting = (x, rest)
-        return first
+    def watch_(self, attention: nn.Module) -> None:
+        """Let results wait while `attention`, which calls the projections, runs."""
+        attention.register_forward_pre_hook(self._begin)
+        attention.register_forward_hook(self._end, always_call=True)
 
-    def take(self, index: int, x: Tensor) -> Tensor:
-        """Projection `index` (from 1) of x."""
+    def unwatch_(self, attention: nn.Module) -> None:
+        """Undo `watch_`."""
+        for hooks in (attention._forward_pre_hooks, attention._forward_hooks):
+            for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                del hooks[key]
+                attention._forward_hooks_always_called.pop(key, None)
+
+    def _begin(self, attention: nn.Module, args: Any) -> None:
+        self._running, self._waiting = True, None
+
+    def _end(self, attention: nn.Module, args: Any, output: Any) -> None:
+        self._running, self._waiting = False, None
+
+    def forward(self, x: Tensor, index: int = 0) -> Tensor:
+        """Projection `index` of x (..., in_features).
+
+        The parts come through here too, so that accelerate's hook, which brings offloaded weights
+        in and stands in front of `forward`, is in front of theirs.
+        """
+        if not self._running:
+            return self._alone(x, index)
+        if index == 0:
+            first, *rest = torch.split(super().forward(x), self.sizes, -1)
+            self._waiting = (x, _state_of(x), rest)
+            return first
         waiting = self._waiting
-        if waiting is not None and waiting[0] is x:
-            if index == len(self.sizes) - 1:
-                self._waiting = None
-            return waiting[1][index - 1]
-        # called alone, or with another input: compute it again
-        return torch.split(super().forward(x), self.sizes, -1)[index]
+        if waiting is None or waiting[0] is not x or waiting[1] != _state_of(x):
+            return self._alone(x, index)
+        if index == len(self.sizes) - 1:
+            self._waiting = None
+        return waiting[2][index - 1]
+
+    def _alone(self, x: Tensor, index: int) -> Tensor:
+        split = FORMATS[self.format].split
+        assert split is not None
+        bias = None if self.bias is None else torch.split(self.bias, self.sizes)[index]
+        return self._product(x, split(self.weight, self.sizes)[index], bias)
 
     def parts(self) -> list[PackedLinear]:
         """The projections as layers of their own; they share this one's memory."""
@@ -343,6 +428,8 @@ class MergedLinear(PackedLinear):
             PackedLinear(weight, bias, self.format, trainable=self.trainable)
             for weight, bias in zip(weights, biases, strict=True)
         ]
+        for part in made:
+            part.dtype = self.dtype
         return [part.train(self.training) for part in made]
 
 
@@ -367,7 +454,8 @@ class MergedPart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """This projection of x."""
-        return self.owner.take(self.index, x)
+        # `forward` and not a call: the hooks of the first projection are not this one's
+        return self.owner.forward(x, self.index)
 
 
 class FusedGatedMLP(nn.Module):
@@ -389,15 +477,79 @@ class FusedGatedMLP(nn.Module):
         """(..., hidden) -> (..., hidden)."""
         gate, up, down = (self._modules[name] for name in self._parts)
         assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and down is not None
-        fused = FORMATS[gate.format].gate_up
-        assert fused is not None
-        projected: Tensor = down(fused(x, gate.weight, up.weight))
+        projected: Tensor = down(_gated(x, gate, up))
         return projected
 
     @property
     def original(self) -> nn.Module:
         """The module that this replaced, which shares its projections."""
         return self._original[0]
+
+
+def _gated(x: Tensor, gate: PackedLinear, up: PackedLinear) -> Tensor:
+    """SiLU(gate(x))·up(x), in one kernel unless hooks want to see the two layers called."""
+    plan = None if _hooked(gate) or _hooked(up) else _plan(x, gate.dtype, gate.weight.dtype)
+    if plan is None:
+        return F.silu(gate(x)) * up(x)
+    compute, result = plan
+    fused = FORMATS[gate.format].gate_up
+    assert fused is not None
+    if compute == result == x.dtype:
+        return fused(x, gate.weight, up.weight)
+    with torch.autocast(x.device.type, enabled=False):
+        return fused(x.to(compute), gate.weight, up.weight).to(result)
+
+
+def _plan(
+    x: Tensor, dtype: torch.dtype, held: torch.dtype
+) -> tuple[torch.dtype, torch.dtype] | None:
+    """How a packed layer multiplies x: the type to multiply in and the type of the result.
+
+    Args:
+        x: The layer's input.
+        dtype: Type of the layer.
+        held: Type of its values.
+
+    Returns:
+        None where no kernel multiplies such values: nn.Linear on the dense weight does.
+    """
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        result = torch.get_autocast_dtype(device)
+        if dtype == held and x.dtype in VALUE_TYPES and held in (torch.float32, result):
+            return held, result
+        return None
+    return (x.dtype, x.dtype) if dtype == held else None
+
+
+def _state_of(x: Tensor) -> object:
+    """What results for x depend on beside its identity: in-place changes, and gradients."""
+    # inference tensors count no changes, and inside a compiled graph nothing else can change them
+    counted = not (torch.compiler.is_compiling() or x.is_inference())
+    return (x._version if counted else None, torch.is_grad_enabled())
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anything beside its own `forward` happens when a module is called."""
+    return "forward" in vars(module) or any(vars(module)[name] for name in _HOOKS)
+
+
+def share_hooks_(new: nn.Module, old: nn.Module) -> None:
+    """Let `new`, which takes the place of `old`, call its hooks; their handles keep working."""
+    for name in _HOOKS:
+        vars(new)[name] = vars(old)[name]
+    vars(new)["_is_full_backward_hook"] = vars(old).get("_is_full_backward_hook")
 
 
 def own_layer(module: nn.Module) -> PackedLinear | None:
