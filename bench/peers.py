@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import prunekernels
 import torch
 import torch.nn.functional as F
-from prunekernels.sparse.bitmap import linear as linear_bitmap
-from prunekernels.sparse.two_four import dispatch as dispatch24
+from prunekernels import runtime
 from torch import Tensor
 
 from bench.harness import Absent
@@ -120,31 +119,36 @@ def _compiled(weight: Tensor, tokens: int) -> Layer:
 
 def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
     """One of our formats, by one of its implementations."""
-    pack, linear, select, kinds = PACKED_FORMATS[form]
+    pack, linear, op, kinds = PACKED_FORMATS[form]
+
+    def chosen(m: int) -> str:
+        problem = runtime.Problem(weight.device, weight.dtype, (m, *weight.shape))
+        return runtime.ops()[op].select(problem, impl).name
+
     try:
-        select(weight.new_zeros((min(tokens, 8), weight.shape[1])), weight.shape[0], impl)
+        chosen(min(tokens, 8))
     except ValueError as error:
         raise Absent(str(error)) from error
     packed = pack(weight)
 
     def kind(x: Tensor) -> str:
-        return kinds.get(select(x, weight.shape[0], impl).name, kinds["else"])
+        return kinds.get(chosen(x.shape[0]), kinds["else"])
 
     return Layer(lambda x: linear(x, packed, impl=impl), packed.nbytes, kind=kind)
 
 
-#: Our formats: packing, product, choice of implementation, and what an implementation costs.
+#: Our formats: packing, product, the op's name, and what an implementation costs.
 PACKED_FORMATS: dict[str, Any] = {
     "2:4": (
         prunekernels.sparse24_pack,
         prunekernels.sparse24_linear,
-        dispatch24.DISPATCH.select,
+        "sparse24_linear",
         {"eager": "24 expand", "triton": "24 triton", "wgmma_sp": "24 wgmma", "else": "24 mma"},
     ),
     "bitmap": (
         prunekernels.bitmap_pack,
         prunekernels.bitmap_linear,
-        linear_bitmap.DISPATCH.select,
+        "bitmap_linear",
         {"eager": "bitmap expand", "triton": "bitmap triton", "else": "bitmap"},
     ),
 }
@@ -294,8 +298,8 @@ def _semi(backend: str) -> Callable[[Tensor, int], Layer]:
 LINEAR = (
     LinearPeer("dense", "dense", _dense),
     LinearPeer("torch.compile", "dense", _compiled, ("2:4",), few=True),
-    *_ours("2:4", dispatch24.DISPATCH.impls, ("2:4",)),
-    *_ours("bitmap", linear_bitmap.DISPATCH.impls, PATTERNS),
+    *_ours("2:4", runtime.ops()["sparse24_linear"].impls, ("2:4",)),
+    *_ours("bitmap", runtime.ops()["bitmap_linear"].impls, PATTERNS),
     LinearPeer("bitmap mma adding bytes", "bitmap", _adding_bytes, ("unstructured",), 16),
     LinearPeer("cuSPARSELt", "24 wgmma", _semi("cusparselt"), ("2:4",)),
     LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),

@@ -9,23 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from prunekernels.sparse import dispatch
+from prunekernels import runtime
+from prunekernels.runtime import Choice, Kernel, Op, Problem
 
 
-class FakeActivations:
-    """Shape, type and device of activations on a GPU."""
-
-    def __init__(self, tokens: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape, self.dtype = (tokens, columns), dtype
-        self.device = torch.device("cuda", 0)
-
-
-def fake_gpu(monkeypatch: pytest.MonkeyPatch, real: dispatch.Dispatch) -> Any:
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, real: Op) -> Any:
     """Pretend a Hopper GPU until the test ends.
 
     Returns:
-        An object: `dispatch` is `real` with nothing tested yet. Its kernels' self-test counts its
-        `runs` and returns (or raises) `problem`; `capturing` and `capability` are the GPU's.
+        An object: `op` is `real` with nothing tested or chosen yet, `select(tokens, dtype, impl)`
+        its choice for a 4096 × 4096 layer. The kernels' self-test counts its `runs` and returns (or
+        raises) `problem`; `capturing` and `capability` are the GPU's.
     """
     state = types.SimpleNamespace(problem=None, runs=0, capturing=False, capability=(9, 0))
 
@@ -35,13 +29,16 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, real: dispatch.Dispatch) -> Any:
             raise state.problem
         return state.problem
 
+    def select(tokens: int, dtype: torch.dtype = torch.bfloat16, impl: str = "auto") -> Choice:
+        return state.op.select(Problem(torch.device("cuda", 0), dtype, (tokens, 4096, 4096)), impl)
+
     module = types.SimpleNamespace(CAPABILITIES=((9, 0),), self_test=self_test)
-    monkeypatch.setattr(dispatch.Dispatch, "kernel", lambda self, name: module)
-    monkeypatch.setattr(dispatch, "triton_installed", lambda: True)
-    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(Kernel, "load", lambda self: module)
+    monkeypatch.setattr(runtime, "triton_installed", lambda: True)
+    monkeypatch.setattr(runtime, "interpreting", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    state.dispatch = dataclasses.replace(real, tested={})
+    state.op, state.select = dataclasses.replace(real, tested={}, _choices={}), select
     return state

@@ -42,6 +42,7 @@ _compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
 _binders: dict[int, tuple[Any, Callable[..., Any]]] = {}
 # absent from builds of torch without CUDA
 _stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+_current: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
 # the list that takes launches instead of the GPU, if there is one
 _recorded: list[Launch] | None = None
 
@@ -228,6 +229,10 @@ class Launch:
         return compiled
 
 
+class UnalignedError(ValueError):
+    """A bound launch got a tensor that is less aligned than the one that it was bound to."""
+
+
 class Bound:
     """A compiled kernel, its grid and its arguments but for the addresses of its tensors."""
 
@@ -250,20 +255,24 @@ class Bound:
         self._grid, self._device = launch.grid, device
 
     def launch(self, *addresses: int | None) -> None:
-        """Launch on the current stream of its device, which must be the current device.
+        """Launch on the current stream of its device.
 
         Args:
             addresses: `data_ptr()` of the tensors that the launch was built from, in its order;
                 None where it had None.
 
         Raises:
-            ValueError: A tensor that was aligned to 16 bytes no longer is.
+            UnalignedError: A tensor that was aligned to 16 bytes no longer is.
         """
+        if _current() != self._device:  # type: ignore[misc]
+            with torch.cuda.device(self._device):
+                self.launch(*addresses)
+            return
         joined = 0
         for index in self._aligned:
             joined |= addresses[index]  # type: ignore[operator]
         if joined & 15:
-            raise ValueError(
+            raise UnalignedError(
                 f"{self._kernel.fn.__name__} was bound to tensors aligned to 16 bytes, and one of "
                 f"{addresses} is not: bind the launch of these tensors"
             )
@@ -279,6 +288,11 @@ class Bound:
             *addresses,
             *self._rest,
         )
+
+
+def current_stream(device: int) -> int:
+    """Handle of the current stream of a CUDA device."""
+    return _stream(device)  # type: ignore[misc]
 
 
 def meta(shape: Sequence[int], dtype: torch.dtype, *, aligned: bool = True) -> Tensor:

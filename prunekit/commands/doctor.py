@@ -67,8 +67,6 @@ def own_version() -> str:
 def _facts() -> dict[str, Any]:
     import torch
     from prunekernels import runtime
-    from prunekernels.sparse.bitmap import linear as linear_bitmap
-    from prunekernels.sparse.two_four import dispatch as dispatch24
 
     from prunekit.analysis.provenance import installed
     from prunekit.checkpoint.gguf_reader import demo_file
@@ -88,11 +86,7 @@ def _facts() -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": [torch.cuda.get_device_name(index) for index in gpus] or ["cpu"],
         "cpu_threads": {"used by torch": torch.get_num_threads(), "cores": os.cpu_count()},
-        "ops": [
-            *runtime.describe(),
-            *dispatch24.DISPATCH.describe(),
-            *linear_bitmap.DISPATCH.describe(),
-        ],
+        "ops": runtime.describe(),
         "demo_model": demo,
         "extras": {
             name: "installed" if importlib.util.find_spec(name) else f"missing ({purpose})"

@@ -3,10 +3,10 @@
 from prunekernels.metrics.fields import PairStats, TopKStats, VectorStats
 from prunekernels.metrics.head import head_pair_stats
 from prunekernels.metrics.pair import pair_stats
-from prunekernels.metrics.register import register_kernels
 from prunekernels.metrics.state import PairState, merge, pair_state
 from prunekernels.metrics.summary import summarize
 from prunekernels.metrics.vector import vector_stats
+from prunekernels.runtime import Kernel, Op, register
 
 __all__ = [
     "PairState",
@@ -21,4 +21,10 @@ __all__ = [
     "vector_stats",
 ]
 
-register_kernels()
+for _name, _module in (
+    ("head_pair_stats", "head_triton"),
+    ("pair_state", "pair_triton"),
+    ("pair_stats", "pair_triton"),
+    ("vector_stats", "vector_triton"),
+):
+    register(Op(_name, {"triton": Kernel(f"prunekernels.metrics.{_module}", _name)}))

@@ -2,14 +2,17 @@
 
 from prunekernels.sparse.bitmap.format import BitmapSparse, bitmap_cat, bitmap_pack, bitmap_split
 from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_linear
-from prunekernels.sparse.two_four.dispatch import sparse24_expected
 from prunekernels.sparse.two_four.format import (
     Sparse24,
     sparse24_cat,
     sparse24_pack,
     sparse24_split,
 )
-from prunekernels.sparse.two_four.linear import sparse24_gate_up, sparse24_linear
+from prunekernels.sparse.two_four.linear import (
+    sparse24_expected,
+    sparse24_gate_up,
+    sparse24_linear,
+)
 
 __all__ = [
     "BitmapSparse",

@@ -10,11 +10,14 @@ slower.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from prunekernels.launch import Launch, UnalignedError, current_stream
 
 _ARENA, _PER_STREAM = 1 << 20, 1 << 12
 
@@ -54,6 +57,43 @@ def room_for_parts(
     return parts, counters(token_blocks * row_blocks, y.device)
 
 
+class Prepared:
+    """A tensor-core product for activations of one shape, launched with addresses alone.
+
+    Args:
+        call: The product's call, whose tensors are x, those of the weight, the bias (y if there is
+            none), y, and the parts and counters of split sums (y twice if there are none).
+        shape: Shape of the result.
+    """
+
+    __slots__ = ("_bound", "_counters", "_device", "_dtype", "_parts", "_shape")
+
+    def __init__(self, call: Launch, shape: Sequence[int]) -> None:
+        tensors = [value for value in call.arguments if isinstance(value, Tensor)]
+        *_, y, parts, _ = tensors
+        self._shape, self._dtype, self._device = tuple(shape), y.dtype, y.device
+        self._parts = None if parts is y else parts.shape
+        self._counters = call.grid[0] * call.grid[1]
+        self._bound = call.bind()
+
+    def run(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
+        """The result, or None (and nothing done) if a tensor is not aligned to 16 bytes."""
+        y = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        at = y.data_ptr()
+        parts_at = counters_at = at
+        if self._parts is not None:
+            parts = torch.empty(self._parts, dtype=torch.float32, device=self._device)
+            parts_at = parts.data_ptr()
+            counters_at = counters(self._counters, self._device).data_ptr()
+        addresses = [tensor.data_ptr() for tensor in weight]
+        bias_at = at if bias is None else bias.data_ptr()
+        try:
+            self._bound.launch(x.data_ptr(), *addresses, bias_at, at, parts_at, counters_at)
+        except UnalignedError:
+            return None
+        return y
+
+
 def difference(got: Tensor, x: Tensor, weight: Tensor) -> str | None:
     """None if `got` equals x·Wᵀ of small integers (all sums are exact), else what differs."""
     wanted = (x.cpu().double() @ weight.cpu().double().T).to(got.dtype)
@@ -67,14 +107,13 @@ def counters(count: int, device: torch.device) -> Tensor:
     """int32 (at least `count`,) zeros on a CUDA device, for one launch on the current stream."""
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
-    stream = torch.cuda.current_stream(device)
-    index = stream.device_index
+    index = torch.cuda.current_device() if device.index is None else device.index
     if torch.cuda.is_current_stream_capturing():
         taken = _take(count, index)
     else:
         if index not in _arenas:
             _arenas[index] = (_new_arena(torch.device(device.type, index)), 0)
-        key = (index, stream.cuda_stream)
+        key = (index, current_stream(index))
         taken = _by_stream.get(key)
         if taken is None or taken.numel() < count:
             taken = _take(max(count, _PER_STREAM), index)

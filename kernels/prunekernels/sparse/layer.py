@@ -1,13 +1,21 @@
-"""What the packed linear layers have in common: activations, their slopes, and the checks."""
+"""What the packed linear layers have in common: the way to a kernel, gradients, and the checks.
+
+`eager` expands the weight and multiplies densely; `triton` is the portable kernel; others use
+NVIDIA's tensor cores through inline assembly. A call whose shapes, types and devices were seen
+before is launched at once, with addresses alone (`launching.Prepared`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from prunekernels.runtime import Op, Problem, keep, on
+from prunekernels.sparse.tuning import packed_speedup
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -52,9 +60,113 @@ def gradients(
     return dx, dbias
 
 
-def check_input(x: Tensor, w: Any, kind: type, pack: str, name: str = "w") -> None:
-    """Raise ValueError unless w is packed as `kind` (by `pack`) and x fits it."""
-    if not isinstance(w, kind):
+class Packed(Protocol):
+    """What the weights of all formats have."""
+
+    @property
+    def format(self) -> str:
+        """Name of the format."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K) of the dense weight."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the values."""
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the tensors."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the tensors hold."""
+
+
+class Expected(NamedTuple):
+    """What a packed layer is expected to gain over the dense one.
+
+    Attributes:
+        speedup: Time of the dense layer over that of the packed one.
+        impl: The implementation that runs.
+        reason: Why, in one line.
+    """
+
+    speedup: float
+    impl: str
+    reason: str
+
+
+def problem_of(x: Tensor, rows: int) -> Problem:
+    """What the implementation for x (M, K) and N = rows is chosen by."""
+    return Problem(x.device, x.dtype, (x.shape[0], rows, x.shape[1]))
+
+
+def expected_of(op: Op, tokens: int, w: Packed) -> Expected:
+    """What a layer with the packed weight `w` gains at `tokens` tokens a call, where it is."""
+    rows, columns = w.shape
+    choice = op.select(Problem(w.device, w.dtype, (tokens, rows, columns)))
+    dense = rows * columns * w.dtype.itemsize
+    return Expected(packed_speedup(choice.name, tokens, dense, w.nbytes, w.format), *choice)
+
+
+class Calls:
+    """Calls of one op by the shapes, types and devices of what they multiply.
+
+    Attributes:
+        op: The op that chooses the implementation.
+    """
+
+    def __init__(self, op: Op) -> None:
+        self.op = op
+        self._prepared: dict[Any, Any] = {}
+
+    def again(self, key: Any, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Any:
+        """The result, if this call was prepared under the key; None if it must be made anew."""
+        prepared = self._prepared.get(key)
+        if prepared is None or not x.is_contiguous():
+            return None
+        return prepared.run(x, weight, bias)
+
+    def run(
+        self, x: Tensor, rows: int, impl: str, arguments: Sequence[Any], key: Any = None
+    ) -> Any:
+        """y (M, N) by a kernel, or None where the weight is to be expanded.
+
+        Args:
+            x: (M, K).
+            rows: N.
+            impl: As the layer's.
+            arguments: Further arguments of the kernel's function.
+            key: Where to prepare the call for the next time; (shape of x, …). None: nowhere.
+        """
+        choice = self.op.select(problem_of(x, rows), impl)
+        if choice.name == "eager" or x.shape[0] == 0:
+            return None
+        kernel = self.op.kernels[choice.name]
+        with on(x):
+            prepare = getattr(kernel.load(), "prepared", None)
+            if key is not None and prepare is not None and x.is_contiguous():
+                call = prepare(x, *arguments)
+                if call is not None:
+                    from prunekernels.sparse.launching import Prepared
+
+                    keep(self._prepared, key, Prepared(call, (*key[0][:-1], rows)))
+            return kernel.run(x, *arguments)
+
+
+def call_key(x: Tensor, w: Any, device: torch.device, bias: Tensor | None, *rest: Any) -> Any:
+    """What a prepared call depends on, and what the checks look at; the shape of x comes first."""
+    if bias is None:
+        return x.shape, x.dtype, x.device, w.shape, w.dtype, device, None, rest
+    bias_key = bias.shape, bias.dtype, bias.device
+    return x.shape, x.dtype, x.device, w.shape, w.dtype, device, bias_key, rest
+
+
+def check_input(x: Tensor, w: Any, kind: str, pack: str, name: str = "w") -> None:
+    """Raise ValueError unless w is packed in the format `kind` (by `pack`) and x fits it."""
+    if getattr(w, "format", None) != kind:
         raise ValueError(
             f"a packed weight is needed, not {type(w).__name__}: pack it with {pack}(weight)"
         )

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from products import assert_as_good_as_eager, ragged
 from prunekernels.sparse.bitmap.format import bitmap_pack
-from prunekernels.sparse.bitmap.linear import DISPATCH, bitmap_linear, expand
+from prunekernels.sparse.bitmap.linear import OP, bitmap_linear, expand
 from prunekernels.sparse.bitmap.tuning import BitmapMmaConfig
 from prunekernels.sparse.layer import ACTIVATIONS
 
@@ -21,7 +21,7 @@ DTYPES = [torch.bfloat16, torch.float16]
 
 
 def test_the_self_test_passes():
-    assert DISPATCH.self_test(torch.device("cuda", torch.cuda.current_device())) is None
+    assert OP.self_test(torch.device("cuda", torch.cuda.current_device()), "mma") is None
 
 
 @pytest.mark.parametrize("impl", IMPLS)

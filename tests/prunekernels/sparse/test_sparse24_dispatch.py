@@ -1,93 +1,15 @@
-"""Which 2:4 implementation runs, and what happens when the tensor-core kernel is wrong."""
+"""Tables of the 2:4 kernels, and the counters that split products share."""
 
 from __future__ import annotations
 
 import itertools
 import threading
 import types
-import warnings
 
 import pytest
 import torch
-from fake_gpu import FakeActivations, fake_gpu
 from prunekernels.sparse import launching
-from prunekernels.sparse.two_four import dispatch as dispatch24
-from prunekernels.sparse.two_four.format import sparse24_pack
 from prunekernels.sparse.two_four.tuning import sparse24_mma, sparse24_order, sparse24_portable
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    state = fake_gpu(monkeypatch, dispatch24.DISPATCH)
-    monkeypatch.setattr(dispatch24, "DISPATCH", state.dispatch)
-    return state
-
-
-def test_few_tokens_use_the_tensor_cores_after_one_self_test(hopper):
-    for _ in range(3):
-        assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
-    assert hopper.runs == 1
-    assert dispatch24.DISPATCH.select(FakeActivations(4096, 4096), 4096).name == "eager"
-
-
-@pytest.mark.parametrize("problem", ["3 of 5 results differ", RuntimeError("ptxas died\nlog")])
-def test_a_failing_self_test_warns_once_and_falls_back(hopper, problem):
-    hopper.problem = problem
-    with pytest.warns(RuntimeWarning, match="failed its self-test on cuda:0") as caught:
-        choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
-    assert choice.name == "triton"
-    assert "not mma_sp: " in choice.reason and "\n" not in choice.reason
-    assert str(problem).splitlines()[0] in str(caught[0].message)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "triton"
-    assert hopper.runs == 1
-    with pytest.raises(ValueError, match="impl='mma_sp' cannot run"):
-        dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096, "mma_sp")
-
-
-def test_float32_values_never_reach_the_tensor_cores(hopper):
-    choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096, torch.float32), 4096)
-    assert choice.name == "eager" and "float32" in choice.reason
-    with pytest.raises(ValueError, match=r"mma_sp.*float16 values, not torch\.float32"):
-        dispatch24.DISPATCH.select(FakeActivations(4, 4096, torch.float32), 4096, "mma_sp")
-    assert hopper.runs == 0
-
-
-def test_between_few_and_many_tokens_a_failure_means_expanding(hopper):
-    hopper.problem = "wrong"
-    with pytest.warns(RuntimeWarning):
-        assert dispatch24.DISPATCH.select(FakeActivations(128, 4096), 4096).name == "eager"
-
-
-def test_other_architectures_and_capture_before_the_self_test(hopper):
-    hopper.capturing = True
-    with pytest.warns(RuntimeWarning, match="captured with slower.*call the layer once before"):
-        choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
-    assert choice.name == "triton" and "call the layer once before" in choice.reason
-    hopper.capturing = False
-    assert dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096).name == "mma_sp"
-    hopper.capability = (7, 5)
-    choice = dispatch24.DISPATCH.select(FakeActivations(4, 4096), 4096)
-    assert choice.name == "triton" and "compute capability 7.5" in choice.reason
-
-
-def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so():
-    choice = dispatch24.DISPATCH.select(torch.zeros(1, 8), 8)
-    assert choice.name == "eager" and "cpu" in choice.reason
-
-
-def test_on_a_cpu_no_gain_is_expected():
-    w = sparse24_pack(torch.zeros(512, 512))
-    for tokens in (1, 4096):
-        speedup, impl, reason = dispatch24.sparse24_expected(tokens, w)
-        assert speedup < 1 and impl == "eager" and "cpu" in reason
-
-
-def test_describe_says_on_a_cpu_that_it_is_not_faster(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    (row,) = dispatch24.DISPATCH.describe()
-    assert row["impl"] == "eager" and "not faster" in row["reason"]
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 256, 257, 4096])
@@ -108,12 +30,10 @@ def streams(monkeypatch):
     """A stream whose number the test sets, capturing or not, on the CPU; an arena of 72 numbers."""
     state = types.SimpleNamespace(number=7, capturing=False)
 
-    def current_stream(device):
-        return types.SimpleNamespace(
-            device_index=0, cuda_stream=state.number, synchronize=lambda: None
-        )
-
-    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
+    idle = types.SimpleNamespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: idle)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(launching, "current_stream", lambda index: state.number)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     for name, value in {
         "_ARENA": 72,

@@ -6,9 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from products import assert_as_good_as_eager
-from prunekernels.sparse.two_four.dispatch import DISPATCH, expand
 from prunekernels.sparse.two_four.format import sparse24_pack
-from prunekernels.sparse.two_four.linear import ACTIVATIONS, sparse24_gate_up, sparse24_linear
+from prunekernels.sparse.two_four.linear import (
+    ACTIVATIONS,
+    OP,
+    expand,
+    sparse24_gate_up,
+    sparse24_linear,
+)
 from prunekernels.sparse.two_four.tuning import MmaConfig
 
 pytestmark = [
@@ -29,7 +34,7 @@ def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_the_self_test_passes():
-    assert DISPATCH.self_test(torch.device("cuda", torch.cuda.current_device())) is None
+    assert OP.self_test(torch.device("cuda", torch.cuda.current_device()), "mma_sp") is None
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -86,15 +86,3 @@ def test_its_self_test_passes_and_notices(monkeypatch, broken):
         monkeypatch.setattr(ptx.tensor_cores, "mma_sp_m16n8k32", swapped)
     problem = wgmma24.self_test(torch.device("cpu"))
     assert (problem is not None and "results differ" in problem) if broken else problem is None
-
-
-def test_only_asking_for_it_runs_it():
-    from prunekernels.sparse.two_four.dispatch import DISPATCH
-    from prunekernels.sparse.two_four.tuning import sparse24_order
-
-    assert "wgmma_sp" in DISPATCH.impls
-    for tokens in (1, 64, 256, 4096, 65536):
-        names = {name for name, _ in sparse24_order(tokens, 8192, 8192, (9, 0))}
-        assert "wgmma_sp" not in names
-    with pytest.raises(ValueError, match=r"wgmma_sp.*NVIDIA GPU"):
-        DISPATCH.select(torch.zeros(1, 64, dtype=torch.bfloat16), 16, "wgmma_sp")

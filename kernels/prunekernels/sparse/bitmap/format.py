@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class BitmapSparse:
     values: Tensor
     shape: tuple[int, int]
     version: int = VERSION
+    format: ClassVar[str] = "bitmap"
 
     def __post_init__(self) -> None:
         if self.version != VERSION:

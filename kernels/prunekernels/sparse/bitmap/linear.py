@@ -7,30 +7,42 @@ tensors are `bitmap.portable` and `bitmap.mma`; the format is `bitmap.layout`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.runtime import interpreting, triton_installed
+from prunekernels.runtime import Kernel, Op, interpreting, plain, register, triton_installed
 from prunekernels.sparse.bitmap.expand import bitmap_unpack, product
-from prunekernels.sparse.bitmap.format import BitmapSparse
 from prunekernels.sparse.bitmap.layout import check_parts
 from prunekernels.sparse.bitmap.tuning import bitmap_order
-from prunekernels.sparse.dispatch import Dispatch, Expected
-from prunekernels.sparse.layer import ACTIVATIONS, check_epilogue, check_input, gradients
-
-DISPATCH = Dispatch(
-    op="bitmap_linear",
-    what="bitmap",
-    modules={
-        "triton": "prunekernels.sparse.bitmap.portable",
-        "mma": "prunekernels.sparse.bitmap.mma",
-    },
-    tensor_cores="mma",
-    order=bitmap_order,
+from prunekernels.sparse.layer import (
+    ACTIVATIONS,
+    Calls,
+    Expected,
+    call_key,
+    check_epilogue,
+    check_input,
+    expected_of,
+    gradients,
 )
+
+if TYPE_CHECKING:
+    from prunekernels.sparse.bitmap.format import BitmapSparse
+
+OP = Op(
+    "bitmap_linear",
+    {
+        "triton": Kernel("prunekernels.sparse.bitmap.portable", "forward"),
+        "mma": Kernel("prunekernels.sparse.bitmap.mma", "forward", tensor_cores=True),
+    },
+    order=bitmap_order,
+    what="bitmap layers",
+    eager="the weight is expanded for each call, smaller in memory but not faster",
+)
+register(OP)
+_calls = Calls(OP)
 
 
 def bitmap_linear(
@@ -60,10 +72,18 @@ def bitmap_linear(
     Raises:
         ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
     """
-    check_input(x, w, BitmapSparse, "bitmap_pack")
+    direct, key = plain(x, bias), None
+    if direct and getattr(w, "format", None) == "bitmap":
+        key = call_key(x, w, w.bitmap.device, bias, activation, impl)
+        y: Tensor | None = _calls.again(key, x, (w.bitmap, w.starts, w.values), bias)
+        if y is not None:
+            return y
+    check_input(x, w, "bitmap", "bitmap_pack")
     name = check_epilogue("bitmap_linear", x, w.shape, bias, activation)
-    DISPATCH.check_impl(impl)
+    OP.check_impl(impl)
     parts = w.bitmap, w.starts, w.values
+    if direct:
+        return _linear(x, *parts, *w.shape, bias, name, impl, key)
     return torch.ops.prunekernels.bitmap_linear(x, *parts, *w.shape, bias, name, impl)
 
 
@@ -75,17 +95,16 @@ def bitmap_expected(tokens: int, w: BitmapSparse) -> Expected:
         w: The packed weight.
 
     Returns:
-        The expected speed-up (predicted, not measured), the implementation and the reason.
+        The expected speed-up, the implementation and the reason.
     """
-    return DISPATCH.expected(tokens, w)
+    return expected_of(OP, tokens, w)
 
 
 def expand(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
     """The dense weight, by the expanding kernel on a GPU that Triton can use."""
     if bitmap.device.type != "cuda" or not triton_installed() or interpreting():
         return bitmap_unpack(bitmap, starts, values, rows, columns)
-    parts = bitmap, starts, values, rows, columns
-    dense: Tensor = DISPATCH.call("triton", "expand", bitmap.device, *parts)
+    dense: Tensor = OP.kernels["triton"].load().expand(bitmap, starts, values, rows, columns)
     return dense
 
 
@@ -111,17 +130,30 @@ def _linear_op(
     activation: str,
     impl: str,
 ) -> Tensor:
+    return _linear(x, bitmap, starts, values, rows, columns, bias, activation, impl)
+
+
+def _linear(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    activation: str,
+    impl: str,
+    key: Any = None,
+) -> Tensor:
     flat = x.reshape(-1, columns)
-    choice = DISPATCH.select(flat, rows, impl)
-    if choice.name == "eager" or flat.shape[0] == 0:
+    parts = bitmap, starts, values
+    y = _calls.run(flat, rows, impl, (*parts, rows, bias, activation), key)
+    if y is None:
         if x.device.type == "cpu":
-            z = product(flat, bitmap, starts, values, rows, bias)
+            z = product(flat, *parts, rows, bias)
         else:
-            z = F.linear(flat, expand(bitmap, starts, values, rows, columns), bias)
+            z = F.linear(flat, expand(*parts, rows, columns), bias)
         y = ACTIVATIONS[activation](z)
-    else:
-        parts = flat, bitmap, starts, values, rows, bias, activation
-        y = DISPATCH.call(choice.name, "forward", x.device, *parts)
     return y.view(*x.shape[:-1], rows)
 
 

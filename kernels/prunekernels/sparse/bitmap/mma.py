@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import KernelCase
 from prunekernels.launch import Launch, meta
+from prunekernels.runtime import capability, processors
 from prunekernels.sparse.bitmap.addresses import (
     addresses,
     lane_masks,
@@ -300,9 +301,23 @@ def _bitmap_mma_fwd_kernel(
 
 def configuration(x: Tensor, rows: int) -> BitmapMmaConfig:
     """What the table says for x (M, K) and N = rows on the GPU that x is on."""
-    properties = torch.cuda.get_device_properties(x.device)
-    capability = properties.major, properties.minor
-    return bitmap_mma(x.shape[0], rows, x.shape[1], properties.multi_processor_count, capability)
+    tokens, columns = x.shape
+    return bitmap_mma(tokens, rows, columns, processors(x.device), capability(x.device))
+
+
+def prepared(
+    x: Tensor,
+    bitmap: Tensor,
+    starts: Tensor,
+    values: Tensor,
+    rows: int,
+    bias: Tensor | None,
+    activation: str,
+) -> Launch | None:
+    """`forward` as a call to keep, or None if x has to be copied first."""
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    call = product(x, bitmap, starts, values, bias, y, activation, configuration(x, rows))
+    return call if call.arguments[0].data_ptr() == x.data_ptr() else None
 
 
 def forward(

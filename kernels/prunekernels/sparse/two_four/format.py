@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,7 @@ class Sparse24:
     shape: tuple[int, int]
     dtype: torch.dtype
     version: int = VERSION
+    format: ClassVar[str] = "2:4"
 
     def __post_init__(self) -> None:
         if self.version != VERSION:

@@ -1,29 +1,50 @@
 """y = activation(x·Wᵀ + bias) with W packed 2:4, and the fused pair SiLU(x·Wgᵀ)·(x·Wuᵀ).
 
 The eager implementation expands the weight for the duration of the call, on a CPU piece by piece,
-and uses the dense matrix multiplication: on a GPU that is also the path for many tokens. Kernels
-that read the packed buffer are chosen by `two_four.dispatch.DISPATCH`.
+and uses the dense matrix multiplication: on a GPU that is also the path for many tokens. `mma_sp`
+uses NVIDIA's sparse tensor cores; `wgmma_sp`, Hopper's way, only runs when asked for.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunekernels.runtime import Kernel, Op, interpreting, plain, register, triton_installed
 from prunekernels.sparse.layer import (
     ACTIVATIONS,
+    Calls,
+    Expected,
+    call_key,
     check_epilogue,
     check_input,
+    expected_of,
     gradients,
     slope,
 )
-from prunekernels.sparse.two_four.dispatch import DISPATCH, expand
-from prunekernels.sparse.two_four.expand import product
-from prunekernels.sparse.two_four.format import Sparse24
+from prunekernels.sparse.two_four.expand import product, sparse24_unpack
 from prunekernels.sparse.two_four.layout import packed_shape
+from prunekernels.sparse.two_four.tuning import sparse24_order
+
+if TYPE_CHECKING:
+    from prunekernels.sparse.two_four.format import Sparse24
+
+OP = Op(
+    "sparse24_linear",
+    {
+        "triton": Kernel("prunekernels.sparse.two_four.portable", "forward"),
+        "mma_sp": Kernel("prunekernels.sparse.two_four.mma", "forward", tensor_cores=True),
+        "wgmma_sp": Kernel("prunekernels.sparse.two_four.wgmma", "forward", tensor_cores=True),
+    },
+    order=sparse24_order,
+    what="2:4 layers",
+    eager="the weight is expanded for each call, smaller in memory but not faster",
+)
+register(OP)
+_calls = Calls(OP)
 
 
 def sparse24_linear(
@@ -54,9 +75,17 @@ def sparse24_linear(
     Raises:
         ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
     """
-    check_input(x, w, Sparse24, "sparse24_pack")
+    direct, key = plain(x, bias), None
+    if direct and getattr(w, "format", None) == "2:4":
+        key = call_key(x, w, w.packed.device, bias, activation, impl, 1)
+        y: Tensor | None = _calls.again(key, x, (w.packed, w.packed), bias)
+        if y is not None:
+            return y
+    check_input(x, w, "2:4", "sparse24_pack")
     name = check_epilogue("sparse24_linear", x, w.shape, bias, activation)
-    DISPATCH.check_impl(impl)
+    OP.check_impl(impl)
+    if direct:
+        return _linear(x, w.packed, *w.shape, bias, name, impl, key)
     return torch.ops.prunekernels.sparse24_linear(x, w.packed, *w.shape, bias, name, impl)
 
 
@@ -78,15 +107,46 @@ def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto"
     Raises:
         ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
     """
-    check_input(x, gate, Sparse24, "sparse24_pack", "gate")
-    check_input(x, up, Sparse24, "sparse24_pack", "up")
+    direct, key = plain(x), None
+    if direct and getattr(gate, "format", None) == getattr(up, "format", None) == "2:4":
+        # what up has as gate has needs no place in the key
+        alike = (gate.shape, gate.dtype, gate.device) == (up.shape, up.dtype, up.device)
+        key = call_key(x, gate, gate.packed.device, None, "gated", impl, alike)
+        y: Tensor | None = _calls.again(key, x, (gate.packed, up.packed), None)
+        if y is not None:
+            return y
+    check_input(x, gate, "2:4", "sparse24_pack", "gate")
+    check_input(x, up, "2:4", "sparse24_pack", "up")
     if gate.shape != up.shape:
         raise ValueError(
             f"sparse24_gate_up: gate and up must have the same shape, not {tuple(gate.shape)} and "
             f"{tuple(up.shape)}"
         )
-    DISPATCH.check_impl(impl)
+    OP.check_impl(impl)
+    if direct:
+        return _gate_up(x, gate.packed, up.packed, *gate.shape, impl, key)
     return torch.ops.prunekernels.sparse24_gate_up(x, gate.packed, up.packed, *gate.shape, impl)
+
+
+def sparse24_expected(tokens: int, w: Sparse24) -> Expected:
+    """What a 2:4 layer gains over the dense one where `w` is (on a GPU, runs the self-test once).
+
+    Args:
+        tokens: M, the tokens of a call.
+        w: The packed weight.
+
+    Returns:
+        The expected speed-up, the implementation and the reason.
+    """
+    return expected_of(OP, tokens, w)
+
+
+def expand(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight, by the expanding kernel on a GPU that Triton can use."""
+    if packed.device.type != "cuda" or not triton_installed() or interpreting():
+        return sparse24_unpack(packed, rows, columns, dtype)
+    dense: Tensor = OP.kernels["triton"].load().expand(packed, rows, columns, dtype)
+    return dense
 
 
 @torch.library.custom_op("prunekernels::sparse24_expand", mutates_args=())
@@ -109,13 +169,23 @@ def _linear_op(
     activation: str,
     impl: str,
 ) -> Tensor:
+    return _linear(x, packed, rows, columns, bias, activation, impl)
+
+
+def _linear(
+    x: Tensor,
+    packed: Tensor,
+    rows: int,
+    columns: int,
+    bias: Tensor | None,
+    activation: str,
+    impl: str,
+    key: Any = None,
+) -> Tensor:
     flat = x.reshape(-1, columns)
-    choice = DISPATCH.select(flat, rows, impl)
-    if choice.name == "eager" or flat.shape[0] == 0:
+    y = _calls.run(flat, rows, impl, (packed, None, rows, bias, activation), key)
+    if y is None:
         y = ACTIVATIONS[activation](_dense_product(flat, packed, rows, bias))
-    else:
-        parts = flat, packed, None, rows, bias, activation
-        y = DISPATCH.call(choice.name, "forward", flat.device, *parts)
     return y.view(*x.shape[:-1], rows)
 
 
@@ -151,15 +221,18 @@ _linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
 
 @torch.library.custom_op("prunekernels::sparse24_gate_up", mutates_args=())
 def _gate_up_op(x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, impl: str) -> Tensor:
+    return _gate_up(x, gate, up, rows, columns, impl)
+
+
+def _gate_up(
+    x: Tensor, gate: Tensor, up: Tensor, rows: int, columns: int, impl: str, key: Any = None
+) -> Tensor:
     flat = x.reshape(-1, columns)
-    choice = DISPATCH.select(flat, rows, impl)
-    if choice.name == "eager" or flat.shape[0] == 0:
+    y = _calls.run(flat, rows, impl, (gate, up, rows, None, "silu"), key)
+    if y is None:
         # one dense weight at a time
         y = F.silu(_dense_product(flat, gate, rows, None))
         y = y * _dense_product(flat, up, rows, None)
-    else:
-        parts = flat, gate, up, rows, None, "silu"
-        y = DISPATCH.call(choice.name, "forward", flat.device, *parts)
     return y.view(*x.shape[:-1], rows)
 
 

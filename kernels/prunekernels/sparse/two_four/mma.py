@@ -30,6 +30,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
+from prunekernels.runtime import processors
 from prunekernels.sparse.fragments import finish, x_layout
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
@@ -208,10 +209,23 @@ def forward(
     x: Tensor, packed: Tensor, up: Tensor | None, rows: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     """Launch for x (M, K) with M > 0; `up` selects the gated form."""
-    tokens, columns = x.shape
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config = sparse24_mma(tokens, rows, columns, up is not None, processors)
+    config = configuration(x, rows, up is not None)
     return launch(x, packed, up, rows, bias, activation, config)
+
+
+def configuration(x: Tensor, rows: int, gated: bool) -> MmaConfig:
+    """What the table says for x (M, K) and N = rows on the GPU that x is on."""
+    return sparse24_mma(x.shape[0], rows, x.shape[1], gated, processors(x.device))
+
+
+def prepared(
+    x: Tensor, packed: Tensor, up: Tensor | None, rows: int, bias: Tensor | None, activation: str
+) -> Launch | None:
+    """`forward` as a call to keep, or None if x has to be copied first."""
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    config = configuration(x, rows, up is not None)
+    call = product(x, packed, up, bias, y, activation, config)
+    return call if call.arguments[0].data_ptr() == x.data_ptr() else None
 
 
 def launch(
