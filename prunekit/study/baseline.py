@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from prunekit import distributed, generation
 from prunekit.analysis import quality
 from prunekit.analysis.quality import Scores
-from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.generation import Rollout
 
@@ -76,28 +75,3 @@ class Baseline:
                 self.dense, self.tokenizer, asked, progress=self.progress
             )
         return self._scores[asked]
-
-
-def shared_baseline(
-    given: Baseline | None, dense: PreTrainedModel, tokenizer: Any, **options: Any
-) -> Baseline:
-    """`given` if there is one and it fits; else a new one.
-
-    Args:
-        given: A baseline, or None.
-        dense: The dense model of the comparison.
-        tokenizer: Its tokenizer.
-        **options: Those of `Baseline`.
-
-    Raises:
-        PrunekitError: It belongs to another model, or was asked in another way.
-    """
-    if given is None:
-        return Baseline(dense, tokenizer, **options)
-    asked = options["max_new_tokens"], options["chat"]
-    if given.dense is not dense or (given.max_new_tokens, given.chat) != asked:
-        raise PrunekitError(
-            "the baseline is of another model, max_new_tokens or chat: make it with those of the "
-            "comparison, or leave it out"
-        )
-    return given

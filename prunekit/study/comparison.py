@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,20 +14,22 @@ from transformers import PreTrainedModel
 
 from prunekit import distributed, generation
 from prunekit.analysis import quality
-from prunekit.analysis.decoding import decode
 from prunekit.analysis.findings import SECTIONS
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.hierarchy import accumulated, layerwise
 from prunekit.analysis.provenance import absent_sublayers, describe, versions
+from prunekit.analysis.quality import Scores
 from prunekit.analysis.spaces import Lens, Reader, Weights, check_pair
-from prunekit.analysis.subspace import option_tokens, subspace
+from prunekit.analysis.subspace import Subspace, option_tokens, subspace
 from prunekit.analysis.theory import theory
 from prunekit.checkpoint import check_finite
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
+from prunekit.generation import Rollout
 from prunekit.models.architectures import Architecture
-from prunekit.study.baseline import Baseline, shared_baseline
-from prunekit.study.sharing import gather_decoding, gather_grid, gather_subspace
+from prunekit.study.baseline import Baseline
+from prunekit.study.setup import Setup
+from prunekit.study.sharing import gather_grid, gather_subspace, over_shares
 from prunekit.study.study import Study
 
 
@@ -83,119 +86,229 @@ def compare(
         PrunekitError: The models can't be compared, or a prompt or option is out of range; found
             before the heavy work starts.
     """
-    ours, theirs = check_pair(dense, pruned)
-    for model in (dense, pruned):
-        check_finite(model)
-    wanted = _sections(sections, theirs, len(ours.layers), choices)
-    Reader(ours, theirs, temperature=temperature, lens=lens, weights=weights)
-    if layerwise_prompts < 1 or layerwise_steps < 1:
-        raise PrunekitError("layerwise_prompts and layerwise_steps must be at least 1: raise them")
-    if not prompts:
-        raise PrunekitError("no prompts: give at least one")
-    encoded = generation.encode(tokenizer, prompts, chat=chat)
-    generation.check_context(dense, encoded, max_new_tokens)
-    if "subspace" in wanted:
-        option_tokens(tokenizer, max(len(choice.options) for choice in choices or ()))
-    baseline = shared_baseline(
-        baseline,
-        dense,
-        tokenizer,
+    setup = Setup(
+        dense=dense,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        choices=choices or (),
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        weights=weights,
         batch_size=batch_size,
         chat=chat,
+        seed=seed,
         progress=progress,
+        shared=baseline,
     )
+    asked = _Comparison(setup, pruned, lens, layerwise_prompts, layerwise_steps, names)
+    wanted = _checked(asked, sections)
     seconds: dict[str, float] = {}
-    common: dict[str, Any] = {"temperature": temperature, "weights": weights}
-    common |= {"batch_size": batch_size, "progress": progress}
-
     with _timed(seconds, "generation"):
-        rollouts = baseline.rollouts(prompts)
-    traced = _spread(len(rollouts), layerwise_prompts)
-    steps = _spread(max(len(rollouts[i].continuation) for i in traced), layerwise_steps)
-    found: dict[str, Any] = {}
-    for name in ("layerwise", "accumulated", "removal"):
-        if name not in wanted:
-            continue
-        with _timed(seconds, name):
-            mine = [rollouts[index] for index in distributed.shard(traced)]
-            options = {**common, "lens": lens, "positions": steps}
-            grid = _TRACES[name](dense, pruned, mine, **options) if mine else None
-            found[name] = gather_grid(grid).relabelled(traced)
-    if {"decoding", "scores"} & set(wanted):
-        with _timed(seconds, "decoding"):
-            share = distributed.shard(list(prompts))
-            mine = distributed.shard(rollouts)
-            options = {**common, "max_new_tokens": max_new_tokens, "chat": chat}
-            decoding = (
-                decode(dense, pruned, tokenizer, share, rollouts=mine, **options) if share else None
-            )
-            found["decoding"] = gather_decoding(decoding)
-    if "subspace" in wanted:
-        with _timed(seconds, "subspace"):
-            questions = distributed.shard(list(choices or ()))
-            part = subspace(dense, pruned, tokenizer, questions, **common) if questions else None
-            found["subspace"] = gather_subspace(part)
-    if "theory" in wanted:
-        grid = found["removal"] if "removal" in found else found["layerwise"]
-        found["theory"] = theory(grid, weights=weights, seed=seed)
-    if "scores" in wanted:
-        with _timed(seconds, "scores"):
-            sequence = found["decoding"].sequence
-            found["scores"] = {
-                name: quality.generative(sequence, dense=name == "dense", seed=seed)
-                for name in ("dense", "pruned")
-            }
-            if choices:
-                found["scores"]["dense"] |= baseline.single_step(choices)
-                found["scores"]["pruned"] |= quality.single_step(
-                    pruned, tokenizer, choices, progress=progress
-                )
+        setup.rollouts()
+    study = Study({})
+    made = {*wanted, *(name for section in wanted for name in _MAKERS[section].needs)}
+    for name in (name for name in SECTIONS if name in made):
+        maker = _MAKERS[name]
+        with _timed(seconds if maker.timed else {}, name):
+            study = maker.add(asked, study)
     if "decoding" not in wanted:
-        found.pop("decoding", None)
-    meta = {
-        "names": {"dense": names[0], "pruned": names[1]},
-        "models": {"dense": describe(ours), "pruned": describe(theirs)},
+        study = replace(study, decoding=None)
+    return replace(study, meta=_meta(asked, wanted, seconds))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One pruned model compared with the dense one.
+
+    Attributes:
+        setup: How.
+        pruned: The pruned or dropped copy.
+        lens: How the layerwise sections read a layer's state, see `Reader`.
+        layerwise_prompts: At most so many prompts are analysed layer by layer.
+        layerwise_steps: At most so many decode steps of them are.
+        names: What to call the two models.
+    """
+
+    setup: Setup
+    pruned: PreTrainedModel
+    lens: Lens
+    layerwise_prompts: int
+    layerwise_steps: int
+    names: tuple[str, str]
+
+    def traced(self) -> tuple[list[int], list[int]]:
+        """Indices of the prompts that are analysed layer by layer, and of their decode steps."""
+        rollouts = self.setup.rollouts()
+        prompts = _spread(len(rollouts), self.layerwise_prompts)
+        longest = max(len(rollouts[index].continuation) for index in prompts)
+        return prompts, _spread(longest, self.layerwise_steps)
+
+
+def _checked(asked: _Comparison, sections: Sequence[str] | None) -> tuple[str, ...]:
+    """The sections to make, once nothing is found that would stop them halfway.
+
+    Raises:
+        PrunekitError: See `compare`.
+    """
+    setup = asked.setup
+    ours, theirs = check_pair(setup.dense, asked.pruned)
+    for model in (setup.dense, asked.pruned):
+        check_finite(model)
+    wanted = _sections(sections, theirs, len(ours.layers), setup.choices)
+    Reader(ours, theirs, temperature=setup.temperature, lens=asked.lens, weights=setup.weights)
+    if asked.layerwise_prompts < 1 or asked.layerwise_steps < 1:
+        raise PrunekitError("layerwise_prompts and layerwise_steps must be at least 1: raise them")
+    if not setup.prompts:
+        raise PrunekitError("no prompts: give at least one")
+    encoded = generation.encode(setup.tokenizer, setup.prompts, chat=setup.chat)
+    generation.check_context(setup.dense, encoded, setup.max_new_tokens)
+    if "subspace" in wanted:
+        option_tokens(setup.tokenizer, max(len(choice.options) for choice in setup.choices))
+    return wanted
+
+
+def _grid(
+    asked: _Comparison, trace: Callable[..., MetricGrid], pruned: PreTrainedModel | None
+) -> MetricGrid:
+    """What `trace` (`layerwise` or `accumulated`) finds on the traced prompts and steps."""
+    setup = asked.setup
+    prompts, steps = asked.traced()
+
+    def traced(share: Sequence[Rollout]) -> MetricGrid:
+        return trace(
+            setup.dense,
+            pruned,
+            share,
+            temperature=setup.temperature,
+            lens=asked.lens,
+            weights=setup.weights,
+            positions=steps,
+            batch_size=setup.batch_size,
+            progress=setup.progress,
+        )
+
+    rollouts = setup.rollouts()
+    chosen = [rollouts[index] for index in prompts]
+    return over_shares(chosen, traced, gather_grid).relabelled(prompts)
+
+
+def _layerwise(asked: _Comparison, study: Study) -> Study:
+    return replace(study, layerwise=_grid(asked, layerwise, asked.pruned))
+
+
+def _accumulated(asked: _Comparison, study: Study) -> Study:
+    return replace(study, accumulated=_grid(asked, accumulated, asked.pruned))
+
+
+def _removal(asked: _Comparison, study: Study) -> Study:
+    return replace(study, removal=_grid(asked, layerwise, None))
+
+
+def _decoding(asked: _Comparison, study: Study) -> Study:
+    return replace(study, decoding=asked.setup.decode(asked.pruned))
+
+
+def _subspace(asked: _Comparison, study: Study) -> Study:
+    setup = asked.setup
+
+    def answered(share: Sequence[Choice]) -> Subspace:
+        return subspace(
+            setup.dense,
+            asked.pruned,
+            setup.tokenizer,
+            share,
+            temperature=setup.temperature,
+            weights=setup.weights,
+            batch_size=setup.batch_size,
+            progress=setup.progress,
+        )
+
+    return replace(study, subspace=over_shares(setup.choices, answered, gather_subspace))
+
+
+def _theory(asked: _Comparison, study: Study) -> Study:
+    grid = study.layerwise if study.removal is None else study.removal
+    assert grid is not None
+    setup = asked.setup
+    return replace(study, theory=theory(grid, weights=setup.weights, seed=setup.seed))
+
+
+def _scores(asked: _Comparison, study: Study) -> Study:
+    assert study.decoding is not None
+    setup, sequence = asked.setup, study.decoding.sequence
+    found: dict[str, Scores] = {}
+    for name, model in (("dense", setup.dense), ("pruned", asked.pruned)):
+        found[name] = quality.generative(sequence, dense=name == "dense", seed=setup.seed)
+        if setup.choices:
+            found[name] |= setup.single_step(model)
+    return replace(study, scores=found)
+
+
+class _Maker(NamedTuple):
+    """How a section is made.
+
+    Attributes:
+        add: The study with the section, from the study so far.
+        needs: Sections that must be there before, besides those that `_sections` asks for.
+        timed: Whether `meta["seconds"]` tells how long it took.
+    """
+
+    add: Callable[[_Comparison, Study], Study]
+    needs: tuple[str, ...] = ()
+    timed: bool = True
+
+
+_MAKERS = {
+    "layerwise": _Maker(_layerwise),
+    "accumulated": _Maker(_accumulated),
+    "removal": _Maker(_removal),
+    "decoding": _Maker(_decoding),
+    "subspace": _Maker(_subspace),
+    "theory": _Maker(_theory, timed=False),
+    "scores": _Maker(_scores, needs=("decoding",)),
+}
+
+
+def _meta(
+    asked: _Comparison, wanted: Sequence[str], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """How the study was made: `Findings.meta`."""
+    setup, dense = asked.setup, asked.setup.dense
+    prompts, steps = asked.traced()
+    return {
+        "names": dict(zip(("dense", "pruned"), asked.names, strict=True)),
+        "models": {
+            "dense": describe(Architecture(dense)),
+            "pruned": describe(Architecture(asked.pruned)),
+        },
         "versions": versions(),
-        "seed": seed,
+        "seed": setup.seed,
         "device": str(dense.device),
         "dtype": str(dense.dtype).removeprefix("torch."),
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
-        "temperature": temperature,
-        "lens": lens,
-        "weights": weights,
-        "chat": chat,
+        "temperature": setup.temperature,
+        "lens": asked.lens,
+        "weights": setup.weights,
+        "chat": setup.chat,
         "sections": list(wanted),
         "counts": {
-            "prompts": len(prompts),
-            "choices": len(choices or ()),
-            "max_new_tokens": max_new_tokens,
-            "batch_size": batch_size,
-            "layerwise_prompts": len(traced),
+            "prompts": len(setup.prompts),
+            "choices": len(setup.choices),
+            "max_new_tokens": setup.max_new_tokens,
+            "batch_size": setup.batch_size,
+            "layerwise_prompts": len(prompts),
             "layerwise_steps": len(steps),
         },
-        "seconds": seconds,
+        "seconds": dict(seconds),
     }
-    return Study(meta, **found)
-
-
-def _removal(dense: PreTrainedModel, pruned: PreTrainedModel, *args: Any, **options: Any) -> Any:
-    return layerwise(dense, None, *args, **options)
-
-
-_TRACES: dict[str, Callable[..., MetricGrid]] = {
-    "layerwise": layerwise,
-    "accumulated": accumulated,
-    "removal": _removal,
-}
 
 
 def _sections(
     asked: Sequence[str] | None,
     pruned: Architecture,
     dense_layers: int,
-    choices: Sequence[Choice] | None,
+    choices: Sequence[Choice],
 ) -> tuple[str, ...]:
     """The sections to make, in order.
 

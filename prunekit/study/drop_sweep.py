@@ -6,24 +6,41 @@ The paper's headline: multiple-choice accuracy falls slowly as sublayers go, gen
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
 
 from transformers import PreTrainedModel
 
-from prunekit import distributed, generation
+from prunekit import generation
 from prunekit.analysis import quality
-from prunekit.analysis.decoding import decode
 from prunekit.analysis.grid import interval_to_dict
+from prunekit.analysis.quality import Scores
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.models.dropped import drop_sublayers_
 from prunekit.models.layouts import SUBLAYERS
-from prunekit.study.baseline import Baseline, shared_baseline
-from prunekit.study.sharing import gather_decoding
+from prunekit.study.baseline import Baseline
+from prunekit.study.setup import Setup
 
 # Metrics of the teacher-forced grid that a row carries.
 _METRICS = ("h_cosine", "z_cosine", "p_cosine", "kl_dense_pruned", "kl_pruned_dense", "flipped")
+
+
+class SweepRow(TypedDict):
+    """One model of a sweep, JSON-able.
+
+    Attributes:
+        count: How many entries of the ranking are dropped.
+        attn: The layers whose attention is.
+        mlp: The layers whose MLP is.
+        scores: Per name of `quality.single_step`, `quality.generative` and `_METRICS` an interval
+            as a dict of mean, low, high and n.
+    """
+
+    count: int
+    attn: list[int]
+    mlp: list[int]
+    scores: dict[str, dict[str, Any]]
 
 
 def sweep(
@@ -41,7 +58,7 @@ def sweep(
     seed: int = 0,
     progress: bool = True,
     baseline: Baseline | None = None,
-) -> list[dict[str, Any]]:
+) -> list[SweepRow]:
     """Drop more and more sublayers and score each model both ways.
 
     Args:
@@ -61,9 +78,7 @@ def sweep(
         baseline: What the dense model does by itself, shared with other comparisons.
 
     Returns:
-        One JSON-able row per count, ascending: `count`, the dropped layers as `attn` and `mlp`, and
-        `scores`: per name of `quality.single_step`, `quality.generative` and `_METRICS` an interval
-        as a dict of mean, low, high and n.
+        One row per count, ascending.
 
     Raises:
         PrunekitError: A count exceeds the ranking, or what `compare` raises.
@@ -75,43 +90,50 @@ def sweep(
     unknown = [sublayer for sublayer, _ in ranking if sublayer not in (*SUBLAYERS, "block")]
     if unknown:
         raise PrunekitError(f"unknown sublayer '{unknown[0]}': use attn, mlp or block")
-    share = distributed.shard(list(prompts))
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-    options |= {"chat": chat, "progress": progress}
-    baseline = shared_baseline(baseline, dense, tokenizer, **options)
-    rollouts = distributed.shard(baseline.rollouts(prompts))
+    setup = Setup(
+        dense=dense,
+        tokenizer=tokenizer,
+        prompts=prompts,
+        choices=choices,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        batch_size=batch_size,
+        chat=chat,
+        seed=seed,
+        progress=progress,
+        shared=baseline,
+    )
     pruned = copy.deepcopy(dense)
     dropped: dict[str, list[int]] = {"attn": [], "mlp": []}
-    rows = []
+    rows: list[SweepRow] = []
     for count in sorted(set(counts)):
-        done = sum(map(len, dropped.values()))
-        new: dict[str, list[int]] = {"attn": [], "mlp": []}
-        for sublayer, layer in ranking[:count]:
-            for part in SUBLAYERS if sublayer == "block" else (sublayer,):
-                if layer not in dropped[part]:
-                    new[part].append(layer)
-                    dropped[part].append(layer)
-        if sum(map(len, dropped.values())) > done:
+        new = _not_yet(ranking[:count], dropped)
+        if any(new.values()):
             drop_sublayers_(pruned, **new)
+        dropped = {part: sorted(dropped[part] + new[part]) for part in SUBLAYERS}
         left = pruned if any(dropped.values()) else dense
-        part_of = None
-        if share:
-            part_of = decode(
-                dense,
-                left,
-                tokenizer,
-                share,
-                rollouts=rollouts,
-                temperature=temperature,
-                **options,
-            )
-        decoding = gather_decoding(part_of)
-        if left is dense:
-            found = dict(baseline.single_step(choices))
-        else:
-            found = quality.single_step(left, tokenizer, choices, progress=progress)
-        found |= quality.generative(decoding.sequence, seed=seed)
-        found |= {name: decoding.teacher_forced.interval(name, seed=seed) for name in _METRICS}
-        table = {name: interval_to_dict(value) for name, value in found.items()}
-        rows.append({"count": count, **{k: sorted(v) for k, v in dropped.items()}, "scores": table})
+        table = {name: interval_to_dict(value) for name, value in _scores(setup, left).items()}
+        rows.append(SweepRow(count=count, attn=dropped["attn"], mlp=dropped["mlp"], scores=table))
     return rows
+
+
+def _not_yet(
+    ranked: Sequence[tuple[str, int]], dropped: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Per sublayer the layers among `ranked` that are not dropped yet, each once."""
+    new: dict[str, list[int]] = {part: [] for part in SUBLAYERS}
+    for sublayer, layer in ranked:
+        for part in SUBLAYERS if sublayer == "block" else (sublayer,):
+            if layer not in dropped[part] and layer not in new[part]:
+                new[part].append(layer)
+    return new
+
+
+def _scores(setup: Setup, model: PreTrainedModel) -> Scores:
+    """Single-step scores, generative ones, and `_METRICS` of one model."""
+    decoding = setup.decode(model)
+    return {
+        **setup.single_step(model),
+        **quality.generative(decoding.sequence, seed=setup.seed),
+        **{name: decoding.teacher_forced.interval(name, seed=setup.seed) for name in _METRICS},
+    }

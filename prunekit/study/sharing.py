@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +13,25 @@ from prunekit.analysis import grid as grids
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.subspace import Subspace
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def over_shares(
+    items: Sequence[Item],
+    run: Callable[[Sequence[Item]], Result],
+    gather: Callable[[Result | None], Result],
+) -> Result:
+    """Have each process run its share of `items`, and give all of them the whole result.
+
+    Args:
+        items: What there is to do, the same in every process.
+        run: Does a share, which is not empty.
+        gather: One of the functions below.
+    """
+    share = distributed.shard(items)
+    return gather(run(share) if share else None)
 
 
 def gather_grid(share: MetricGrid | None) -> MetricGrid:
