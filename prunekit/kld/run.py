@@ -1,0 +1,210 @@
+"""`pk.kld`: any number of candidates against one reference, one model in memory at a time."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from torch import cuda
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunekit import distributed
+from prunekit.data import texts
+from prunekit.errors import PrunekitError, one_line
+from prunekit.evaluation.items import load_heldout
+from prunekit.kld import windows as plans
+from prunekit.kld.candidates import Side, floor_side, sides
+from prunekit.kld.comparison import Compared, compared
+from prunekit.kld.reference import Planner, Reference, cached, recorded
+from prunekit.kld.result import Candidate, Kld
+from prunekit.kld.rows import Options
+from prunekit.kld.sharing import FAILURES, by_main
+
+Given = str | PreTrainedModel
+_CPU_TOKENS = 1024  # per forward pass: more don't run faster there
+
+
+def kld(
+    reference: Given,
+    candidates: Sequence[Given] | Mapping[str, Given],
+    text: str | Path | Sequence[str] | None = None,
+    *,
+    context: int = 512,
+    windows: str = "llama.cpp",
+    stride: int | None = None,
+    limit: int | None = None,
+    dataset: str | None = None,
+    text_field: str = "text",
+    output: str | Path | None = None,
+    reference_cache: str | Path | None = None,
+    floor: str = "auto",
+    topk: int = 10,
+    dtype: str | None = None,
+    device: str | None = None,
+    batch_size: int | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Kld:
+    """Statistics of KL(reference ‖ candidate) and its kin over a text, exactly, per candidate.
+
+    The reference is run first and its final states are kept on disk; then each candidate in turn.
+    What is on disk already, in `output` and `reference_cache`, is not computed again. A candidate
+    that fails has a row that says why, and the others go on. Under `torchrun` or `accelerate
+    launch` the processes share the windows (on one file system) and all return the whole result.
+
+    Args:
+        reference: What `prunekit.load` takes, any folder that transformers loads, a model in
+            memory, a capture, or a file of llama.cpp's `--kl-divergence-base`.
+        candidates: The same, PEFT adapters of the reference, and `SOURCE@bfloat16` and its like;
+            a mapping names them.
+        text: A file (.txt, .jsonl, .json, .parquet), or texts themselves; None: a built-in one.
+        context: Longest window, in tokens.
+        windows: "llama.cpp", "strided" or "documents": see `prunekit.kld.windows`.
+        stride: Of strided windows; None means `context`.
+        limit: Use at most so many windows.
+        dataset: A Hub dataset id instead of a text; needs `limit`.
+        text_field: Field of the text in rows.
+        output: Folder of rows, table and page; None keeps rows in a temporary one.
+        reference_cache: Folder of the reference's states; None: inside `output`.
+        floor: Type of the row "reference in …", which shows rounding alone; "auto": bfloat16, or
+            float32 where that is the reference's own; "none" leaves it out.
+        topk: Likeliest tokens whose overlap is reported.
+        dtype: Type of reference and candidates that are not quantised; None: each its own.
+        device: Where models go; "auto" spreads them; None: the CPU.
+        batch_size: Windows per forward pass; None: 8, on a CPU as many as hold 1024 tokens.
+        tokenizer: Of the text, where the reference has none (a capture, llama.cpp's file, a model
+            in memory).
+        seed: Of the bootstrap, and of the order of a dataset's documents.
+        progress: Show bars on a terminal.
+
+    Raises:
+        PrunekitError: The text is too short, an option is out of range, the reference can't be
+            loaded, or a cache belongs to something else.
+    """
+    if dataset is not None and (text is not None or limit is None):
+        raise PrunekitError("--dataset takes the place of --text and needs --limit: give that")
+    if topk < 0:
+        raise PrunekitError(f"topk is {topk}: use 0 or more")
+    base = sides([reference], dtype)[0]
+    others = sides(candidates, dtype)
+    if not others and floor == "none":
+        raise PrunekitError("nothing to compare: name a candidate")
+    tokens = _batch_tokens(batch_size, context, device)
+    options = Options(topk, tokens, device, progress)
+
+    def plan(known: PreTrainedTokenizerBase | None) -> plans.Windows:
+        if known is None:
+            raise PrunekitError(f"{base.name} has no tokenizer: pass one")
+        documents = _documents(text, dataset, text_field, seed, (limit or 0) * context, known)
+        return plans.of_text(
+            known, documents, kind=windows, context=context, stride=stride, limit=limit
+        )
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary if output is None else output).expanduser()
+        if distributed.world_size() > 1 and output is None:
+            raise PrunekitError("several processes share their rows on disk: give an output folder")
+        held = _reference(
+            base,
+            plan,
+            Path(reference_cache or folder / "reference").expanduser(),
+            text is not None or dataset is not None,
+            options,
+            tokenizer,
+        )
+        extra = _floor(base, held, floor)
+        rows = [*others, *([] if extra is None else [extra])]
+        found = [
+            _compared(held, side, folder, options, f"{number} of {len(rows)}: {side.name}")
+            for number, side in enumerate(rows, 1)
+        ]
+        result = Kld.of(held, found, seed=seed, topk=topk)
+        if output is not None:
+            by_main(lambda: result.save(folder))
+        return result
+
+
+def _reference(
+    side: Side,
+    plan: Planner,
+    folder: Path,
+    has_text: bool,
+    options: Options,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> Reference:
+    if side.kind != "model":
+        return recorded(side, plan if has_text else None, tokenizer)
+    return cached(
+        side,
+        plan,
+        folder,
+        options,
+        tokenizer=tokenizer,
+    )
+
+
+def _floor(base: Side, held: Reference, floor: str) -> Side | None:
+    if floor == "none":
+        return None
+    if floor == "auto":
+        floor = "float32" if held.facts.get("dtype") == "bfloat16" else "bfloat16"
+    return floor_side(base, floor)
+
+
+def _compared(
+    reference: Reference, side: Side, folder: Path, options: Options, label: str
+) -> Candidate:
+    """A candidate's result, or why there is none."""
+    digest = hashlib.sha256(
+        f"{side.source if isinstance(side.source, str) else ''}{side.dtype}{side.name}".encode()
+    ).hexdigest()[:8]
+    slug = re.sub(r"[^\w.-]+", "-", side.name)[:48]
+    found: Compared | None = None
+    error = ""
+    try:
+        found = compared(
+            reference, side, folder / "candidates" / f"{slug}-{digest}", options, label
+        )
+    except FAILURES as failed:
+        error = one_line(failed)
+    gc.collect()
+    if cuda.is_available():
+        cuda.empty_cache()
+    return Candidate(side.name, found, error)
+
+
+def _batch_tokens(batch_size: int | None, context: int, device: str | None) -> int:
+    if batch_size is not None:
+        return batch_size * context
+    on_cpu = device is None or device == "cpu"
+    return _CPU_TOKENS if on_cpu else 8 * context
+
+
+def _documents(
+    text: str | Path | Sequence[str] | None,
+    dataset: str | None,
+    text_field: str,
+    seed: int,
+    tokens: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    """The texts that are read; of a dataset as many as fill so many tokens."""
+    if dataset is not None:
+        found, held = [], 0
+        for document in islice(texts.read(dataset, text_field=text_field, seed=seed), tokens):
+            found.append(document)
+            held += len(tokenizer(document, verbose=False)["input_ids"])
+            if held >= tokens:
+                break
+        return found
+    if text is None:
+        return [load_heldout()]
+    if isinstance(text, str | Path):
+        return texts.read_file(text, text_field=text_field)
+    return list(text)

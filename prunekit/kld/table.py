@@ -1,0 +1,91 @@
+"""The ranked table of a comparison, as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.text import Text
+
+from prunekit.report import tables
+
+if TYPE_CHECKING:
+    from prunekit.kld.result import Kld
+
+HEAD = (
+    "candidate",
+    "on disk",
+    "in memory",
+    "bits/weight",
+    "mean KLD [95 %]",
+    "99.9 %",
+    "same top",
+    "PPL ratio [95 %]",
+    "",
+)
+
+
+def lines(result: Kld) -> list[list[str]]:
+    """The cells of the table, the closest candidate first."""
+    told = result.to_dict()
+    apart = {each["farther"]: each["kl"]["low"] for each in told["differences"]}
+    found = []
+    for row in told["candidates"]:
+        if row["error"]:
+            found.append([row["name"], *["–"] * 7, f"failed: {row['error']}"])
+            continue
+        means, low = row["means"], apart.get(row["name"])
+        tied = "not told apart from the one above" if low is not None and low <= 0 else ""
+        found.append(
+            [
+                row["name"],
+                _size(row["bytes_on_disk"]),
+                _size(row["bytes_in_memory"]),
+                "–" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
+                with_ends(means["kl"], "{:.3g}"),
+                f"{row['summary']['kl_p99.9']:.3g}",
+                f"{100 * means['same_top']['mean']:.2f} %",
+                with_ends(means["ppl_ratio"], "{:.4f}"),
+                tied,
+            ]
+        )
+    return found
+
+
+def with_ends(value: dict[str, Any], form: str) -> str:
+    """A mean and its interval."""
+    if value["low"] is None:
+        return form.format(value["mean"])
+    low, high = (form.format(value[end]) for end in ("low", "high"))
+    return f"{form.format(value['mean'])} [{low}, {high}]"
+
+
+def ranked(result: Kld) -> RenderableType:
+    """The table, and what a reader must know about it."""
+    told = result.to_dict()
+    reference, plan = told["reference"], told["plan"]
+    title = f"KL({reference['name']} ‖ candidate), nats"
+    made = tables.plain_table(title, HEAD)
+    for line in lines(result):
+        made.add_row(*(Text(cell) for cell in line))
+    return Group(made, Text(), *(Text(f"· {said}") for said in remarks(told, plan)))
+
+
+def remarks(told: dict[str, Any], plan: dict[str, Any]) -> list[str]:
+    """Where the numbers come from, and each candidate's notes."""
+    reference = told["reference"]
+    stride = f" with a stride of {plan['stride']}" if plan["stride"] else ""
+    found = [
+        f"{plan['positions']} positions of {plan['count']} {plan['windows']} windows of "
+        f"{plan['context']} tokens{stride}; states in {reference['dtype']}; intervals resample "
+        f"{plan['blocks']} {plan['block_unit']}s.",
+    ]
+    if plan["blocks"] < 8:
+        found.append(f"{plan['blocks']} {plan['block_unit']}s are too few for honest intervals.")
+    for row in told["candidates"]:
+        found += [f"{row['name']}: {note}." for note in row.get("notes", [])]
+    return found
+
+
+def _size(count: int | None) -> str:
+    return "–" if count is None else tables.size(count)
