@@ -21,6 +21,8 @@ from prunekit.errors import PrunekitError
 if TYPE_CHECKING:
     from prunekit.checkpoint import load, save
     from prunekit.data.calibration import Calibration
+    from prunekit.divergence.result import Kld
+    from prunekit.divergence.run import kld
     from prunekit.pruning import Drop, Magnitude, Recipe, SparseGPT, Wanda, drop_, prune_
     from prunekit.study.comparison import compare
     from prunekit.study.drop_sweep import sweep
@@ -32,6 +34,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Calibration",
     "Drop",
+    "Kld",
     "Magnitude",
     "PrunekitError",
     "Recipe",
@@ -41,6 +44,7 @@ __all__ = [
     "Wanda",
     "compare",
     "drop_",
+    "kld",
     "load",
     "prune_",
     "save",
@@ -54,6 +58,8 @@ _HOMES = {
     "compare": "prunekit.study.comparison",
     "sweep": "prunekit.study.drop_sweep",
     "Calibration": "prunekit.data.calibration",
+    "Kld": "prunekit.divergence.result",
+    "kld": "prunekit.divergence.run",
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),
     **dict.fromkeys(
         ("Drop", "Magnitude", "Recipe", "SparseGPT", "Wanda", "drop_", "prune_"),
@@ -71,6 +77,7 @@ _MOVED = {
     "prunekit.analysis.sharing": "prunekit.study.sharing",
     "prunekit.analysis.sweep": "prunekit.study.drop_sweep",
     "prunekit.analysis.whole_texts": "prunekit.analysis.sequence_metrics",
+    "prunekit.analysis.kl_report": "prunekit.divergence.two_models",
     "prunekit.architectures": "prunekit.models.architectures",
     "prunekit.blocks": "prunekit.models.blocks",
     "prunekit.calibration": "prunekit.data.calibration",

@@ -124,7 +124,7 @@ def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> 
     text = load_heldout() if args.text is None else "\n\n".join(text_files.read_file(args.text))
 
     options.find(sources)
-    from prunekit.analysis.kl_report import kl_report
+    from prunekit.divergence.two_models import kl_report
     from prunekit.report.divergence import kl_table
 
     dense, tokenizer = options.load(sources[0], args)

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from prunekernels import PairStats, summarize
 
-from prunekit.kld.bootstrap import BlockBootstrap
+from prunekit.divergence.bootstrap import BlockBootstrap
 
 # Field of PairStats -> name of the row's value.
 FIELDS = {

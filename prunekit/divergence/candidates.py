@@ -12,16 +12,16 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunekit.errors import PrunekitError
-from prunekit.kld.capture import Capture, is_capture
-from prunekit.kld.llama_file import LlamaFile, is_llama_file
-from prunekit.kld.loading import (
+from prunekit.divergence.capture import Capture, is_capture
+from prunekit.divergence.llama_file import LlamaFile, is_llama_file
+from prunekit.divergence.loading import (
     LoadedModel,
     bytes_in_memory,
     fingerprint,
     fingerprint_of,
     load_any,
 )
+from prunekit.errors import PrunekitError
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WITH_DTYPE = re.compile(rf"(.+)@({'|'.join(DTYPES)})")

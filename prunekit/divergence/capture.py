@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunekit.atomic import replaced_file
+from prunekit.divergence.rows import Readout, Rows
+from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError, one_line
-from prunekit.kld.rows import Readout, Rows
-from prunekit.kld.windows import Windows
 
 FORMAT, VERSION = "prunekit-capture", 1
 FACTS = "capture.json"
@@ -133,7 +133,7 @@ class Capture:
         self.name = str(self.facts.get("name", self.folder.name))
         plan = _load(self.folder / "windows.safetensors")
         lengths = plan["lengths"].tolist()
-        self.ids = [part.tolist() for part in plan["ids"].split(lengths)]
+        self.ids = [part.tolist() for part in torch.split(plan["ids"], lengths)]
         self.firsts: list[int] = plan["firsts"].tolist()
         self.readout: Readout | None = None
         if self.kind == "states":

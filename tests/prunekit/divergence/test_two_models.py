@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from prunekit.analysis.kl_report import kl_report
+from prunekit.divergence.two_models import kl_report
 from prunekit.errors import PrunekitError
 from prunekit.report.divergence import kl_table
 

@@ -133,7 +133,7 @@ def fingerprint_of(model: PreTrainedModel) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         for part in _parts(tensor):
             digest.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

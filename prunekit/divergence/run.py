@@ -9,23 +9,26 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TypeAlias
 
 from torch import cuda
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import distributed
-from prunekit.data import texts
+from prunekit.checkpoint.sources import located
+from prunekit.data import text_files
+from prunekit.divergence import windows as plans
+from prunekit.divergence.candidates import Side, floor_side, sides
+from prunekit.divergence.loading import load_any
+from prunekit.divergence.measuring import Compared, compared
+from prunekit.divergence.processes import FAILURES, by_main
+from prunekit.divergence.reference import Planner, Reference, cached, recorded
+from prunekit.divergence.result import Candidate, Kld
+from prunekit.divergence.rows import Options
 from prunekit.errors import PrunekitError, one_line
 from prunekit.evaluation.items import load_heldout
-from prunekit.kld import windows as plans
-from prunekit.kld.candidates import Side, floor_side, sides
-from prunekit.kld.comparison import Compared, compared
-from prunekit.kld.reference import Planner, Reference, cached, recorded
-from prunekit.kld.result import Candidate, Kld
-from prunekit.kld.rows import Options
-from prunekit.kld.sharing import FAILURES, by_main
 
-Given = str | PreTrainedModel
+Given: TypeAlias = str | PreTrainedModel
 _CPU_TOKENS = 1024  # per forward pass: more don't run faster there
 
 
@@ -65,7 +68,7 @@ def kld(
             a mapping names them.
         text: A file (.txt, .jsonl, .json, .parquet), or texts themselves; None: a built-in one.
         context: Longest window, in tokens.
-        windows: "llama.cpp", "strided" or "documents": see `prunekit.kld.windows`.
+        windows: "llama.cpp", "strided" or "documents": see `prunekit.divergence.windows`.
         stride: Of strided windows; None means `context`.
         limit: Use at most so many windows.
         dataset: A Hub dataset id instead of a text; needs `limit`.
@@ -128,6 +131,20 @@ def kld(
         if output is not None:
             by_main(lambda: result.save(folder))
         return result
+
+
+def tokenizer_of(source: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, for references that have none.
+
+    Raises:
+        PrunekitError: The source is nowhere, or has none either.
+    """
+    path = located(source)
+    found = AutoTokenizer.from_pretrained(path) if path.is_dir() else load_any(source).tokenizer
+    if found is None:
+        raise PrunekitError(f"{source} holds no tokenizer: name another --tokenizer")
+    known: PreTrainedTokenizerBase = found
+    return known
 
 
 def _reference(
@@ -197,7 +214,7 @@ def _documents(
     """The texts that are read; of a dataset as many as fill so many tokens."""
     if dataset is not None:
         found, held = [], 0
-        for document in islice(texts.read(dataset, text_field=text_field, seed=seed), tokens):
+        for document in islice(text_files.read(dataset, text_field=text_field, seed=seed), tokens):
             found.append(document)
             held += len(tokenizer(document, verbose=False)["input_ids"])
             if held >= tokens:
@@ -206,5 +223,5 @@ def _documents(
     if text is None:
         return [load_heldout()]
     if isinstance(text, str | Path):
-        return texts.read_file(text, text_field=text_field)
+        return text_files.read_file(text, text_field=text_field)
     return list(text)

@@ -32,9 +32,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prunekit.atomic import replaced_file
+from prunekit.divergence.rows import Rows
+from prunekit.divergence.windows import Windows, planned
 from prunekit.errors import PrunekitError
-from prunekit.kld.rows import Rows
-from prunekit.kld.windows import Windows, planned
 
 MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8siii")

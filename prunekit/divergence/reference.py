@@ -17,17 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prunekit import distributed
+from prunekit.divergence.candidates import Side, memory_of
+from prunekit.divergence.capture import Capture, CaptureWriter, check_same, is_capture, read_facts
+from prunekit.divergence.llama_file import LlamaFile
+from prunekit.divergence.llama_file import write as write_llama
+from prunekit.divergence.loading import LoadedModel
+from prunekit.divergence.processes import by_main, together
+from prunekit.divergence.rows import Options, Readout, Rows, states_of
+from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError
-from prunekit.kld.candidates import Side, memory_of
-from prunekit.kld.capture import Capture, CaptureWriter, check_same, is_capture, read_facts
-from prunekit.kld.llama_file import LlamaFile
-from prunekit.kld.loading import LoadedModel
-from prunekit.kld.rows import Options, Readout, Rows, states_of
-from prunekit.kld.sharing import by_main, together
-from prunekit.kld.windows import Windows
 from prunekit.progress import track
 
 _TOKENIZER = "tokenizer"
@@ -129,6 +131,22 @@ def cached(
     held.check(windows)
     source = side.source if isinstance(side.source, str) else None
     return Reference(held, windows, tokenizer, dict(held.facts), identity, source)
+
+
+def write_reference(path: Path, held: Reference) -> None:
+    """Write a comparison's reference as a file that llama.cpp's `--kl-divergence` reads.
+
+    Raises:
+        PrunekitError: See `write`.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    vocabulary = held.vocabulary
+
+    def logits(index: int) -> Tensor:
+        rows = held.rows(range(index, index + 1))
+        return rows.logits(slice(None), vocabulary, torch.device("cpu"))
+
+    by_main(lambda: write_llama(path, held.windows, logits, vocabulary))
 
 
 def _told(side: Side, loaded: LoadedModel, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,15 +19,15 @@ from safetensors.torch import save_file
 
 from prunekit import distributed
 from prunekit.atomic import replaced_file
+from prunekit.divergence.candidates import Side, check_tokenizer, memory_of
+from prunekit.divergence.capture import Capture
+from prunekit.divergence.llama_file import LlamaFile
+from prunekit.divergence.processes import by_main, together
+from prunekit.divergence.reference import Reference
+from prunekit.divergence.row_statistics import ASKED, FIELDS
+from prunekit.divergence.rows import Options, Readout, Rows, compare, states_of
+from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError
-from prunekit.kld.candidates import Side, check_tokenizer, memory_of
-from prunekit.kld.capture import Capture
-from prunekit.kld.llama_file import LlamaFile
-from prunekit.kld.reference import Reference
-from prunekit.kld.rows import Options, Readout, Rows, compare, states_of
-from prunekit.kld.sharing import by_main, together
-from prunekit.kld.statistics import ASKED, FIELDS
-from prunekit.kld.windows import Windows
 from prunekit.progress import track
 
 VERSION = 1  # of the rows on disk
@@ -42,7 +42,7 @@ class Compared:
 
     Attributes:
         facts: What is known of it: name, sizes, dtype, notes.
-        values: Per name of `statistics.FIELDS`, and `overlap`, an array (positions,).
+        values: Per name of `row_statistics.FIELDS`, and `overlap`, an array (positions,).
         worst: The positions with the largest KL: place, KL, and both sides' likeliest tokens.
     """
 
@@ -100,7 +100,7 @@ def _run(
     for group in track(missing, label, enabled=options.progress):
         ours, theirs = reference.rows(group), rows(group)
         if group is missing[0]:
-            readout = _twin(ours.readout, theirs.readout)
+            readout = shared_readout(ours.readout, theirs.readout)
         ours = Rows(ours.values, readout)
         found = compare(
             ours,
@@ -110,7 +110,7 @@ def _run(
             fields=ASKED,
             topk=min(options.topk, ours.vocabulary, theirs.vocabulary),
         ).to("cpu")
-        _check_finite(found, windows, group)
+        check_finite(found, windows, group)
         _save(folder / _name(group), found, windows, group)
     return facts
 
@@ -177,7 +177,10 @@ def _vocabulary_note(reference: Reference, vocabulary: int) -> list[str]:
     ]
 
 
-def _twin(ours: Readout | None, theirs: Readout | None) -> Readout | None:
+Either = TypeVar("Either", Readout, Readout | None)
+
+
+def shared_readout(ours: Either, theirs: Readout | None) -> Either:
     """The reference's readout, with the candidate's matrix for its own where they are equal.
 
     One matrix for both sides is read once, and equal states then meet in equal logits.
@@ -190,9 +193,18 @@ def _twin(ours: Readout | None, theirs: Readout | None) -> Readout | None:
     return replace(ours, weight=own) if torch.equal(mine.to(own.device), own) else ours
 
 
-def _check_finite(found: PairStats, windows: Windows, group: range) -> None:
-    """Name the first position where a side's logits hold NaN or infinities."""
-    for whose, best in (("reference", found.argmax_base), ("candidate", found.argmax_other)):
+def check_finite(
+    found: PairStats,
+    windows: Windows,
+    group: range,
+    names: tuple[str, str] = ("reference", "candidate"),
+) -> None:
+    """See that both sides' logits are numbers.
+
+    Raises:
+        PrunekitError: Some are NaN or infinite; the message names the first position.
+    """
+    for whose, best in zip(names, (found.argmax_base, found.argmax_other), strict=True):
         broken = torch.nonzero(best < 0)
         if not len(broken):
             continue

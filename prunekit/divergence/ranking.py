@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from prunekit.report import tables
-
-if TYPE_CHECKING:
-    from prunekit.kld.result import Kld
+from prunekit.report import terminal
 
 HEAD = (
     "candidate",
@@ -25,9 +22,8 @@ HEAD = (
 )
 
 
-def lines(result: Kld) -> list[list[str]]:
-    """The cells of the table, the closest candidate first."""
-    told = result.to_dict()
+def lines(told: dict[str, Any]) -> list[list[str]]:
+    """The cells of the table of `Kld.to_dict()`, the closest candidate first."""
     apart = {each["farther"]: each["kl"]["low"] for each in told["differences"]}
     found = []
     for row in told["candidates"]:
@@ -60,20 +56,19 @@ def with_ends(value: dict[str, Any], form: str) -> str:
     return f"{form.format(value['mean'])} [{low}, {high}]"
 
 
-def ranked(result: Kld) -> RenderableType:
-    """The table, and what a reader must know about it."""
-    told = result.to_dict()
-    reference, plan = told["reference"], told["plan"]
-    title = f"KL({reference['name']} ‖ candidate), nats"
-    made = tables.plain_table(title, HEAD)
-    for line in lines(result):
-        made.add_row(*(Text(cell) for cell in line))
-    return Group(made, Text(), *(Text(f"· {said}") for said in remarks(told, plan)))
-
-
-def remarks(told: dict[str, Any], plan: dict[str, Any]) -> list[str]:
-    """Where the numbers come from, and each candidate's notes."""
+def ranked(told: dict[str, Any]) -> RenderableType:
+    """The table of `Kld.to_dict()`, and what a reader must know about it."""
     reference = told["reference"]
+    title = f"KL({reference['name']} ‖ candidate), nats"
+    made = terminal.plain_table(title, HEAD)
+    for line in lines(told):
+        made.add_row(*(Text(cell) for cell in line))
+    return Group(made, Text(), *(Text(f"· {said}") for said in remarks(told)))
+
+
+def remarks(told: dict[str, Any]) -> list[str]:
+    """Where the numbers come from, and each candidate's notes."""
+    reference, plan = told["reference"], told["plan"]
     stride = f" with a stride of {plan['stride']}" if plan["stride"] else ""
     found = [
         f"{plan['positions']} positions of {plan['count']} {plan['windows']} windows of "
@@ -88,4 +83,4 @@ def remarks(told: dict[str, Any], plan: dict[str, Any]) -> list[str]:
 
 
 def _size(count: int | None) -> str:
-    return "–" if count is None else tables.size(count)
+    return "–" if count is None else terminal.size(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +17,13 @@ import numpy as np
 
 import prunekit
 from prunekit.atomic import replaced_file
+from prunekit.divergence.bootstrap import BlockBootstrap
+from prunekit.divergence.measuring import Compared
+from prunekit.divergence.ranking import ranked, remarks
+from prunekit.divergence.reference import Reference
+from prunekit.divergence.row_statistics import by_place, described, percentiles
+from prunekit.divergence.web_page import render
 from prunekit.errors import PrunekitError
-from prunekit.kld.bootstrap import BlockBootstrap
-from prunekit.kld.comparison import Compared
-from prunekit.kld.reference import Reference
-from prunekit.kld.statistics import by_place, described, percentiles
 
 FORMAT, VERSION = "prunekit-kld", 1
 FILES = ("kld.json", "kld.csv", "blocks.csv", "index.html")
@@ -101,16 +104,19 @@ class Kld:
 
     @cached_property
     def _told(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "version": VERSION,
-            "prunekit": prunekit.__version__,
-            "reference": self.reference,
-            "plan": self.plan,
-            "topk": self.topk,
-            "candidates": [self._row(row) for row in self.rows],
-            "differences": self._differences(),
-        }
+        told: dict[str, Any] = _finite(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "prunekit": prunekit.__version__,
+                "reference": self.reference,
+                "plan": self.plan,
+                "topk": self.topk,
+                "candidates": [self._row(row) for row in self.rows],
+                "differences": self._differences(),
+            }
+        )
+        return told
 
     def _row(self, row: Candidate) -> dict[str, Any]:
         if row.found is None:
@@ -148,7 +154,7 @@ class Kld:
         Args:
             name: A candidate.
             other: Another one.
-            value: A name of `statistics.FIELDS`' values, such as "kl".
+            value: A name of `row_statistics.FIELDS`' values, such as "kl".
 
         Raises:
             PrunekitError: There is no such candidate or value.
@@ -232,24 +238,25 @@ class Kld:
             lines.append(line)
         return _csv(lines)
 
+    def page_data(self) -> dict[str, Any]:
+        """What the page shows: `to_dict` and all that is drawn."""
+        drawn = {"curves": self.curves(), "worst": self.worst(), "blocks": self.blocks()}
+        return {**self.to_dict(), **drawn, "remarks": remarks(self.to_dict())}
+
     def save(self, folder: str | Path) -> None:
         """Write kld.json, kld.csv, blocks.csv and index.html; each replaces its former self."""
-        from prunekit.kld.page import render
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
         for name, content in zip(
-            FILES, (text, self.csv(), _csv(self.blocks()), render(self)), strict=True
+            FILES, (text, self.csv(), _csv(self.blocks()), render(self.page_data())), strict=True
         ):
             with replaced_file(folder / name) as written:
                 written.write_text(content, encoding="utf-8")
 
     def table(self) -> Any:
         """The ranking, for a terminal."""
-        from prunekit.kld.table import ranked
-
-        return ranked(self)
+        return ranked(self.to_dict())
 
 
 REFERENCE = (
@@ -262,6 +269,15 @@ REFERENCE = (
     "tokenizer",
     "notes",
 )
+
+
+def _finite(data: Any) -> Any:
+    """The same data with None for what JSON can't write, such as the perplexity of a ruin."""
+    if isinstance(data, dict):
+        return {name: _finite(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _csv(lines: Sequence[dict[str, Any]]) -> str:

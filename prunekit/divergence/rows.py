@@ -62,7 +62,7 @@ class Readout:
         Raises:
             PrunekitError: The model's logits are not those of its head, scaled and capped.
         """
-        head = model.get_output_embeddings()
+        head: Any = model.get_output_embeddings()
         if head is None or model.base_model is model:
             raise PrunekitError(
                 f"{type(model).__name__} has no separate base model and output head: load a causal "
@@ -73,7 +73,7 @@ class Readout:
         if scale is None and getattr(config, "logits_scaling", None) is not None:
             scale = 1.0 / config.logits_scaling
         softcap = getattr(config, "final_logit_softcapping", None)
-        weight = getattr(head, "weight", None)
+        weight: Any = getattr(head, "weight", None)
         plain = type(head) is nn.Linear and type(weight) in (Tensor, nn.Parameter)
         if plain and weight.is_floating_point() and weight.dtype.itemsize > 1:
             bias = None if head.bias is None else head.bias.detach()
@@ -251,4 +251,4 @@ def _product(states: Tensor, weight: Tensor) -> Tensor:
     if states.is_cuda and states.dtype == weight.dtype:
         return torch.mm(states, weight.t(), out_dtype=torch.float32)
     states = states.float()
-    return torch.cat([states @ part.float().t() for part in weight.split(4096)], 1)
+    return torch.cat([states @ part.float().t() for part in torch.split(weight, 4096)], 1)

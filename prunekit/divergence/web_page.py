@@ -1,0 +1,32 @@
+"""The page of a comparison: one self-contained file that loads nothing from the network."""
+
+from __future__ import annotations
+
+from html import escape
+from importlib import resources
+from string import Template
+from typing import Any
+
+from prunekit.report.page import embed
+
+
+def render(payload: dict[str, Any]) -> str:
+    """The page that shows `Kld.page_data()`, as UTF-8 text.
+
+    Texts enter it as JSON only, and the script puts them into the document as text.
+    """
+    return Template(_asset("kld.html")).substitute(
+        title=escape(f"KLD from {payload['reference']['name']} · prunekit"),
+        style=_asset("kld.css"),
+        script=_asset("kld.js"),
+        data=embed(payload),
+    )
+
+
+def _asset(name: str) -> str:
+    return (
+        resources.files("prunekit.divergence")
+        .joinpath("assets", name)
+        .read_text("utf-8")
+        .rstrip("\n")
+    )
