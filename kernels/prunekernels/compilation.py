@@ -267,8 +267,11 @@ def parse_sass(text: str) -> list[Instruction]:
     ]
 
 
-def innermost_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Bodies of the loops that contain no other loop, from backward branches."""
+def innermost_loops(code: Sequence[Instruction], marker: str = "") -> list[list[Instruction]]:
+    """Bodies of the loops that contain no other loop, from backward branches.
+
+    With an opcode prefix, only loops that hold it count: one that waits inside them does not.
+    """
     spans: list[tuple[int, int]] = []
     for instruction in code:
         if instruction.opcode.split(".")[0] != "BRA":
@@ -277,6 +280,8 @@ def innermost_loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
         # a branch to itself pads the end of every kernel
         if target is not None and int(target.group(1), 16) < instruction.address:
             spans.append((int(target.group(1), 16), instruction.address))
+    held = [i.address for i in code if i.opcode.startswith(marker)]
+    spans = [span for span in spans if any(span[0] <= at <= span[1] for at in held)]
     inner = [
         span
         for span in spans
@@ -312,9 +317,8 @@ def _read_sass(
     # lower-case names are meant for AMD
     found = {prefix: _count(code, prefix) for prefix in case.opcodes if not prefix.islower()}
     marker = case.per_iteration[0] if case.per_iteration else next(iter(case.opcodes), "")
-    loop = max(
-        innermost_loops(code), key=lambda body: (_count(body, marker), len(body)), default=[]
-    )
+    loops = innermost_loops(code, marker) or innermost_loops(code)
+    loop = max(loops, key=lambda body: (_count(body, marker), len(body)), default=[])
     usual = _without_rare(loop, case.rare) if case.rare else loop
     per_element = None
     if case.elements_per_iteration and loop:

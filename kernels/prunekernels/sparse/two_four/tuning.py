@@ -87,3 +87,47 @@ def sparse24_mma(tokens: int, rows: int, columns: int, gated: bool, processors: 
     # its float32 parts from two units on
     splits = max(1, min(-(-3 * processors // blocks), units // 2))
     return MmaConfig(2, token_tiles, 4 if token_tiles <= 2 else 2, splits)
+
+
+class WgmmaConfig(NamedTuple):
+    """Tile of the wgmma.sp kernel whose x comes by TMA.
+
+    Attributes:
+        warps: 8 or 16: four for each 64 weight rows.
+        token_tiles: Tiles of 8 tokens: 4, 8 or 16.
+        splits: Programs that share the columns of one block of rows.
+        group: Blocks of rows that run together if there are many tokens; 0 leaves the grid's order.
+    """
+
+    warps: int
+    token_tiles: int
+    splits: int
+    group: int
+
+
+def sparse24_wgmma(tokens: int, rows: int, columns: int, gated: bool, processors: int) -> WgmmaConfig:
+    """Tile of the wgmma.sp kernel (predicted).
+
+    Args:
+        tokens: M.
+        rows: N.
+        columns: K.
+        gated: Whether gate and up share a program.
+        processors: Multiprocessors of the device.
+
+    Returns:
+        The configuration: 256 rows × 128 tokens, one program per multiprocessor; for up to 64
+        tokens 128 rows and two programs. Columns are split by powers of two, as each number of
+        splits is a kernel of its own, while that fills the device and leaves two units to each.
+    """
+    if tokens > 64:
+        chosen = WgmmaConfig(16, 16, 1, 8)
+    else:
+        chosen = WgmmaConfig(8, 8 if tokens > 32 else 4, 1, 0)
+    height = chosen.warps * (8 if gated else 16)
+    programs = -(-tokens // (8 * chosen.token_tiles)) * -(-rows // height)
+    slots = processors * (16 // chosen.warps)
+    splits = 1
+    while splits < 4 and 2 * splits * programs <= slots and columns // 256 >= 4 * splits:
+        splits *= 2
+    return chosen._replace(splits=splits)
