@@ -27,6 +27,12 @@ class Registers:
             return self.special[operand]
         if operand == "global_smem":
             value = 0
+        elif "_param_" in operand:
+            # the name of a parameter is its address: parameter i stands at 8·i
+            value = 8 * int(operand.rsplit("_", 1)[1])
+        elif operand.startswith("%"):
+            # a register that nothing was loaded into
+            value = 0xDEADBEEF
         elif operand.startswith("0f"):
             value = int(operand[2:], 16)
         else:
@@ -169,11 +175,13 @@ class Registers:
         functions = {"lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal}
         functions |= {"eq": np.equal, "ne": np.not_equal}
         kind = opcode[-1].replace("b", "u")
-        left, right = (self._value(o, kind) for o in operands[1:])
+        left, right = (self._value(o, kind) for o in operands[1:3])
         result = functions[opcode[1][:2]](left, right)
         if opcode[1].endswith("u"):
             # unordered: also true of a NaN
             result |= np.isnan(left) | np.isnan(right)
+        if opcode[2] == "and":
+            result &= self._bits(operands[3]) != 0
         self._set(operands[0], result, active)
 
     def _selp(self, opcode: list[str], operands: list[Any], active: Array) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from prunekernels.launch import Launch
 from ptx.memory import GlobalMemory
 from ptx.parsing import PtxKernel
 from ptx.program import Program
+from ptx.tensor_copies import TensorMap
 
 
 class Machine:
@@ -24,10 +27,17 @@ class Machine:
         arch: Compute capability to compile for: 80, 90, ….
         lazy: Copies land as late as they may, else at once.
         seed: Seed of a random order of the warps; None for warps in step.
+        mutate: What is done to the PTX first, to break it on purpose.
     """
 
-    def __init__(self, arch: int, lazy: bool = True, seed: int | None = None) -> None:
-        self.arch, self.lazy = arch, lazy
+    def __init__(
+        self,
+        arch: int,
+        lazy: bool = True,
+        seed: int | None = None,
+        mutate: Callable[[str], str] | None = None,
+    ) -> None:
+        self.arch, self.lazy, self.mutate = arch, lazy, mutate
         self.order = None if seed is None else random.Random(seed)
         self.shuffle = random.Random(0)
         self.launches: list[Launch] = []
@@ -41,16 +51,24 @@ class Machine:
         self.launches.append(launch)
         case = launch.case("machine")
         ptx, shared = compile_ptx(case, self.arch)
+        if self.mutate is not None:
+            ptx = self.mutate(ptx)
         # one array per allocation, however often it is passed
         tensors = {a.data_ptr(): a for a in launch.arguments if isinstance(a, torch.Tensor)}
         memory = GlobalMemory([_bytes(t) for t in tensors.values()])
         address = dict(zip(tensors, memory.addresses, strict=True))
         names = [n for n in launch.kernel.arg_names if n not in launch.constants]
-        parameters = [
-            address[v.data_ptr()] if isinstance(v, torch.Tensor) else v
-            for n, v in zip(names, launch.arguments, strict=True)
-            if n in case.signature
-        ]
+        parameters: list[int] = []
+        tensor_map = None
+        for name, value in zip(names, launch.arguments, strict=True):
+            if isinstance(value, torch.Tensor):
+                parameters += [address[value.data_ptr()]] * (name in case.signature)
+            elif hasattr(value, "block_shape"):
+                # a descriptor is itself, its sizes and its strides
+                tensor_map = _tensor_map(value)
+                parameters += [0, *value.shape, *value.strides]
+            else:
+                parameters += [value] * (name in case.signature)
         # Triton adds two scratch pointers
         parameters += [0, 0]
         kernel = PtxKernel.parse(ptx)
@@ -60,9 +78,11 @@ class Machine:
         threads = 32 * launch.num_warps
         for ids in programs:
             size = across, down, deep
-            Program(
+            program = Program(
                 kernel, memory, parameters, ids, size, shared, threads, self.lazy, self.order
-            ).run()
+            )
+            program.tensor_map = tensor_map
+            program.run()
         for number, tensor in enumerate(tensors.values()):
             held = torch.from_numpy(memory.result(number))
             tensor.view(torch.uint8).reshape(-1).copy_(held)
@@ -71,3 +91,12 @@ class Machine:
 def _bytes(tensor: torch.Tensor) -> np.ndarray:
     assert tensor.is_contiguous()
     return tensor.view(torch.uint8).reshape(-1).numpy().copy()
+
+
+def _tensor_map(descriptor: Any) -> TensorMap:
+    """The matrix that a descriptor on the host describes, out of the process's memory."""
+    (rows, columns), (stride, _) = descriptor.shape, descriptor.strides
+    size = 2 * ((rows - 1) * stride + columns)
+    held = np.frombuffer(ctypes.string_at(descriptor.base.data_ptr(), size), np.uint16)
+    matrix = np.lib.stride_tricks.as_strided(held, (rows, columns), (2 * stride, 2))
+    return TensorMap(matrix.copy(), descriptor.block_shape[0])

@@ -56,6 +56,7 @@ class SharedMemory:
             present. v and w are the warps and, last, the engine that makes bulk copies.
         reserved: Bytes that hold mbarriers.
         coming: Bytes that a copy in flight will write.
+        reading: How many `wgmma`s in flight read each byte.
     """
 
     #: Thread number where several threads used a byte.
@@ -67,6 +68,7 @@ class SharedMemory:
         self.clock = np.zeros((agents, agents), np.int64)
         np.fill_diagonal(self.clock, 1)
         self.reserved, self.coming = np.zeros(size, bool), np.zeros(size, bool)
+        self.reading = np.zeros(size, np.int16)
         # when each agent last read and wrote each byte
         self._read = np.zeros((agents, size), np.int64)
         self._written = np.zeros((agents, size), np.int64)
@@ -83,6 +85,8 @@ class SharedMemory:
             raise ValueError("an mbarrier is used as if it were data")
         if self.coming[at].any():
             raise ValueError("shared bytes are used while a copy in flight writes them")
+        if writes and self.reading[at].any():
+            raise ValueError("shared bytes are written that a wgmma in flight reads")
         warp = threads // 32
         for other in range(len(self.clock)):
             foreign = warp != other

@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from ptx import tensor_cores
-from ptx.copies import Copies
 from ptx.memory import GlobalMemory, SharedMemory
 from ptx.parsing import Instruction, PtxKernel
+from ptx.tensor_copies import TensorCopies
 from ptx.warpgroups import Warpgroups
 
 Array = np.ndarray
 
 #: Instructions that all threads of a warp must execute together.
-_COLLECTIVE = ("bar", "ldmatrix", "mma", "redux", "shfl")
+_COLLECTIVE = ("bar", "elect", "ldmatrix", "mma", "redux", "shfl", "stmatrix")
 
 
-class Program(Copies, Warpgroups):
+class Program(TensorCopies, Warpgroups):
     """One program of a kernel.
 
     Its warps run in step, or, with a random `order`, some instructions of one and then of another;
@@ -62,6 +62,8 @@ class Program(Copies, Warpgroups):
         # the next instruction of each thread, and who waits for the others' arrival
         self.at = np.zeros(threads, np.int64)
         self.waiting, self.spinning = np.zeros(threads, bool), np.zeros(threads, bool)
+        # who waits for the rest of its warpgroup at a common instruction
+        self.meeting = np.zeros(threads, bool)
         # how often in succession nobody could go on
         self.failed = 0
         # the warps that run, for so many instructions more
@@ -73,6 +75,8 @@ class Program(Copies, Warpgroups):
         for _ in range(limit):
             alive = self.at < end
             if not alive.any():
+                if self.flying:
+                    raise ValueError("a bulk copy is in flight when the program ends")
                 return
             ready = alive & ~self.waiting
             if not ready.any():
@@ -81,13 +85,18 @@ class Program(Copies, Warpgroups):
                 self.waiting[:] = False
                 self.shared.synchronise()
                 continue
+            ready &= ~self.meeting
             if not (ready & ~self.spinning).any():
+                if not ready.any():
+                    raise ValueError("only some warps of a warpgroup arrive")
                 self.spinning[:] = False
                 self.failed += 1
                 if self.failed > 200:
                     raise ValueError("a wait for an mbarrier that never ends")
             chosen = self._choose(ready & ~self.spinning)
-            self._step(chosen & (self.at == self.at[chosen].min()), end)
+            group = self._meet(chosen & (self.at == self.at[chosen].min()))
+            if group.any():
+                self._step(group, end)
         raise ValueError("the program does not end")
 
     def _choose(self, ready: Array) -> Array:
@@ -100,7 +109,22 @@ class Program(Copies, Warpgroups):
             warp = self.order.choice(np.unique(self.warp[ready]).tolist())
             self.turn, self.left = self.warp == warp, self.order.choice([3, 30, 300])
         self.left -= 1
+        self.happen()
         return self.turn & ready
+
+    def _meet(self, group: Array) -> Array:
+        """Those of these threads, all at one instruction, that may execute it now.
+
+        Warps wait at a `wgmma` for the rest of their warpgroup, and then take it along.
+        """
+        here = int(self.at[np.argmax(group)])
+        if self.kernel.instructions[here].opcode[0] != "wgmma":
+            return group
+        self.meeting |= group
+        complete = (self.meeting & (self.at == here)).reshape(-1, 128).all(1)
+        together = np.repeat(complete, 128)
+        self.meeting &= ~together
+        return together
 
     def _step(self, group: Array, end: int) -> None:
         """Threads that are at the same instruction execute it."""
@@ -148,9 +172,9 @@ class Program(Copies, Warpgroups):
 
     def _ld(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         if opcode[1] == "param":
-            number = int(operands[1][0].rsplit("_", 1)[1])
-            value = np.full(self.threads, self.parameters[number] & (2**64 - 1), np.uint64)
-            self._set(operands[0], value, active)
+            held = np.array([p & (2**64 - 1) for p in self.parameters], np.uint64)
+            at = np.where(active, self._address(operands[1]) // 8, 0)
+            self._set(operands[0], held[at], active)
             return
         names = operands[0] if isinstance(operands[0], list) else [operands[0]]
         width = int(opcode[-1][1:]) // 8

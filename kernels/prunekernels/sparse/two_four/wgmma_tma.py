@@ -33,7 +33,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -43,14 +42,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prunekernels.compilation import KernelCase
 from prunekernels.gluon_compat import barrier
-from prunekernels.sparse.counters import counters
+from prunekernels.launch import Launch, meta
 from prunekernels.sparse.epilogue import activate
 from prunekernels.sparse.fragments import axis
-from prunekernels.sparse.launching import difference, split_columns
+from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.two_four import warpgroup_asm as asm
 from prunekernels.sparse.two_four.expand import sparse24_unpack
 from prunekernels.sparse.two_four.format import sparse24_pack
-from prunekernels.sparse.two_four.layout import ROWS, line_blocks
+from prunekernels.sparse.two_four.layout import ROWS, line_blocks, packed_shape
 from prunekernels.sparse.two_four.tuning import WgmmaConfig, sparse24_wgmma
 
 #: Compute capabilities that have the instruction (Blackwell's sparse tensor cores are others).
@@ -341,53 +340,70 @@ def launch(
     config: WgmmaConfig,
 ) -> Tensor:
     """`forward` with a given configuration."""
-    tokens, columns = x.shape
-    lines, units, tails = line_blocks(rows, columns)
-    # TMA reads zeros past the last column
-    if columns % 8:
-        x = F.pad(x, (0, 8 - columns % 8))
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        x = x.clone(memory_format=torch.contiguous_format)
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
+    # TMA takes rows of whole 16 bytes; the call does not keep what it reads through the descriptor
+    x = padded_rows(x, -(-x.shape[1] // 8) * 8)
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    product(x, packed, up, bias, y, activation, config).run()
+    return y
+
+
+def product(
+    x: Tensor,
+    packed: Tensor,
+    up: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str,
+    config: WgmmaConfig,
+) -> Launch:
+    """The kernel's call for x (M, K) and y (M, N), real or on the meta device.
+
+    K may be rounded up to a multiple of eight: the kernel reads zeros past the last column of x.
+    """
+    tokens, rows = y.shape
+    lines, units, tails = line_blocks(rows, x.shape[1])
     per_split, splits = split_columns(units, config.splits)
     token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
     row_blocks = triton.cdiv(lines, config.warps // 2 if up is not None else config.warps)
-    parts = counter = y
-    if splits > 1:
-        size = token_blocks * row_blocks * splits * 128 * config.token_tiles * config.warps
-        parts = torch.empty(size, dtype=torch.float32, device=y.device)
-        counter = counters(token_blocks * row_blocks, y.device)
-    shape = (x.shape[0], x.shape[1])
-    _wgmma24_tma_fwd_kernel[(token_blocks, row_blocks, splits)](
-        x_descriptor(x.data_ptr(), shape, x.stride(0), x.dtype, config.token_tiles),
-        tokens,
-        packed,
-        packed if up is None else up,
-        y if bias is None else bias,
-        y,
-        parts,
-        counter,
-        rows,
-        lines,
-        packed.shape[1],
-        units,
-        tails,
-        per_split,
-        KIND="bf16" if x.dtype == torch.bfloat16 else "f16",
-        ACTIVATION=activation,
-        HAS_BIAS=bias is not None,
-        GATED=up is not None,
-        SPLITS=splits,
-        NW=config.warps,
-        NT=config.token_tiles,
-        GROUP=0 if splits > 1 or token_blocks == 1 else config.group,
-        TAILS=tails > 0,
-        STAGES=STAGES,
-        LAG=LAG,
+    block = 8 * config.token_tiles, 16 * config.warps
+    parts, counter = room_for_parts(y, token_blocks, row_blocks, splits, *block)
+    shape = x.shape[0], x.shape[1]
+    descriptor = x_descriptor(x.data_ptr(), shape, x.stride(0), x.dtype, config.token_tiles)
+    return Launch(
+        _wgmma24_tma_fwd_kernel,
+        (token_blocks, row_blocks, splits),
+        (
+            descriptor,
+            tokens,
+            packed,
+            packed if up is None else up,
+            y if bias is None else bias,
+            y,
+            parts,
+            counter,
+            rows,
+            lines,
+            packed.shape[1],
+            units,
+            tails,
+            per_split,
+        ),
+        {
+            "KIND": "bf16" if x.dtype == torch.bfloat16 else "f16",
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "GATED": up is not None,
+            "SPLITS": splits,
+            "NW": config.warps,
+            "NT": config.token_tiles,
+            "GROUP": 0 if splits > 1 or token_blocks == 1 else config.group,
+            "TAILS": tails > 0,
+            "STAGES": STAGES,
+            "LAG": LAG,
+        },
         num_warps=config.warps,
-        maxnreg=128,
+        options={"maxnreg": 128},
     )
-    return y
 
 
 def self_test(device: torch.device) -> str | None:
@@ -443,38 +459,17 @@ def compile_cases() -> list[KernelCase]:
 
 
 def _case(kind: str, config: WgmmaConfig, gated: bool = False, tails: bool = False) -> KernelCase:
-    name, dtype = ("bf16", torch.bfloat16) if kind == "bf16" else ("fp16", torch.float16)
-    block, layout = _x_layout(config.token_tiles, dtype)
-    pointers = ("packed_ptr", "up_ptr", "bias_ptr", "y_ptr", "parts_ptr", "counter_ptr")
-    sizes = ("N", "lines", "words", "units", "tails", "units_per_split")
-    return KernelCase(
-        name=f"sparse24/wgmma_tma/{kind}/{16 * config.warps}x{8 * config.token_tiles}"
+    rows, columns = 14336, 4160 if tails else 4096
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    x, y = meta((512, columns), dtype), meta((512, rows), dtype)
+    packed = meta(packed_shape(rows, columns, dtype), torch.int32)
+    bias = None if gated else meta((rows,), dtype)
+    up, activation = (packed, "silu") if gated else (None, "none")
+    return product(x, packed, up, bias, y, activation, config).case(
+        f"sparse24/wgmma_tma/{kind}/{16 * config.warps}x{8 * config.token_tiles}"
         + "/gated" * gated
         + "/tails" * tails
         + f"/split{config.splits}" * (config.splits > 1),
-        kernel=_wgmma24_tma_fwd_kernel,
-        signature={
-            "x_desc": f"tensordesc<{name}{block},{layout!r}>",
-            "M": "i32",
-            **dict(zip(pointers, ("*i32", "*i32", f"*{name}", f"*{name}", "*fp32", "*i32"))),
-            **dict.fromkeys(sizes, "i32"),
-        },
-        constants={
-            "KIND": kind,
-            "ACTIVATION": "silu" if gated else "none",
-            "HAS_BIAS": not gated,
-            "GATED": gated,
-            "SPLITS": config.splits,
-            "NW": config.warps,
-            "NT": config.token_tiles,
-            "GROUP": config.group,
-            "TAILS": tails,
-            "STAGES": STAGES,
-            "LAG": LAG,
-        },
-        num_warps=config.warps,
-        options={"maxnreg": 128},
-        divisible=(*pointers, "words", "N"),
         opcodes=(f"HGMMA.SP.64x{8 * config.token_tiles}x32.F32", "UTMALDG"),
         elements_per_iteration=ROWS * 256,
         per_iteration=("HGMMA.SP", 8),
