@@ -143,7 +143,13 @@ PACKED_FORMATS: dict[str, Any] = {
         prunekernels.sparse24_pack,
         prunekernels.sparse24_linear,
         "sparse24_linear",
-        {"eager": "24 expand", "triton": "24 triton", "wgmma_sp": "24 wgmma", "else": "24 mma"},
+        {
+            "eager": "24 expand",
+            "triton": "24 triton",
+            "wgmma_sp": "24 wgmma",
+            "wgmma_tma": "24 wgmma",
+            "else": "24 mma",
+        },
     ),
     "bitmap": (
         prunekernels.bitmap_pack,
@@ -285,7 +291,7 @@ def _ours(form: str, impls: Sequence[str], patterns: tuple[str, ...]) -> Iterato
     """A peer per implementation of a format; the kernels are for few tokens."""
     for impl in impls:
         name = f"{form} {'expand' if impl == 'eager' else impl}"
-        few_tokens = 1 << 30 if impl in ("auto", "eager", "wgmma_sp") else 256
+        few_tokens = 1 << 30 if impl in ("auto", "eager", "wgmma_sp", "wgmma_tma") else 256
         build = functools.partial(_packed, form, impl)
         yield LinearPeer(name, "dense", build, patterns, few_tokens)
 

@@ -36,6 +36,7 @@ COLORS = {
     "2:4 mma_sp": "#E69F00",
     "2:4 triton": "#CC79A7",
     "2:4 wgmma_sp": "#7F3C00",
+    "2:4 wgmma_tma": "#B22222",
     "2:4 expand": "#999999",
     "bitmap auto": "#0072B2",
     "bitmap triton": "#8C6BB1",

@@ -184,15 +184,26 @@ def compile_case(case: KernelCase, arch: Arch) -> CompiledReport:
     shared = int(compiled.metadata.shared)
     if not isinstance(arch, int):
         return _read_amd(case, arch, compiled.asm["amdgcn"], shared)
+    code, registers = read_cubin(compiled.asm["cubin"])
+    return _read_sass(case, arch, code, registers, shared)
+
+
+def read_cubin(cubin: bytes) -> tuple[list[Instruction], int]:
+    """Machine code of NVIDIA's assembler as instructions, and registers per thread."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(compiled.asm["cubin"])
+        path.write_bytes(cubin)
         usage = _tool("cuobjdump", "-res-usage", str(path))
         text = _tool("cuobjdump", "-sass", str(path))
     registers = re.search(r"REG:(\d+)", usage)
     if registers is None:
         raise RuntimeError(f"cuobjdump printed no register count: {usage!r}")
-    return _read_sass(case, arch, parse_sass(text), int(registers.group(1)), shared)
+    return parse_sass(text), int(registers.group(1))
+
+
+def machine_code(case: KernelCase, arch: int) -> list[Instruction]:
+    """Machine code of a case for an NVIDIA architecture."""
+    return read_cubin(_compile(case, arch).asm["cubin"])[0]
 
 
 def compile_ptx(case: KernelCase, arch: int) -> tuple[str, int]:

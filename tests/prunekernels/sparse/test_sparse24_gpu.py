@@ -34,7 +34,10 @@ def two_of_four(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def test_the_self_test_passes():
-    assert OP.self_test(torch.device("cuda", torch.cuda.current_device()), "mma_sp") is None
+    device = torch.device("cuda", torch.cuda.current_device())
+    assert OP.self_test(device, "mma_sp") is None
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert OP.self_test(device, "wgmma_tma") is None
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -55,21 +58,44 @@ def test_values_for_all_token_counts(impl, dtype, rows, columns):
         assert torch.equal(got, sparse24_linear(x, packed, bias, impl=impl))
 
 
-@pytest.mark.skipif(
+HOPPER = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0), reason="Hopper only"
 )
+
+
+@HOPPER
+@pytest.mark.parametrize("impl", ["wgmma_sp", "wgmma_tma"])
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize(("rows", "columns"), [(1024, 4096), (130, 61), (4096, 1216)])
-def test_the_unproven_hopper_kernel(dtype, rows, columns):
+def test_the_hopper_kernels_behind_their_names(impl, dtype, rows, columns):
     weight = two_of_four(rows, columns, dtype)
     packed = sparse24_pack(weight)
-    for tokens in (1, 100, 128, 300, 1024):
+    for tokens in (1, 33, 100, 128, 300, 1024):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         exact = F.linear(x.double(), weight.double())
-        got = sparse24_linear(x, packed, impl="wgmma_sp")
+        got = sparse24_linear(x, packed, impl=impl)
         assert_as_good_as_eager(got, F.linear(x, weight), exact)
-        for _ in range(10):
-            assert torch.equal(got, sparse24_linear(x, packed, impl="wgmma_sp"))
+        for _ in range(100):
+            assert torch.equal(got, sparse24_linear(x, packed, impl=impl))
+
+
+@HOPPER
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("tokens", [5, 60, 300])
+def test_the_hopper_kernel_with_every_epilogue(dtype, tokens):
+    gate, up = two_of_four(520, 2112, dtype), two_of_four(520, 2112, dtype)
+    packed = sparse24_pack(gate)
+    bias = torch.randn(520, device="cuda").to(dtype)
+    x = torch.randn(tokens, 2112, device="cuda").to(dtype)
+    for name, act in ACTIVATIONS.items():
+        exact = act(F.linear(x.double(), gate.double(), bias.double()))
+        activation = None if name == "none" else name
+        got = sparse24_linear(x, packed, bias, activation, impl="wgmma_tma")
+        assert_as_good_as_eager(got, act(F.linear(x, gate, bias)), exact)
+    exact = F.silu(F.linear(x.double(), gate.double())) * F.linear(x.double(), up.double())
+    eager = F.silu(F.linear(x, gate)) * F.linear(x, up)
+    got = sparse24_gate_up(x, packed, sparse24_pack(up), impl="wgmma_tma")
+    assert_as_good_as_eager(got, eager, exact)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

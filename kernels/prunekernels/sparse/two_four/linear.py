@@ -2,7 +2,8 @@
 
 The eager implementation expands the weight for the duration of the call, on a CPU piece by piece,
 and uses the dense matrix multiplication: on a GPU that is also the path for many tokens. `mma_sp`
-uses NVIDIA's sparse tensor cores; `wgmma_sp`, Hopper's way, only runs when asked for.
+uses NVIDIA's sparse tensor cores; `wgmma_sp` and `wgmma_tma`, Hopper's ways, only run when asked
+for.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ OP = Op(
         "triton": Kernel("prunekernels.sparse.two_four.portable", "forward"),
         "mma_sp": Kernel("prunekernels.sparse.two_four.mma", "forward", tensor_cores=True),
         "wgmma_sp": Kernel("prunekernels.sparse.two_four.wgmma", "forward", tensor_cores=True),
+        "wgmma_tma": Kernel("prunekernels.sparse.two_four.wgmma_tma", "forward", tensor_cores=True),
     },
     order=sparse24_order,
     what="2:4 layers",
@@ -66,8 +68,8 @@ def sparse24_linear(
         bias: (N,), like `x`, or None.
         activation: None, "silu", "gelu_tanh", "gelu" (erf) or "relu".
         impl: "auto", "eager" (expand, then dense), "triton" (any GPU, and the interpreter),
-            "mma_sp" (NVIDIA's sparse tensor cores) or "wgmma_sp" (Hopper's, not proven on hardware
-            yet: "auto" never takes it).
+            "mma_sp" (NVIDIA's sparse tensor cores), "wgmma_sp" or "wgmma_tma" (Hopper's, which
+            "auto" never takes: the one is slower than dense, the other has not run on hardware).
 
     Returns:
         (..., N), the type of `x`, contiguous.

@@ -105,7 +105,9 @@ class WgmmaConfig(NamedTuple):
     group: int
 
 
-def sparse24_wgmma(tokens: int, rows: int, columns: int, gated: bool, processors: int) -> WgmmaConfig:
+def sparse24_wgmma(
+    tokens: int, rows: int, columns: int, gated: bool, processors: int
+) -> WgmmaConfig:
     """Tile of the wgmma.sp kernel (predicted).
 
     Args:

@@ -116,6 +116,9 @@ def multiply(acc, operands, x, bars, block, KIND: gl.constexpr, STAGES: gl.const
         x: matrix descriptor of the ring's first slot.
         bars: address of the ring's first barrier.
         block: number of the first block in this program; the slots must follow each other.
+        KIND: "bf16" or "f16".
+        STAGES: slots of the ring.
+        BLOCKS: 1 or 2.
     """
     NT: gl.constexpr = acc.shape[2]
     slot = block & (STAGES - 1)

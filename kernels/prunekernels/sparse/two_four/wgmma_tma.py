@@ -24,7 +24,7 @@ Format: `two_four.layout`. Instruction: PTX ISA, `wgmma.mma_async.sp`, A in regi
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
 # Triton compiles tuple + tuple, not (*tuple, item): RUF005 is waived where that matters.
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prunekernels.compilation import KernelCase
-from prunekernels.gluon_compat import barrier
 from prunekernels.launch import Launch, meta
 from prunekernels.sparse.epilogue import activate
 from prunekernels.sparse.fragments import axis
+from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.two_four import warpgroup_asm as asm
 from prunekernels.sparse.two_four.expand import sparse24_unpack
@@ -79,21 +79,16 @@ def _store_tile(acc, bias_ptr, y_ptr, row0, token0, M, N, ACTIVATION: gl.constex
     if HAS_BIAS:
         row = row0 + axis(NW, 0, ACC) * 16 + axis(32, 3, ACC) // 4 + axis(4, 4, ACC) // 2 * 8
         acc += gl.load(bias_ptr + row, mask=row < N, other=0.0).to(gl.float32)
+    PAIRS: gl.constexpr = gl.BlockedLayout(
+        [1, 8, 2], [256 // WIDTH, WIDTH // 8, 1], [NW, 1, 1], [2, 1, 0]
+    )
+    FLAT: gl.constexpr = gl.SliceLayout(2, PAIRS)
     if GATED:
         # (gate or up, warp, token tile, row, token / 2, row / 8, token % 2) as (token, row, which)
-        OUT: gl.constexpr = gl.BlockedLayout(
-            [1, 8, 2], [256 // WIDTH, WIDTH // 8, 1], [NW, 1, 1], [2, 1, 0]
-        )
         both = gl.permute(gl.reshape(acc, [2, NW // 2, NT, 8, 4, 2, 2]), [2, 4, 6, 1, 5, 3, 0])
-        both = gl.convert_layout(gl.reshape(both, [8 * NT, WIDTH, 2]), OUT)
-        gate, up = gl.split(both)
-        y = activate(gate, ACTIVATION) * up
-        y = y.to(y_ptr.dtype.element_ty)
-        FLAT: gl.constexpr = gl.SliceLayout(2, OUT)
+        gate, up = gl.split(gl.convert_layout(gl.reshape(both, [8 * NT, WIDTH, 2]), PAIRS))
+        y = (activate(gate, ACTIVATION) * up).to(y_ptr.dtype.element_ty)
     else:
-        FLAT: gl.constexpr = gl.BlockedLayout(
-            [1, 8], [256 // WIDTH, WIDTH // 8], [NW, 1], [1, 0]
-        )
         y = activate(acc, ACTIVATION).to(y_ptr.dtype.element_ty)
         y = gl.permute(gl.reshape(y, [NW, NT, 8, 4, 2, 2]), [1, 3, 5, 0, 4, 2])
         y = gl.convert_layout(gl.reshape(y, [8 * NT, WIDTH]), FLAT)
