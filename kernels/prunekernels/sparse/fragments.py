@@ -76,42 +76,56 @@ def _store(total, bias_ptr, y_ptr, block, token0, M, N,
 
 
 @gluon.jit
-def finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
-           ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
-           SPLIT: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
-    """Store act(sums + bias); if SPLIT, the program that arrives last adds all parts in order.
+def sum_parts(acc, parts_ptr, counter_ptr, token0, M, ACC: gl.constexpr):
+    """Store this program's sums; the program that arrives last gets all parts, added in order.
 
-    The grid is (token blocks, row blocks, splits). acc: this program's sums; parts_ptr: float32
-    (token blocks, splits, 8·NT, row blocks·rows of a block); counter_ptr: int32 (token blocks·row
-    blocks,), zero before and after.
+    The grid is (token blocks, row blocks, splits). Parts are stored as the lanes hold them, four
+    sums in a row, so that a warp stores and loads whole lines. Token tiles past M are left out.
+
+    Args:
+        acc: float32 sums (warps, row tiles, token tiles, 32 lanes, 4 registers).
+        parts_ptr: float32 (token blocks, row blocks, splits, sums of a program).
+        counter_ptr: int32 (token blocks·row blocks,), zero before and after.
+        token0: the block's first token.
+        M: tokens.
+        ACC: the sums' layout.
+
+    Returns:
+        The total, and whether this program arrived last.
     """
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
     NT: gl.constexpr = acc.shape[2]
+    SIZE: gl.constexpr = NW * MT * NT * 128
+    splits = gl.num_programs(2)
+    tile = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
+    token_tile = axis(NT, 2, ACC)
+    fragment = (axis(NW, 0, ACC) * MT + axis(MT, 1, ACC)) * NT + token_tile
+    at = fragment * 128 + axis(32, 3, ACC) * 4 + axis(4, 4, ACC)
+    used = token0 + token_tile * 8 < M
+    ptrs = parts_ptr + tile.to(gl.int64) * splits * SIZE + at
+    gl.store(ptrs + gl.program_id(2) * SIZE, acc, mask=used)
+    # the program's stores come before its ticket: barrier, then a release at GPU scope
+    barrier()
+    ticket = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
+    last = ticket == splits - 1
+    if last:
+        acc = gl.load(ptrs, mask=used, other=0.0, cache_modifier=".cg")
+        for _ in range(1, splits):
+            ptrs += SIZE
+            acc += gl.load(ptrs, mask=used, other=0.0, cache_modifier=".cg")
+        gl.store(counter_ptr + tile, 0)
+    return acc, last
+
+
+@gluon.jit
+def finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
+           ACTIVATION: gl.constexpr, HAS_BIAS: gl.constexpr, GATED: gl.constexpr,
+           SPLIT: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+    """Store act(sums + bias); if SPLIT, the program that arrives last does so (`sum_parts`)."""
     if SPLIT:
-        blocks = gl.num_programs(1)
-        splits = gl.num_programs(2)
-        lane = axis(32, 3, ACC)
-        register = axis(4, 4, ACC)
-        # rows of the parts follow the tiles, so gate and up have rows of their own
-        part_row = (block * NW + axis(NW, 0, ACC)) * MT + axis(MT, 1, ACC)
-        part_row = part_row * 16 + lane // 4 + register // 2 * 8
-        part_token = axis(NT, 2, ACC) * 8 + lane % 4 * 2 + register % 2
-        used = token0 + part_token < M
-        wide = blocks * (NW * MT * 16)
-        size = (8 * NT * wide).to(gl.int64)
-        part_ptrs = parts_ptr + gl.program_id(0) * splits * size + part_token * wide + part_row
-        gl.store(part_ptrs + gl.program_id(2) * size, acc, mask=used)
-        # the program's stores come before its ticket: barrier, then a release at GPU scope
-        barrier()
-        place = counter_ptr + gl.program_id(0) * blocks + block
-        ticket = gl.atomic_add(place, 1, sem="acq_rel", scope="gpu")
-        if ticket == splits - 1:
-            total = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
-            for _ in range(0, splits):
-                total += gl.load(part_ptrs, mask=used, other=0.0, cache_modifier=".cg")
-                part_ptrs += size
-            gl.store(place, 0)
-            _store(total, bias_ptr, y_ptr, block, token0, M, N, ACTIVATION, HAS_BIAS, GATED, ACC)
+        acc, last = sum_parts(acc, parts_ptr, counter_ptr, token0, M, ACC)
+        if last:
+            _store(acc, bias_ptr, y_ptr, block, token0, M, N, ACTIVATION, HAS_BIAS, GATED, ACC)
     else:
         _store(acc, bias_ptr, y_ptr, block, token0, M, N, ACTIVATION, HAS_BIAS, GATED, ACC)

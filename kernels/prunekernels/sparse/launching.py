@@ -44,15 +44,15 @@ def split_columns(pieces: int, splits: int) -> tuple[int, int]:
 def room_for_parts(
     y: Tensor, token_blocks: int, row_blocks: int, splits: int, tokens: int, rows: int
 ) -> tuple[Tensor, Tensor]:
-    """Sums and counters of `fragments.finish`, for blocks of `tokens` × `rows`.
+    """Sums and counters of `fragments.sum_parts`, for blocks of `tokens` × `rows`.
 
     Returns:
-        float32 (token_blocks, splits, tokens, row_blocks·rows) and zeroed int32 (at least
+        float32 (token_blocks, row_blocks, splits, tokens·rows) and zeroed int32 (at least
         token_blocks·row_blocks,); y twice, which nobody reads, if there is nothing to split.
     """
     if splits == 1:
         return y, y
-    shape = (token_blocks, splits, tokens, row_blocks * rows)
+    shape = (token_blocks, row_blocks, splits, tokens * rows)
     parts = torch.empty(shape, dtype=torch.float32, device=y.device)
     return parts, counters(token_blocks * row_blocks, y.device)
 

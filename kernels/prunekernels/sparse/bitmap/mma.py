@@ -188,7 +188,7 @@ def _bitmap_mma_fwd_kernel(
     values_ptr,  # the values as 32-bit words
     bias_ptr,  # (N,), read if HAS_BIAS
     y_ptr,  # (M, N), contiguous
-    parts_ptr,  # float32 (token blocks, splits, 8·NT, row blocks·rows of a block), if SPLIT
+    parts_ptr,  # as for `sum_parts`, if SPLIT
     counter_ptr,  # int32 (token blocks·row blocks), zero before and after, if SPLIT
     stride_xm,
     M,

@@ -41,7 +41,6 @@ from prunekernels.sparse.two_four.tuning import MmaConfig, sparse24_mma
 
 #: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
 CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
-WARPS = 4
 
 
 @gluon.constexpr_function
@@ -109,8 +108,8 @@ def _mma24_fwd_kernel(
     up_ptr,  # int32 (lines, words), read if GATED
     bias_ptr,  # (N,), read if HAS_BIAS
     y_ptr,  # (M, N), contiguous
-    parts_ptr,  # float32 (token blocks, splits, 8·NT, row blocks·rows of a block), if SPLIT
-    counter_ptr,  # int32 (token blocks·row blocks), zero before and after, if SPLIT
+    parts_ptr,  # as for `sum_parts`, if SPLIT
+    counter_ptr,
     stride_xm,
     M,
     N,
@@ -257,9 +256,9 @@ def product(
     lines, units, tails = line_blocks(rows, x.shape[1])
     x = padded_rows(x, 256 * units + 64 * tails)
     per_split, splits = split_columns(units, config.splits)
-    blocks = triton.cdiv(lines, WARPS if up is not None else WARPS * config.row_tiles)
+    blocks = triton.cdiv(lines, config.warps * (1 if up is not None else config.row_tiles))
     token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
-    block = 8 * config.token_tiles, WARPS * config.row_tiles * ROWS
+    block = 8 * config.token_tiles, config.warps * config.row_tiles * ROWS
     parts, counter = room_for_parts(y, token_blocks, blocks, splits, *block)
     return Launch(
         _mma24_fwd_kernel,
@@ -287,12 +286,12 @@ def product(
             "HAS_BIAS": bias is not None,
             "GATED": up is not None,
             "SPLIT": splits > 1,
-            "NW": WARPS,
+            "NW": config.warps,
             "MT": config.row_tiles,
             "NT": config.token_tiles,
             "STAGES": config.stages,
         },
-        num_warps=WARPS,
+        num_warps=config.warps,
     )
 
 

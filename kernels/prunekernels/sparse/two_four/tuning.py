@@ -16,16 +16,18 @@ class MmaConfig(NamedTuple):
     """Tile of the mma.sp kernel.
 
     Attributes:
-        row_tiles: Tiles of 16 weight rows per warp (four warps).
+        row_tiles: Tiles of 16 weight rows per warp; gated, the gate's tile and the up's.
         token_tiles: Tiles of 8 tokens.
         stages: Depth of the shared-memory ring, a power of two.
         splits: Programs that share the columns of one block of rows.
+        warps: Warps of a program.
     """
 
     row_tiles: int
     token_tiles: int
     stages: int
     splits: int
+    warps: int = 4
 
 
 def sparse24_order(
@@ -119,8 +121,8 @@ def sparse24_wgmma(
 
     Returns:
         The configuration: 256 rows × 128 tokens, one program per multiprocessor; for up to 64
-        tokens 128 rows and two programs. Columns are split by powers of two, as each number of
-        splits is a kernel of its own, while that fills the device and leaves two units to each.
+        tokens 128 rows and two programs. Up to four share the columns, of which each has two units
+        at least, while that fills the device.
     """
     if tokens > 64:
         chosen = WgmmaConfig(16, 16, 1, 8)
@@ -129,7 +131,4 @@ def sparse24_wgmma(
     height = chosen.warps * (8 if gated else 16)
     programs = -(-tokens // (8 * chosen.token_tiles)) * -(-rows // height)
     slots = processors * (16 // chosen.warps)
-    splits = 1
-    while splits < 4 and 2 * splits * programs <= slots and columns // 256 >= 4 * splits:
-        splits *= 2
-    return chosen._replace(splits=splits)
+    return chosen._replace(splits=max(1, min(4, slots // programs, columns // 512)))

@@ -12,9 +12,9 @@ The packed words are the registers of the sparse operand. Blocks of 64 columns g
 of the operand registers, and TMA's prefetch brings those of the unit after the next two into the
 L2 cache. No barrier, fence of the async proxy or wait for a load stands in the loop.
 
-Columns may be split over programs: each stores its float32 sums in the order of its registers, and
-the last to arrive adds the parts in their fixed order, so results are bitwise repeatable. Gated,
-half of the warps have rows of the gate and half the same rows of up; they meet in the epilogue.
+Columns may be split over programs, whose sums are added in a fixed order (`fragments.sum_parts`):
+results are bitwise repeatable. Gated, half of the warps have rows of the gate and half the same
+rows of up; they meet in the epilogue.
 
 It has not run on a GPU: machine code is checked and emulated (warpgroups and copies at random
 speeds), the numerics are not proven, so `impl="auto"` does not take it. Two assumptions hold by
@@ -42,8 +42,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from prunekernels.compilation import KernelCase
 from prunekernels.launch import Launch, meta
+from prunekernels.runtime import processors
 from prunekernels.sparse.epilogue import activate
-from prunekernels.sparse.fragments import axis
+from prunekernels.sparse.fragments import axis, sum_parts
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.two_four import warpgroup_asm as asm
@@ -97,36 +98,6 @@ def _store_tile(acc, bias_ptr, y_ptr, row0, token0, M, N, ACTIVATION: gl.constex
     gl.store(y_ptr + token.to(gl.int64) * N + row, y, mask=(token < M) & (row < N))
 
 
-@gluon.jit
-def _sum_parts(acc, parts_ptr, counter_ptr, SPLITS: gl.constexpr, ACC: gl.constexpr):
-    """Store the sums; the program that arrives last gets all of them, added in order.
-
-    The grid is (token blocks, row blocks, splits). parts_ptr: float32 (token blocks, row blocks,
-    SPLITS, 128·NW·NT); counter_ptr: int32 (token blocks·row blocks,), zero before and after.
-
-    Returns:
-        The total, and whether this program arrived last.
-    """
-    NW: gl.constexpr = acc.shape[0]
-    NT: gl.constexpr = acc.shape[2]
-    SIZE: gl.constexpr = NW * NT * 128
-    tile = gl.program_id(0) * gl.num_programs(1) + gl.program_id(1)
-    at = (axis(NW, 0, ACC) * NT + axis(NT, 2, ACC)) * 128 + axis(32, 3, ACC) * 4 + axis(4, 4, ACC)
-    ptrs = parts_ptr + tile.to(gl.int64) * (SPLITS * SIZE) + at
-    gl.store(ptrs + gl.program_id(2) * SIZE, acc)
-    # the program's stores come before its ticket: barrier, then a release at GPU scope
-    barrier()
-    ticket = gl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
-    last = ticket == SPLITS - 1
-    if last:
-        acc = gl.load(ptrs, cache_modifier=".cg")
-        for _ in range(1, SPLITS):
-            ptrs += SIZE
-            acc += gl.load(ptrs, cache_modifier=".cg")
-        gl.store(counter_ptr + tile, 0)
-    return acc, last
-
-
 @gluon.jit(do_not_specialize=["M", "lines", "units", "tails", "units_per_split"])
 def _wgmma24_tma_fwd_kernel(
     x_desc,  # (M, K) in tiles of (8·NT, 64)
@@ -135,7 +106,7 @@ def _wgmma24_tma_fwd_kernel(
     up_ptr,  # int32 (lines, words), read if GATED
     bias_ptr,  # (N,), read if HAS_BIAS
     y_ptr,  # (M, N), contiguous
-    parts_ptr,  # as for `_sum_parts`, if SPLITS > 1
+    parts_ptr,  # as for `sum_parts`, if SPLIT
     counter_ptr,
     N,
     lines,
@@ -147,7 +118,7 @@ def _wgmma24_tma_fwd_kernel(
     ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr,
-    SPLITS: gl.constexpr,  # programs that share a tile's columns
+    SPLIT: gl.constexpr,  # whether programs share a tile's columns
     NW: gl.constexpr,  # warps: 8 or 16
     NT: gl.constexpr,  # tiles of 8 tokens
     GROUP: gl.constexpr,  # row blocks that run together (0: the grid's order)
@@ -176,7 +147,7 @@ def _wgmma24_tma_fwd_kernel(
         row_block = band * GROUP + within % height
         token_block = within // height
     token0 = token_block * TOKENS
-    if SPLITS > 1:
+    if SPLIT:
         first = gl.program_id(2) * units_per_split
         count = gl.minimum(units_per_split, units - first)
         rest = gl.where(first + units_per_split >= units, tails, 0)
@@ -281,8 +252,8 @@ def _wgmma24_tma_fwd_kernel(
     # every warp is done with the ring: the epilogue uses its shared memory again
     barrier()
     row0 = row_block * (LINES * 16)
-    if SPLITS > 1:
-        acc, last = _sum_parts(acc, parts_ptr, counter_ptr, SPLITS, ACC)
+    if SPLIT:
+        acc, last = sum_parts(acc, parts_ptr, counter_ptr, token0, M, ACC)
         if last:
             _store_tile(acc, bias_ptr, y_ptr, row0, token0, M, N, ACTIVATION, HAS_BIAS, GATED, ACC)
     else:
@@ -319,9 +290,7 @@ def forward(
     x: Tensor, packed: Tensor, up: Tensor | None, rows: int, bias: Tensor | None, activation: str
 ) -> Tensor:
     """Launch for x (M, K) with M > 0; `up` selects the gated form."""
-    tokens, columns = x.shape
-    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    config = sparse24_wgmma(tokens, rows, columns, up is not None, processors)
+    config = sparse24_wgmma(x.shape[0], rows, x.shape[1], up is not None, processors(x.device))
     return launch(x, packed, up, rows, bias, activation, config)
 
 
@@ -388,7 +357,7 @@ def product(
             "ACTIVATION": activation,
             "HAS_BIAS": bias is not None,
             "GATED": up is not None,
-            "SPLITS": splits,
+            "SPLIT": splits > 1,
             "NW": config.warps,
             "NT": config.token_tiles,
             "GROUP": 0 if splits > 1 or token_blocks == 1 else config.group,
