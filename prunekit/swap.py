@@ -22,8 +22,8 @@ from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import expert_tensors
 from prunekit.packed.described import is_packed
+from prunekit.packed.formats import FORMATS
 from prunekit.packed.modules import (
-    FORMATS,
     FusedGatedMLP,
     MergedLinear,
     MergedPart,
@@ -284,7 +284,7 @@ def _pack_(
             part = packed.nbytes / size
             reasons.append(f"hardly smaller as {format_}: {part:.2f} of the dense bytes")
             continue
-        speedup, _, why = FORMATS[format_].expected(tokens, packed)
+        speedup, _, why = packed.expected(tokens)
         if speedup < least:
             reasons.append(f"slower as {format_}: expected {speedup:.2f}× ({why})")
             continue
@@ -364,7 +364,7 @@ def refuse_save_pretrained_(model: PreTrainedModel) -> None:
 
 def _mergeable(parts: Sequence[Any]) -> bool:
     first = parts[0]
-    if not all(type(part) is PackedLinear for part in parts) or FORMATS[first.format].cat is None:
+    if not all(type(part) is PackedLinear for part in parts):
         return False
     multiple = FORMATS[first.format].row_multiple
     return (

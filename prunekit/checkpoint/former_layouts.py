@@ -29,7 +29,8 @@ from transformers.pytorch_utils import Conv1D
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.packed.described import PACKED_VERSION, unpacked_state
-from prunekit.packed.modules import FORMATS, MergedPart, PackedLinear, own_layer
+from prunekit.packed.formats import FORMATS
+from prunekit.packed.modules import MergedPart, PackedLinear, own_layer
 
 FORMER_LAYOUTS = ("sparse-24-bitmask", "sparse-bitmask")
 _VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)

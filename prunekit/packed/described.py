@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
-from prunekit.packed.modules import FORMATS, PackedLinear, packed_layers
+from prunekit.packed.formats import FORMATS
+from prunekit.packed.modules import PackedLinear, packed_layers
 
 PACKED_FIELD = "packed_layers"
 PACKED_VERSION = 1

@@ -1,9 +1,9 @@
-"""Modules that hold packed sparse weights, and the formats there are.
+"""Modules that hold packed sparse weights.
 
 `PackedLinear` takes the place of an `nn.Linear` or Conv1D. Its weight lives in buffers, so it is in
 `state_dict`, follows `.to(device)`, and is converted by `.to(dtype)`. `MergedLinear` computes
 several projections of one input at once, and `FusedGatedMLP` a Llama-like MLP's gate and up. Which
-module becomes which is `prunekit.swap`'s business; a new format is one more entry in `FORMATS`.
+module becomes which is `prunekit.swap`'s business, what a format is `packed.formats`'s.
 
 Types. A format holds float32, bfloat16 and float16 values. A layer that is converted to another
 type (float64) keeps values that it can hold and multiplies densely in that type. Under autocast a
@@ -13,131 +13,17 @@ layer returns autocast's type, as nn.Linear does; float32 values are multiplied 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from prunekernels import (
-    BitmapSparse,
-    Sparse24,
-    bitmap_cat,
-    bitmap_expected,
-    bitmap_linear,
-    bitmap_pack,
-    bitmap_split,
-    sparse24_cat,
-    sparse24_expected,
-    sparse24_gate_up,
-    sparse24_linear,
-    sparse24_pack,
-    sparse24_split,
-)
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
+from prunekit.packed.formats import FORMATS, VALUE_TYPES, PackedWeight, Shape
 
-Shape = tuple[int, int]
-
-#: Types of values that every format holds.
-VALUE_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WORDS = {2: torch.int16, 4: torch.int32}  # integers of their sizes
-
-
-class PackedWeight(Protocol):
-    """What every packed weight offers, whatever its format."""
-
-    @property
-    def shape(self) -> Shape:
-        """(out_features, in_features)."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the values."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the buffers hold."""
-
-    def to_dense(self) -> Tensor:
-        """A new dense (out_features, in_features) tensor."""
-
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> PackedWeight:
-        """On another device, or with other values (rounded)."""
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Its tensors, with a `header` that says version, shape and type."""
-
-
-@dataclass(frozen=True)
-class Format:
-    """A way to hold a sparse weight.
-
-    Attributes:
-        name: What it is called in reports and checkpoints.
-        pack: Packs a dense (out, in) weight, or raises ValueError if it does not fit.
-        rebuild: The weight from the tensors of its `state_dict`, shape and type, unchecked header.
-        load: The weight from its `state_dict`; ValueError if it is not valid.
-        linear: y = x·Wᵀ + bias.
-        values: Tensors that hold every value which is not zero (sharing memory).
-        expected: (tokens, weight) -> expected speed-up over dense, implementation, reason.
-        cat: Stacks weights along their rows; `split` undoes it. `row_multiple` is what the rows of
-            all but the last must be multiples of. None: projections can't be merged.
-        gate_up: SiLU(x·Wgᵀ)·(x·Wuᵀ) in one kernel; None: gate and up are merged like projections.
-    """
-
-    name: str
-    pack: Callable[[Tensor], Any]
-    rebuild: Callable[[Mapping[str, Tensor], Shape, torch.dtype], Any]
-    load: Callable[[Mapping[str, Tensor]], Any]
-    linear: Callable[[Tensor, Any, Tensor | None], Tensor]
-    values: Callable[[Any], Sequence[Tensor]]
-    expected: Callable[[int, Any], Any]
-    cat: Callable[[Sequence[Any]], Any] | None = None
-    split: Callable[[Any, Sequence[int]], Sequence[Any]] | None = None
-    row_multiple: int = 1
-    gate_up: Callable[[Tensor, Any, Any], Tensor] | None = None
-
-
-def _rebuild24(tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype) -> Sparse24:
-    return Sparse24(tensors["packed"], shape, dtype)
-
-
-def _rebuild_bitmap(
-    tensors: Mapping[str, Tensor], shape: Shape, dtype: torch.dtype
-) -> BitmapSparse:
-    return BitmapSparse(tensors["bitmap"], tensors["starts"], tensors["values"], shape)
-
-
-#: The formats, tried in this order.
-FORMATS: dict[str, Format] = {
-    "2:4": Format(
-        "2:4",
-        sparse24_pack,
-        _rebuild24,
-        Sparse24.from_state_dict,
-        sparse24_linear,
-        Sparse24.kept_values,
-        sparse24_expected,
-        cat=sparse24_cat,
-        split=sparse24_split,
-        row_multiple=16,
-        gate_up=sparse24_gate_up,
-    ),
-    "bitmap": Format(
-        "bitmap",
-        bitmap_pack,
-        _rebuild_bitmap,
-        BitmapSparse.from_state_dict,
-        bitmap_linear,
-        lambda weight: [weight.values],
-        bitmap_expected,
-        cat=bitmap_cat,
-        split=bitmap_split,
-        row_multiple=16,
-    ),
-}
 
 
 class _Blank(NamedTuple):
@@ -197,13 +83,14 @@ class PackedLinear(nn.Module):
     @property
     def weight(self) -> Any:
         """The packed weight (shares the buffers)."""
-        tensors = {name: getattr(self, name) for name in self.tensor_names}
+        held: Any = self._buffers
         shape = (self.out_features, self.in_features)
-        return FORMATS[self.format].rebuild(tensors, shape, self._held_dtype)
+        return FORMATS[self.format].from_tensors(held, shape, self._held_dtype)
 
     def kept_values(self) -> Sequence[Tensor]:
         """Tensors that hold every weight which is not zero, in no order (sharing memory)."""
-        return FORMATS[self.format].values(self.weight)
+        values: list[Tensor] = self.weight.kept_values()
+        return values
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
@@ -215,12 +102,13 @@ class PackedLinear(nn.Module):
         if plan is None:
             return F.linear(x, weight.to_dense().to(self.dtype), bias)
         compute, result = plan
-        linear = FORMATS[self.format].linear
         if compute == result == x.dtype:
-            return linear(x, weight, bias)
+            direct: Tensor = weight.linear(x, bias)
+            return direct
         with torch.autocast(x.device.type, enabled=False):
             bias = None if bias is None else bias.to(compute)
-            return linear(x.to(compute), weight, bias).to(result)
+            y: Tensor = weight.linear(x.to(compute), bias)
+            return y.to(result)
 
     def to_dense(self) -> nn.Module:
         """The dense nn.Linear or Conv1D that this stands for."""
@@ -281,7 +169,7 @@ class PackedLinear(nn.Module):
         if any(tensor.is_meta for tensor in tensors.values()):
             return
         try:
-            held = FORMATS[self.format].load(tensors)
+            held = FORMATS[self.format].from_state_dict(tensors)
         except ValueError as error:
             raise PrunekitError(f"{name} is no valid packed weight: {error}") from error
         wanted = ((self.out_features, self.in_features), self._held_dtype)
@@ -356,13 +244,11 @@ class MergedLinear(PackedLinear):
 
     def __init__(self, parts: Sequence[PackedLinear]) -> None:
         first = parts[0]
-        cat = FORMATS[first.format].cat
-        assert cat is not None
         bias = None
         if first.bias is not None:
             joined = torch.cat([part.bias.detach() for part in parts if part.bias is not None])
             bias = nn.Parameter(joined, requires_grad=first.bias.requires_grad)
-        weight = cat([part.weight for part in parts])
+        weight = FORMATS[first.format].cat([part.weight for part in parts])
         super().__init__(weight, bias, first.format, trainable=first.trainable)
         self.dtype = first.dtype
         self.sizes = [part.out_features for part in parts]
@@ -407,16 +293,12 @@ class MergedLinear(PackedLinear):
         return waiting[2][index - 1]
 
     def _alone(self, x: Tensor, index: int) -> Tensor:
-        split = FORMATS[self.format].split
-        assert split is not None
         bias = None if self.bias is None else torch.split(self.bias, self.sizes)[index]
-        return self._product(x, split(self.weight, self.sizes)[index], bias)
+        return self._product(x, self.weight.split(self.sizes)[index], bias)
 
     def parts(self) -> list[PackedLinear]:
         """The projections as layers of their own; they share this one's memory."""
-        split = FORMATS[self.format].split
-        assert split is not None
-        weights = split(self.weight, self.sizes)
+        weights = self.weight.split(self.sizes)
         biases: Sequence[Any] = [None] * len(weights)
         if self.bias is not None:
             joined = self.bias.detach()
@@ -577,9 +459,9 @@ def prove_kernels(model: nn.Module) -> None:
     weights = {
         (layer.format, layer.weight.device): layer.weight for _, layer in packed_layers(model)
     }
-    for (format_, device), weight in weights.items():
+    for (_, device), weight in weights.items():
         if device.type != "meta":
-            FORMATS[format_].expected(1, weight)
+            weight.expected(1)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.models.dropped import drop_sublayers_
-from prunekit.packed.modules import FORMATS
+from prunekit.packed.formats import FORMATS
 from prunekit.pruning import Magnitude, prune_
 from prunekit.speed import decoding as speed
 from prunekit.swap import swap_

@@ -2,6 +2,7 @@
 
 from prunekernels.sparse.bitmap.format import BitmapSparse, bitmap_cat, bitmap_pack, bitmap_split
 from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_linear
+from prunekernels.sparse.layer import PackedWeight
 from prunekernels.sparse.two_four.format import (
     Sparse24,
     sparse24_cat,
@@ -15,7 +16,9 @@ from prunekernels.sparse.two_four.linear import (
 )
 
 __all__ = [
+    "FORMATS",
     "BitmapSparse",
+    "PackedWeight",
     "Sparse24",
     "bitmap_cat",
     "bitmap_expected",
@@ -29,3 +32,6 @@ __all__ = [
     "sparse24_pack",
     "sparse24_split",
 ]
+
+#: The weight class of each format by its name, in the order in which they are tried.
+FORMATS: dict[str, type[PackedWeight]] = {kind.format: kind for kind in (Sparse24, BitmapSparse)}

@@ -7,8 +7,8 @@ before is launched at once, with addresses alone (`launching.Prepared`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -60,12 +60,37 @@ def gradients(
     return dx, dbias
 
 
-class Packed(Protocol):
-    """What the weights of all formats have."""
+_Weight = TypeVar("_Weight")
+#: x, gate, up -> SiLU(x·Wgᵀ)·(x·Wuᵀ), for two weights of one format.
+GateUp = Callable[[Tensor, Any, Any], Tensor]
 
-    @property
-    def format(self) -> str:
-        """Name of the format."""
+
+class Expected(NamedTuple):
+    """What a packed layer is expected to gain over the dense one.
+
+    Attributes:
+        speedup: Time of the dense layer over that of the packed one.
+        impl: The implementation that runs.
+        reason: Why, in one line.
+    """
+
+    speedup: float
+    impl: str
+    reason: str
+
+
+class PackedWeight(Protocol):
+    """What the weight classes of all formats have: a format is one class that fits this.
+
+    Attributes:
+        format: Name of the format in reports and checkpoints.
+        row_multiple: What the rows of all but the last weight given to `cat` are a multiple of.
+        gate_up: SiLU(x·Wgᵀ)·(x·Wuᵀ) in one kernel; None: gate and up are stacked.
+    """
+
+    format: ClassVar[str]
+    row_multiple: ClassVar[int]
+    gate_up: ClassVar[GateUp | None]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -83,19 +108,53 @@ class Packed(Protocol):
     def nbytes(self) -> int:
         """Bytes that the tensors hold."""
 
+    @classmethod
+    def pack(cls, weight: Tensor) -> Self:
+        """Pack a dense (N, K) weight, or raise ValueError if it does not fit the format."""
 
-class Expected(NamedTuple):
-    """What a packed layer is expected to gain over the dense one.
+    def to_dense(self) -> Tensor:
+        """A new dense (N, K) tensor."""
 
-    Attributes:
-        speedup: Time of the dense layer over that of the packed one.
-        impl: The implementation that runs.
-        reason: Why, in one line.
-    """
+    def kept_values(self) -> list[Tensor]:
+        """Tensors that hold every value which is not zero (sharing memory)."""
 
-    speedup: float
-    impl: str
-    reason: str
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> Self:
+        """On another device, or with other values (rounded)."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors, with a `header` that says version, shape and type."""
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> Self:
+        """The weight from its `state_dict()`; ValueError if that is not valid."""
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Self:
+        """The weight from the tensors of a `state_dict()` that is known to be valid, unchecked."""
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """y = x·Wᵀ + bias, differentiable in x and bias."""
+
+    def expected(self, tokens: int) -> Expected:
+        """What a layer with this weight gains over the dense one at `tokens` tokens a call."""
+
+    @classmethod
+    def cat(cls, weights: Sequence[Self]) -> Self:
+        """The weights stacked along their rows, in new tensors."""
+
+    def split(self, rows: Sequence[int]) -> list[Self]:
+        """Undo `cat`: weights that may share memory with this one, but not with each other."""
+
+
+def unchecked(kind: type[_Weight], **fields: Any) -> _Weight:
+    """An object of a frozen dataclass whose fields are known to be valid, made in a microsecond."""
+    if torch.compiler.is_compiling():
+        return kind(**fields)
+    made = object.__new__(kind)
+    vars(made).update(fields)
+    return made
 
 
 def problem_of(x: Tensor, rows: int) -> Problem:
@@ -103,7 +162,7 @@ def problem_of(x: Tensor, rows: int) -> Problem:
     return Problem(x.device, x.dtype, (x.shape[0], rows, x.shape[1]))
 
 
-def expected_of(op: Op, tokens: int, w: Packed) -> Expected:
+def expected_of(op: Op, tokens: int, w: PackedWeight) -> Expected:
     """What a layer with the packed weight `w` gains at `tokens` tokens a call, where it is."""
     rows, columns = w.shape
     choice = op.select(Problem(w.device, w.dtype, (tokens, rows, columns)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import prunekit as pk
 from prunekit.checkpoint import former_layouts
 from prunekit.errors import PrunekitError
 from prunekit.models.dropped import drop_blocks_, drop_sublayers_
+from prunekit.packed import FORMATS
 from prunekit.packed import modules as packed
 from prunekit.packed.modules import PackedLinear, packed_layers
 from prunekit.swap import merge_
@@ -88,13 +88,13 @@ def test_packed_models_come_back_exactly(tiny_24, tokenizer, architecture, tmp_p
 
 
 def test_loading_runs_the_self_tests_before_anything_is_captured(saved, monkeypatch):
-    asked, real = [], packed.FORMATS["2:4"]
+    asked, real = [], FORMATS["2:4"].expected
 
-    def expected(tokens, weight):
+    def expected(weight, tokens):
         asked.append((tokens, weight.device.type))
-        return real.expected(tokens, weight)
+        return real(weight, tokens)
 
-    monkeypatch.setitem(packed.FORMATS, "2:4", dataclasses.replace(real, expected=expected))
+    monkeypatch.setattr(FORMATS["2:4"], "expected", expected)
     pk.load(saved, device="cpu")
     assert asked == [(1, "cpu")]
 

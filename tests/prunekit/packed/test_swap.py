@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 
 import pytest
@@ -13,6 +12,7 @@ from torch import nn
 import prunekit as pk
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
+from prunekit.packed import FORMATS
 from prunekit.packed import modules as packed
 from prunekit.packed.modules import FusedGatedMLP, MergedLinear, PackedLinear, packed_layers
 
@@ -276,13 +276,12 @@ def test_on_a_cpu_it_says_that_nothing_is_faster(tiny_24):
 def test_the_table_decides_at_the_expected_number_of_tokens(tiny_24, monkeypatch):
     from prunekernels.sparse import tuning
 
-    def expected(tokens, w):
+    def expected(w, tokens):
         impl = "mma_sp" if tokens <= 64 else "eager"
         speedup = tuning.packed_speedup(impl, tokens, 4 * w.shape[0] * w.shape[1], w.nbytes)
         return speedup, impl, "as on a GPU"
 
-    faked = dataclasses.replace(packed.FORMATS["2:4"], expected=expected)
-    monkeypatch.setitem(packed.FORMATS, "2:4", faked)
+    monkeypatch.setattr(FORMATS["2:4"], "expected", expected)
     decode = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4, formats=["2:4"])
     assert decode.faster and len(decode.swapped) == 24
     assert "faster at 4 token(s)" in decode.verdict
@@ -320,16 +319,15 @@ def test_bad_arguments_change_nothing(tiny_24):
 
 def test_an_interruption_leaves_the_model_dense(tiny_24, monkeypatch, token_ids):
     model = tiny_24("llama")
-    want, calls, real = logits(model, token_ids), [], packed.FORMATS["2:4"]
+    want, calls, pack = logits(model, token_ids), [], FORMATS["2:4"].pack
 
     def interrupted(weight):
         calls.append(weight)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return real.pack(weight)
+        return pack(weight)
 
-    faked = dataclasses.replace(real, pack=interrupted)
-    monkeypatch.setitem(packed.FORMATS, "2:4", faked)
+    monkeypatch.setattr(FORMATS["2:4"], "pack", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pk.swap_(model)
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
@@ -357,7 +355,7 @@ def test_a_second_swap_finds_nothing_left(tiny_24, token_ids):
 
 def test_merged_projections_answer_in_any_order():
     layers = [
-        PackedLinear(packed.FORMATS["2:4"].pack(torch.eye(64)[:rows] * rows), None, "2:4")
+        PackedLinear(FORMATS["2:4"].pack(torch.eye(64)[:rows] * rows), None, "2:4")
         for rows in (32, 16, 48)
     ]
     owner = MergedLinear(layers)

@@ -25,6 +25,8 @@ from prunekernels.sparse.bitmap.layout import (
     starts_of,
     step_bytes,
 )
+from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_linear
+from prunekernels.sparse.layer import Expected, GateUp, unchecked
 from prunekernels.sparse.stacking import ROWS, split_lines, stacked_rows
 
 
@@ -46,6 +48,8 @@ class BitmapSparse:
     shape: tuple[int, int]
     version: int = VERSION
     format: ClassVar[str] = "bitmap"
+    row_multiple: ClassVar[int] = ROWS
+    gate_up: ClassVar[GateUp | None] = None
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -69,6 +73,40 @@ class BitmapSparse:
     def nbytes(self) -> int:
         """Bytes the three tensors really hold."""
         return sum(t.numel() * t.element_size() for t in (self.bitmap, self.starts, self.values))
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> BitmapSparse:
+        """`bitmap_pack` without a mask."""
+        return bitmap_pack(weight)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> BitmapSparse:
+        """The weight from the tensors of a `state_dict()` that is known to be valid, unchecked."""
+        parts = {name: tensors[name] for name in ("bitmap", "starts", "values")}
+        return unchecked(cls, **parts, shape=shape, version=VERSION)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`bitmap_linear` with this weight."""
+        return bitmap_linear(x, self, bias)
+
+    def expected(self, tokens: int) -> Expected:
+        """`bitmap_expected` of this weight."""
+        return bitmap_expected(tokens, self)
+
+    @classmethod
+    def cat(cls, weights: Sequence[BitmapSparse]) -> BitmapSparse:
+        """`bitmap_cat`."""
+        return bitmap_cat(weights)
+
+    def split(self, rows: Sequence[int]) -> list[BitmapSparse]:
+        """`bitmap_split` of this weight."""
+        return bitmap_split(self, rows)
+
+    def kept_values(self) -> list[Tensor]:
+        """A tensor that holds every value which is not zero (shares memory)."""
+        return [self.values]
 
     def to_dense(self) -> Tensor:
         """The dense (N, K) weight: a new tensor of `dtype`."""

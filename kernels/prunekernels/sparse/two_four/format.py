@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from prunekernels.sparse.layer import Expected, GateUp, unchecked
 from prunekernels.sparse.stacking import split_lines, stacked_rows
 from prunekernels.sparse.two_four.expand import sparse24_unpack
 from prunekernels.sparse.two_four.layout import (
@@ -24,6 +25,11 @@ from prunekernels.sparse.two_four.layout import (
     block_words,
     line_blocks,
     packed_shape,
+)
+from prunekernels.sparse.two_four.linear import (
+    sparse24_expected,
+    sparse24_gate_up,
+    sparse24_linear,
 )
 
 # Elements handled at once: temporaries stay in cache, and small beside the weight.
@@ -46,6 +52,8 @@ class Sparse24:
     dtype: torch.dtype
     version: int = VERSION
     format: ClassVar[str] = "2:4"
+    row_multiple: ClassVar[int] = ROWS
+    gate_up: ClassVar[GateUp | None] = staticmethod(sparse24_gate_up)
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
@@ -73,6 +81,35 @@ class Sparse24:
     def nbytes(self) -> int:
         """Bytes the buffer really holds."""
         return self.packed.numel() * self.packed.element_size()
+
+    @classmethod
+    def pack(cls, weight: Tensor) -> Sparse24:
+        """`sparse24_pack` without a mask."""
+        return sparse24_pack(weight)
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
+    ) -> Sparse24:
+        """The weight from the tensors of a `state_dict()` that is known to be valid, unchecked."""
+        return unchecked(cls, packed=tensors["packed"], shape=shape, dtype=dtype, version=VERSION)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """`sparse24_linear` with this weight."""
+        return sparse24_linear(x, self, bias)
+
+    def expected(self, tokens: int) -> Expected:
+        """`sparse24_expected` of this weight."""
+        return sparse24_expected(tokens, self)
+
+    @classmethod
+    def cat(cls, weights: Sequence[Sparse24]) -> Sparse24:
+        """`sparse24_cat`."""
+        return sparse24_cat(weights)
+
+    def split(self, rows: Sequence[int]) -> list[Sparse24]:
+        """`sparse24_split` of this weight."""
+        return sparse24_split(self, rows)
 
     def to_dense(self) -> Tensor:
         """The dense (N, K) weight: a new tensor of `dtype`."""
