@@ -33,9 +33,6 @@ def write(tmp_path, name, content):
     return str(path)
 
 
-# --- sampled from the model
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_sampling_equals_uncached_inverse_transform_sampling(tiny, name):
     model = tiny(name)
@@ -101,9 +98,6 @@ def test_length_beyond_the_context(tiny):
 def test_impossible_sizes(settings):
     with pytest.raises(PrunekitError, match="use samples >= 1 and length >= 2"):
         Calibration(**settings)
-
-
-# --- files
 
 
 def rows_of(path):
@@ -231,9 +225,6 @@ def test_a_file_needs_a_tokenizer(tiny, tmp_path):
         tokens(Calibration(source=path), tiny("llama", max_position_embeddings=512))
 
 
-# --- the Hub, only when named
-
-
 @pytest.mark.parametrize(
     ("source", "expected"),
     [
@@ -294,9 +285,6 @@ def test_hub_failures_are_one_line(monkeypatch):
     with pytest.raises(PrunekitError, match=r"can't be read \(no route\)") as error:
         list(text_files.read("owner/name"))
     assert "\n" not in str(error.value)
-
-
-# --- given tokens
 
 
 def test_given_sequences_are_passed_through(tiny, token_ids):

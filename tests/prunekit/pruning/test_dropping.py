@@ -83,9 +83,6 @@ def parts_of(report):
     return [(part.unit, part.layer) for part in report.dropped]
 
 
-# --- scores
-
-
 @pytest.mark.parametrize("unit", ["attn", "mlp", "block"])
 def test_scores_equal_the_definition(architecture, tiny, token_ids, unit):
     model = tiny(architecture)
@@ -217,9 +214,6 @@ def test_hidden_states_are_streamed(tiny, token_ids, monkeypatch):
     ]  # every sublayer once per batch: one pass in all
 
 
-# --- strategies
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt_neox", "mixtral"])
 def test_discrete_drops_the_highest_scores(tiny, token_ids, name):
     expected = cosines_by_hand(tiny(name), token_ids)
@@ -323,9 +317,6 @@ def test_iterative_equals_dropping_one_at_a_time_for_real(tiny, token_ids):
     assert first.dropped[1].score != first.scores["attn"][first.dropped[1].layer]
 
 
-# --- what is left
-
-
 @pytest.mark.parametrize("unit", ["attn", "mlp", "all", "block"])
 def test_dropping_changes_the_model_itself(architecture, tiny, token_ids, unit):
     model, dense = tiny(architecture), tiny(architecture)
@@ -381,9 +372,6 @@ def test_report_as_data_and_table(tiny, token_ids):
 def test_calibration_descriptions_are_resolved(tiny):
     report = drop(tiny("llama"), "attn", 1, Calibration(samples=2, length=6))
     assert (report.sequences, report.tokens) == (2, 12)
-
-
-# --- bad input: nothing is changed
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
-"""The built-in evaluation set, likelihoods against naive full-softmax loops, and text measures."""
+"""Likelihoods against naive full-softmax loops, one sequence at a time."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -22,23 +20,19 @@ from transformers import (
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import scoring
-from prunekit.evaluation.intervals import bootstrap_mean, wilson
+from prunekit.evaluation.intervals import wilson
 from prunekit.evaluation.items import (
     Choice,
-    Prompt,
     load_choices,
     load_heldout,
     load_prompts,
 )
 from prunekit.evaluation.likelihood import ChoiceResult, option_logliks, perplexity, sequence_nll
-from prunekit.evaluation.text_similarity import chrf, distinct_n, exact_prefix, first_divergence
-from prunekit.evaluation.text_similarity import repetition_rate as repetition
 from prunekit.models.dropped import drop_sublayers_
 
 # The models are float64, but transformers computes their attention softmax and norms in fp32, whose
 # rounding (6e-8) differs with the padded shape.
 RTOL = 1e-7
-
 TINY = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -98,131 +92,6 @@ def random_ids(*lengths: int) -> list[list[int]]:
     generator = torch.Generator().manual_seed(5)
     return [torch.randint(300, (n,), generator=generator).tolist() for n in lengths]
 
-
-# --- text measures -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("a", "b", "prefix", "divergence"),
-    [
-        ([], [], 0, None),
-        ([1, 2], [1, 2], 2, None),
-        ([1, 2], [1, 2, 3], 2, 2),
-        ([1, 2, 3], [1, 2], 2, 2),
-        ([], [1], 0, 0),
-        ([1, 2, 9, 4], [1, 2, 3, 4], 2, 2),
-        ([7, 2], [1, 2], 0, 0),
-    ],
-)
-def test_prefix_and_divergence(a: list, b: list, prefix: int, divergence: int | None) -> None:
-    assert exact_prefix(a, b) == prefix
-    assert first_divergence(a, b) == divergence
-
-
-def test_repetition_counts_ngrams_seen_before() -> None:
-    # Bigrams: 12 21 12 21 12: three of five occurred earlier.
-    assert repetition([1, 2, 1, 2, 1, 2], 2) == pytest.approx(3 / 5)
-    assert distinct_n([1, 2, 1, 2, 1, 2], 2) == pytest.approx(2 / 5)
-    assert repetition([5] * 10) == pytest.approx(6 / 7)
-    assert repetition(list(range(10))) == 0.0
-    assert distinct_n([3, 3, 4], 1) == pytest.approx(2 / 3)
-    assert math.isnan(repetition([1, 2, 3]))
-    assert math.isnan(distinct_n([], 1))
-    with pytest.raises(PrunekitError, match="use n >= 1"):
-        distinct_n([1], 0)
-
-
-def test_chrf_by_hand() -> None:
-    # Without whitespace "ab" against "abc": precision 1 and 1, recall 2/3 and 1/2 for n = 1, 2;
-    # longer n-grams do not exist in both. F2 = 5 P R / (4 P + R) with P = 1, R = 7/12.
-    assert chrf("ab", "ab c") == pytest.approx(100 * 5 * (7 / 12) / (4 + 7 / 12))
-    assert chrf("a cat", "a cat") == pytest.approx(100)
-    assert chrf("xyz", "abc") == 0
-    assert chrf("", "abc") == chrf("abc", "") == 0
-    assert chrf("", "") == chrf(" ", "\n") == 100
-
-
-# --- statistics ----------------------------------------------------------------------------------
-
-
-def test_bootstrap_agrees_with_the_normal_interval() -> None:
-    values = np.random.default_rng(3).normal(2.0, 5.0, size=500)
-    interval = bootstrap_mean(values, draws=20_000)
-    half = 1.959964 * values.std() / math.sqrt(500)
-    assert interval.mean == pytest.approx(values.mean())
-    # Monte-Carlo error of a 2.5 % quantile from 20,000 draws is about 1 % of `half`.
-    assert interval.low == pytest.approx(values.mean() - half, abs=0.05 * half)
-    assert interval.high == pytest.approx(values.mean() + half, abs=0.05 * half)
-    assert interval.n == 500
-    narrow = bootstrap_mean(values, draws=20_000, level=0.5)
-    assert (narrow.high - narrow.low) / (2 * half) == pytest.approx(0.6745 / 1.96, rel=0.05)
-
-
-def test_bootstrap_leaves_nan_out_and_resamples_whole_rows() -> None:
-    values = np.random.default_rng(4).normal(size=(12, 2, 3))
-    values[2:7, 0, 1] = np.nan
-    values[:, 1, 0] = np.nan
-    values[1:, 1, 2] = np.nan
-    interval = bootstrap_mean(values, draws=300, seed=7)
-
-    picks = np.random.default_rng(7).multinomial(12, np.full(12, 1 / 12), size=300)
-    means = np.array(
-        [
-            [np.nan if np.isnan(c).all() else np.nanmean(c) for c in rows.reshape(12, -1).T]
-            for rows in (np.repeat(values, pick, axis=0) for pick in picks)
-        ]
-    )
-    for column, (row, col) in enumerate(np.ndindex(2, 3)):
-        valid = np.sort(means[~np.isnan(means[:, column]), column])
-        measured = values[:, row, col][~np.isnan(values[:, row, col])]
-        assert interval.n[row, col] == len(measured)
-        if len(measured) == 0:
-            assert np.isnan([interval.mean[row, col], interval.low[row, col]]).all()
-            continue
-        assert interval.mean[row, col] == pytest.approx(measured.mean())
-        if len(measured) < 2:
-            assert np.isnan([interval.low[row, col], interval.high[row, col]]).all()
-            continue
-        edge = round(0.025 * (len(valid) - 1))
-        assert interval.low[row, col] == pytest.approx(valid[edge])
-        assert interval.high[row, col] == pytest.approx(valid[-1 - edge])
-
-
-def test_bootstrap_edges() -> None:
-    infinite = bootstrap_mean([1.0, math.inf, 2.0, 3.0])
-    assert infinite.mean == infinite.high == math.inf
-    assert infinite.low < math.inf  # some resamples miss the infinite value
-    one = bootstrap_mean([4.0])
-    assert (one.mean, one.n) == (4.0, 1)
-    assert math.isnan(one.low) and math.isnan(one.high)
-    same = bootstrap_mean(np.full(9, 0.1))
-    assert same.low == pytest.approx(0.1) and same.high == pytest.approx(0.1)
-    wide = np.random.default_rng(0).normal(size=(6, 5000))  # more columns than one chunk
-    assert bootstrap_mean(wide, draws=50).low[4999] == pytest.approx(
-        bootstrap_mean(wide[:, 4999], draws=50).low
-    )
-    for bad in ([], 3.0):
-        with pytest.raises(PrunekitError, match="at least one row"):
-            bootstrap_mean(bad)
-    with pytest.raises(PrunekitError, match="between 0 and 1"):
-        bootstrap_mean([1.0], level=95)
-
-
-def test_wilson() -> None:
-    # (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n) with p = 1/2, n = 10, z = 1.959964.
-    half = wilson(5, 10)
-    assert (half.mean, half.low, half.high) == pytest.approx((0.5, 0.236593, 0.763407), abs=1e-6)
-    z2 = 1.959964**2
-    none = wilson(0, 20)
-    assert none.low == 0 and none.high == pytest.approx(z2 / (20 + z2), rel=1e-6)
-    every = wilson(20, 20)
-    assert every.high == 1 and every.low == pytest.approx(20 / (20 + z2), rel=1e-6)
-    for successes, n in ((3, 2), (-1, 5), (0, 0)):
-        with pytest.raises(PrunekitError, match="pass 0 <= successes"):
-            wilson(successes, n)
-
-
-# --- likelihoods ---------------------------------------------------------------------------------
 
 ITEMS = [
     Choice("a", "Where is the cat?", ("here", "in the garden", "x", "on the roof, again"), 1),
@@ -408,93 +277,6 @@ def test_unfit_models_and_inputs_are_refused(tokenizer: PreTrainedTokenizerFast)
         model.lm_head.weight[7] = math.nan
     with pytest.raises(PrunekitError, match="logits are NaN"):
         option_logliks(model, tokenizer, ITEMS)
-
-
-# --- items ---------------------------------------------------------------------------------------
-
-
-def write(folder: Path, name: str, text: str) -> Path:
-    path = folder / name
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_user_files(tmp_path: Path) -> None:
-    item = {"question": " Which? ", "options": ["a", "b"], "answer": 1}
-    expected = Choice("1", "Which?", ("a", "b"), 1)
-    line = json.dumps(item)
-    assert load_choices(write(tmp_path, "a.jsonl", f"\ufeff{line}\n\n")) == [expected]
-    assert load_choices(write(tmp_path, "a.json", f"[{line}]")) == [expected]
-    assert load_prompts(write(tmp_path, "p.txt", "Say hi.\n\n  Count to ten. \n")) == [
-        Prompt("1", "Say hi."),
-        Prompt("3", "Count to ten."),
-    ]
-    line = json.dumps({"id": 7, "prompt": "Go on.", "topic": "t"})
-    assert load_prompts(write(tmp_path, "p.jsonl", line)) == [Prompt("7", "Go on.", "t")]
-
-
-GOOD = '{"question": "q", "options": ["a", "b"], "answer": 0}'
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "message"),
-    [
-        ("x.csv", "", "use .jsonl or .json"),
-        ("x.jsonl", "\n", "no items; add at least one"),
-        ("x.jsonl", GOOD + "\n{", r"line 2, column 2: not valid JSON .*; correct it there"),
-        ("x.json", "[\n" + GOOD + ",\n]", r"line 3, column 1: not valid JSON"),
-        ("x.json", GOOD, r"put the objects in one \[...\] list, or use .jsonl"),
-        ("x.jsonl", GOOD + "\n3", "line 2: not a JSON object"),
-        ("x.jsonl", GOOD.replace('"q"', '" "'), "line 1: 'question' is missing or empty; add"),
-        ("x.jsonl", GOOD.replace(', "b"', ""), "line 1: 'options' is not a list of two or more"),
-        ("x.jsonl", GOOD.replace('"b"', "4"), "line 1: an option is empty or not text"),
-        ("x.jsonl", GOOD.replace('"b"', '" a"'), "line 1: two options are the same"),
-        ("x.jsonl", GOOD.replace("0}", "2}"), "line 1: 'answer' is 2; use an index from 0 to 1"),
-        ("x.jsonl", GOOD.replace("0}", "true}"), "line 1: 'answer' is true; use an index"),
-        ("x.json", "[" + GOOD.replace("0}", "null}") + "]", "item 1: 'answer' is null; use"),
-        ("x.jsonl", GOOD[:-1] + ', "id": []}', "line 1: 'id' is not a text"),
-        ("x.jsonl", GOOD[:-1] + ', "topic": 3}', "line 1: 'topic' is not text"),
-        ("x.jsonl", (GOOD[:-1] + ', "id": "s"}\n') * 2, "the id 's' occurs twice"),
-    ],
-)
-def test_bad_files_name_the_place_and_the_fix(
-    tmp_path: Path, name: str, text: str, message: str
-) -> None:
-    path = write(tmp_path, name, text)
-    with pytest.raises(PrunekitError, match=message) as caught:
-        load_choices(path)
-    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(PrunekitError, match="no such file; check the path"):
-        load_prompts(tmp_path / "absent.txt")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(PrunekitError, match="not UTF-8 at byte 3; save the file as UTF-8"):
-        load_prompts(tmp_path / "latin.txt")
-
-
-# --- the built-in set and the embedded model -----------------------------------------------------
-
-
-def test_built_in_data_is_sane() -> None:
-    choices, prompts = load_choices(), load_prompts()
-    assert len(choices) >= 72 and len(prompts) >= 32
-    assert len({choice.question for choice in choices}) == len(choices)
-    assert len({prompt.prompt for prompt in prompts}) == len(prompts)
-    for choice in choices:
-        assert len(choice.options) == 4 and choice.topic
-        assert len({option.casefold() for option in choice.options}) == 4
-    positions = Counter(choice.answer for choice in choices)
-    assert max(positions.values()) - min(positions.values()) <= 1
-    # The right option must not give itself away by its length.
-    longest = sum(
-        all(len(o) < len(c.options[c.answer]) for i, o in enumerate(c.options) if i != c.answer)
-        for c in choices
-    )
-    assert longest / len(choices) < 0.4
-    assert 12_000 <= len(load_heldout().encode()) <= 20_000
-    assert load_heldout().isascii()
 
 
 def test_embedded_model_answers_above_chance() -> None:

@@ -1,0 +1,115 @@
+"""prunekit drop, compare, inspect and demo: what they write and say."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from command_line import QUESTIONS, QUICK, snapshot, tiny_model, tiny_tokenizer
+
+from prunekit import checkpoint, cli
+
+
+def test_drop_compare_inspect(here, tmp_path, capsys):
+    dropped, study = tmp_path / "dropped", tmp_path / "study"
+    line = f"drop dense --unit attn --count 2 {QUICK} --output {dropped}"
+    assert cli.main([*line.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    gone = found["report"]["dropped_attn"]
+    assert len(gone) == 2 and len(found["report"]["scores"]["attn"]) == 3
+    assert found["cache_before"]["entries"] == 3 and found["cache_after"]["entries"] == 1
+    before, after = (found["report"][f"parameters_{when}"] for when in ("before", "after"))
+    assert before - after == 2 * (32 * 32 * 2 + 2 * 32 * 16 + 32)  # q, o; k, v; the norm
+    assert cli.main([*line.split(), "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("  dropped") == 2 and "3 → 1 entries" in shown and f"{before:,}" in shown
+
+    assert cli.main(["inspect", str(dropped)]) == 0
+    shown = capsys.readouterr().out
+    assert f"attn {gone}" in shown and "prunekit_llama" in shown and "1 entries" in shown
+
+    line = (
+        f"compare dense {dropped} --prompts prompts.txt --choices choices.jsonl --max-new-tokens 6 "
+        f"--layerwise-prompts 1 --layerwise-steps 2 --output {study}"
+    )
+    assert cli.main([*line.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["html"] == str(study / "index.html") and Path(found["html"]).is_file()
+    assert found["summary"]["kl_dense_pruned"]["mean"] > 0
+    assert found["summary"]["dense_accuracy"]["n"] == len(QUESTIONS)
+    saved = json.loads((study / "study.json").read_text())
+    assert saved["meta"]["names"] == {"dense": "dense", "pruned": "dropped"}
+    assert len(saved["decoding"]["generations"]) == 2
+    old = snapshot(study)
+    assert cli.main(line.split()) == 2  # not empty, and no --overwrite
+    assert snapshot(study) == old
+    capsys.readouterr()
+    assert cli.main([*line.split(), "--overwrite", "--no-choices", "--limit", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "KL(dense‖pruned)" in shown and str(study / "index.html") in shown
+    assert len(json.loads((study / "study.json").read_text())["decoding"]["generations"]) == 1
+
+
+def test_zeroed_format_is_stock_and_says_that_it_saves_nothing(here, tmp_path, capsys):
+    folder = tmp_path / "zeroed"
+    line = f"drop dense --unit mlp --count 1 --format zeroed {QUICK} --output {folder}"
+    assert cli.main(line.split()) == 0
+    assert "Not smaller and not faster" in capsys.readouterr().out
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_demo_compares_two_models_with_one_dense(tmp_path, capsys, monkeypatch):
+    from prunekit.commands import demo
+    from prunekit.report import png
+
+    # drawing is test_report.py's, and slow
+    monkeypatch.setattr(png, "draw", lambda figure, path: path.touch())
+    checkpoint.save(tiny_model(layers=6), tiny_tokenizer(), tmp_path / "model")
+    monkeypatch.setattr(demo, "FULL", replace(demo.QUICK, tokens=4, sweep=(0, 2), sweep_prompts=2))
+    out = tmp_path / "demo"
+    line = ["demo", str(tmp_path / "model"), "--output", str(out), "--json", "--quiet"]
+    assert cli.main(line) == 0
+    shown, err = capsys.readouterr()
+    found = json.loads(shown)
+    assert err == "" and set(found["html"]) == {"attention-drop", "wanda-2-4"}
+    for page in found["html"].values():
+        assert Path(page).is_file()
+    saved = {name: json.loads((out / name / "study.json").read_text()) for name in found["summary"]}
+    dropped = saved["attention-drop"]["meta"]["models"]["pruned"]["dropped"]
+    assert len(dropped["attn"]) == demo.FULL.dropped and saved["attention-drop"]["removal"]
+    assert saved["wanda-2-4"]["meta"]["models"]["pruned"]["dropped"] == {"attn": [], "mlp": []}
+    rows = {row["count"]: row["scores"] for row in found["sweep"]}
+    assert set(rows) == {0, 2} and rows[0]["identical"]["mean"] == 1
+    assert (out / "attention-drop" / "sweep.csv").is_file()
+    old = snapshot(out)
+    assert cli.main(line) == 2 and "--overwrite" in capsys.readouterr().err
+    assert snapshot(out) == old
+
+    plain = [*line[:-2], "--overwrite", "--quick"]
+    assert cli.main(plain) == 0
+    shown, err = capsys.readouterr()
+    assert "4 attentions dropped" in shown and "Wanda 2:4" in shown and "estimates valid" in shown
+    assert "first difference after" in shown and str(out / "wanda-2-4" / "index.html") in shown
+    assert "prunekit: loading the dense model" in err
+
+
+def test_kl_report(here, capsys):
+    line = "compare dense dense --kl-report --text long.txt --context 16 --batch-size 2"
+    before = snapshot(here)
+    assert cli.main([*line.split(), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dense"] == "dense (dense)" and found["pruned"] == "dense (pruned)"
+    assert found["context"] == 16
+    assert found["rows"] > 16 and found["kl_max"] == 0 and found["same_top"] == 1
+    assert cli.main(line.split()) == 0
+    assert "KL(dense (dense) ‖ dense (pruned))" in capsys.readouterr().out
+    assert snapshot(here) == before  # nothing is written
+
+
+def test_names_of_a_pair_are_short_and_differ():
+    from prunekit.commands.compare import _names
+
+    assert _names("demo", "out/a") == ("SmolLM2-135M-Instruct", "a")
+    assert _names("one/model", "two/model") == ("one/model", "two/model")
+    assert _names("x/model", "x/model") == ("model (dense)", "model (pruned)")
