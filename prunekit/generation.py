@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
+from prunekit.ambient import usual_torch
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture, input_device
 from prunekit.progress import track
@@ -87,6 +88,7 @@ def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new:
             )
 
 
+@usual_torch()
 @torch.inference_mode()
 def generate(
     model: PreTrainedModel,

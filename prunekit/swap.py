@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from prunekit.ambient import usual_torch
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import expert_tensors
@@ -162,6 +163,7 @@ class SwapReport:
         return "\n".join(align(rows))
 
 
+@usual_torch()
 def swap_(
     model: PreTrainedModel,
     *,
@@ -389,6 +391,7 @@ def _fusable(gate: Any, up: Any) -> bool:
     )
 
 
+@usual_torch()
 def unswap_(model: nn.Module) -> list[str]:
     """Make every packed layer of `model` a dense one again, in place.
 

@@ -80,7 +80,7 @@ def check_finite(model: nn.Module) -> None:
     """Raise a PrunekitError that names the first weight of `model` with a NaN or an infinity."""
     packed = ((name, part) for name, layer in packed_layers(model) for part in layer.kept_values())
     for name, tensor in itertools.chain(model.named_parameters(), packed):
-        if not tensor.isfinite().all():
+        if not tensor.detach().isfinite().all():
             raise PrunekitError(
                 f"{name} holds NaN or infinite values: get the checkpoint again, or load it in "
                 f"float32"

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from prunekit.ambient import usual_torch
 from prunekit.checkpoint.former_layouts import layout_of, read_former
 from prunekit.checkpoint.gguf_reader import read_gguf
 from prunekit.checkpoint.integrity import check_complete, check_readable, weight_files
@@ -37,6 +38,7 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
 
 
+@usual_torch()
 def load(
     source: str | Path,
     *,

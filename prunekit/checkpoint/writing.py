@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from prunekit.ambient import usual_torch
 from prunekit.atomic import replaced_folder
 from prunekit.checkpoint.former_layouts import FORMER_LAYOUTS, former_state
 from prunekit.checkpoint.manifest import MANIFEST, write_manifest
@@ -28,6 +29,7 @@ from prunekit.progress import quiet_transformers
 SAVE_FORMATS = ("auto", "dense", "zeroed", *FORMER_LAYOUTS)
 
 
+@usual_torch()
 def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,

@@ -15,6 +15,7 @@ from torch import cuda
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import distributed
+from prunekit.ambient import usual_torch
 from prunekit.checkpoint.sources import located
 from prunekit.data import text_files
 from prunekit.divergence import windows as plans
@@ -32,6 +33,7 @@ Given: TypeAlias = str | PreTrainedModel
 _CPU_TOKENS = 1024  # per forward pass: more don't run faster there
 
 
+@usual_torch()
 def kld(
     reference: Given,
     candidates: Sequence[Given] | Mapping[str, Given],

@@ -14,6 +14,7 @@ from prunekernels import PairStats, summarize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit import distributed
+from prunekit.ambient import usual_torch
 from prunekit.analysis.spaces import check_pair
 from prunekit.divergence.measuring import check_finite, shared_readout
 from prunekit.divergence.rows import Readout, Rows, compare, states_of
@@ -24,6 +25,7 @@ from prunekit.evaluation.scoring import check_length
 from prunekit.progress import track
 
 
+@usual_torch()
 @torch.inference_mode()
 def kl_report(
     dense: PreTrainedModel,

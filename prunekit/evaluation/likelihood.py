@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prunekit.ambient import usual_torch
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.intervals import Interval, wilson
 from prunekit.evaluation.items import Choice
@@ -115,6 +116,7 @@ class SequenceNll:
             return np.exp(self.totals / self.tokens)
 
 
+@usual_torch()
 @torch.inference_mode()
 def option_logliks(
     model: PreTrainedModel,
@@ -172,6 +174,7 @@ def option_logliks(
     return result
 
 
+@usual_torch()
 @torch.inference_mode()
 def perplexity(
     model: PreTrainedModel,
@@ -234,6 +237,7 @@ def perplexity(
         return Perplexity(float(np.exp(mean)), mean, len(nlls))
 
 
+@usual_torch()
 @torch.inference_mode()
 def sequence_nll(
     model: PreTrainedModel,

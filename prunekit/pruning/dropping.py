@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from prunekit.ambient import usual_torch
 from prunekit.data.calibration import CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
@@ -149,6 +150,7 @@ class DropReport:
         return "\n".join([*align(rows), *calibrated_in(self.calibration_dtype)])
 
 
+@usual_torch()
 @torch.inference_mode()
 def drop_(
     model: PreTrainedModel,

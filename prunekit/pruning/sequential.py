@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit import distributed
+from prunekit.ambient import usual_torch
 from prunekit.data.calibration import Calibration, CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
 from prunekit.models import blocks
@@ -30,6 +31,7 @@ _NO_TOKENS = "no calibration token reached it: scored by magnitude"
 _SILENT = "its calibration inputs are all zero: scored by magnitude"
 
 
+@usual_torch()
 @torch.inference_mode()
 def prune_(
     model: PreTrainedModel,

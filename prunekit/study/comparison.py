@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit import distributed, generation
+from prunekit.ambient import usual_torch
 from prunekit.analysis import quality
 from prunekit.analysis.findings import SECTIONS
 from prunekit.analysis.grid import MetricGrid
@@ -33,6 +34,7 @@ from prunekit.study.sharing import gather_grid, gather_subspace, over_shares
 from prunekit.study.study import Study
 
 
+@usual_torch()
 def compare(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 from transformers import PreTrainedModel
 
 from prunekit import generation
+from prunekit.ambient import usual_torch
 from prunekit.analysis import quality
 from prunekit.analysis.grid import interval_to_dict
 from prunekit.analysis.quality import Scores
@@ -43,6 +44,7 @@ class SweepRow(TypedDict):
     scores: dict[str, dict[str, Any]]
 
 
+@usual_torch()
 def sweep(
     dense: PreTrainedModel,
     tokenizer: Any,
