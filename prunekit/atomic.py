@@ -1,4 +1,4 @@
-"""Write a folder whole or not at all."""
+"""Write a folder whole or not at all, and by one run at a time."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prunekit.errors import PrunekitError
+from prunekit.locks import locked
 
 
 @contextlib.contextmanager
@@ -28,9 +29,15 @@ def replaced_folder(
             file names: a mistyped path must not cost anybody their home.
 
     Raises:
-        PrunekitError: `folder` is a file, not empty, not replaceable, or can't be written.
+        PrunekitError: `folder` is a file, not empty, not replaceable, can't be written, or another
+            run writes it; or it is one that no result may replace (`/`, the current folder).
     """
     target = check_target(folder, overwrite=overwrite, replaceable=replaceable)
+    with locked(target):
+        yield from _replaced(target)
+
+
+def _replaced(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
@@ -84,6 +91,7 @@ def check_target(
         PrunekitError: See `replaced_folder`.
     """
     target = Path(folder).expanduser().resolve()
+    _refuse_precious(target)
     parent = next(path for path in target.parents if path.exists())
     if not parent.is_dir():
         raise PrunekitError(f"{parent} is a file: choose another folder")
@@ -106,6 +114,21 @@ def check_target(
             f"another folder"
         )
     return target
+
+
+def _refuse_precious(target: Path) -> None:
+    """Refuse folders whose replacement would take more with it than an earlier result."""
+    if target == target.parent:
+        raise PrunekitError(f"{target} is the root of the file system: choose a folder inside it")
+    for find, what in ((Path.cwd, "the current folder"), (Path.home, "your home folder")):
+        try:
+            precious = find().resolve()
+        except (OSError, RuntimeError):  # deleted meanwhile, or no home
+            continue
+        if target == precious:
+            raise PrunekitError(f"{target} is {what}: choose a folder inside it")
+        if target in precious.parents:
+            raise PrunekitError(f"{target} holds {what}: choose a folder inside it")
 
 
 def _unwritable(folder: Path, error: OSError) -> PrunekitError:

@@ -137,7 +137,7 @@ def _run(argv: list[str]) -> int:
     _quiet_libraries()
     answer = sys.stdout
     # Only the command's answer goes to stdout: what libraries print must not break --json.
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as args.until_end:
         command.run(args, answer)
     answer.flush()
     return 0

@@ -101,10 +101,13 @@ def calibration(args: argparse.Namespace) -> Calibration:
 def output(args: argparse.Namespace, replaceable: Sequence[str]) -> str:
     """The output folder, checked to be writable, and empty or allowed to be replaced.
 
+    From here to the command's end no other run may write it.
+
     Raises:
-        PrunekitError: It is missing or can't be used.
+        PrunekitError: It is missing or can't be used, or another run is writing it.
     """
     from prunekit.atomic import check_target
+    from prunekit.locks import locked
 
     if not args.output:
         raise PrunekitError("where to? give --output DIR")
@@ -112,6 +115,8 @@ def output(args: argparse.Namespace, replaceable: Sequence[str]) -> str:
         check_target(args.output, overwrite=args.overwrite, replaceable=replaceable)
     except PrunekitError as error:
         raise PrunekitError(str(error).replace("allow overwriting", "add --overwrite")) from error
+    if os.environ.get("RANK", "0") == "0":  # of a launch's processes one writes
+        args.until_end.enter_context(locked(args.output))
     return str(args.output)
 
 

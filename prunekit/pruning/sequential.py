@@ -16,6 +16,7 @@ from prunekit import distributed
 from prunekit.ambient import usual_torch
 from prunekit.data.calibration import Calibration, CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
+from prunekit.locks import locked
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import WeightRef
@@ -80,8 +81,8 @@ def prune_(
 
     Raises:
         PrunekitError: A rule matches nothing, N:M doesn't divide a matrix, weights are NaN or
-            infinite, calibration is missing or unusable, or the journal is another run's. The model
-            is unchanged then, except when an activation overflows in the middle.
+            infinite, calibration is missing or unusable, or the journal is another run's or in use.
+            The model is unchanged then, except when an activation overflows in the middle.
     """
     arch = Architecture(model)
     recipe = Recipe.of(recipe)
@@ -93,8 +94,10 @@ def prune_(
     chosen = [[ref for ref in refs if ref.name in assigned] for refs in layers]
     _check(chosen, assigned, calibrated=calibration is not None)
     device = model.get_input_embeddings().weight.device
-    with evaluating(model):
+    with evaluating(model), contextlib.ExitStack() as held:
         record = None
+        if journal is not None and distributed.is_main():
+            held.enter_context(locked(journal))
         if journal is not None:
             settings = {
                 "batch_size": batch_size,
