@@ -173,10 +173,13 @@ def _speaks() -> bool:
 
 def _quiet_libraries() -> None:
     """Keep warnings and progress bars of the libraries off the user's terminal."""
+    import logging
     import warnings
 
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
+    for name in ("torchao", "torch.utils._pytree"):  # speak when transformers imports torchao
+        logging.getLogger(name).setLevel(logging.ERROR)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

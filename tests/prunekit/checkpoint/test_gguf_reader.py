@@ -9,65 +9,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tokenizers import pre_tokenizers
+from gguf_files import VOCABULARY, write_gguf
 
 from prunekit import checkpoint
 from prunekit.checkpoint import gguf_reader
 from prunekit.errors import PrunekitError
-
-TOKENS = [
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    *sorted(pre_tokenizers.ByteLevel.alphabet()),
-]
-MERGES = ["c a", "ca t", "Ġ cat"]
-VOCABULARY = [*TOKENS, "ca", "cat", "Ġcat"]
-
-
-def write_gguf(path, model, *, pre: str, quantise: bool = False) -> None:
-    """Write a tiny Llama as llama.cpp's converter does: queries and keys in pair order."""
-    config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_rope_dimension_count(config.head_dim)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(VOCABULARY)
-    writer.add_token_types([3, 3, 3] + [1] * (len(VOCABULARY) - 3))
-    writer.add_token_merges(MERGES)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(2)
-    writer.add_unk_token_id(0)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
-        values = tensor.float()
-        for part, heads in (
-            ("q_proj", config.num_attention_heads),
-            ("k_proj", config.num_key_value_heads),
-        ):
-            if part in name:
-                halves = values.reshape(heads, 2, config.head_dim // 2, -1)
-                values = halves.transpose(1, 2).reshape(values.shape)
-        data = values.numpy()
-        kind = gguf.GGMLQuantizationType.F32
-        if quantise and data.ndim == 2 and data.shape[1] % 32 == 0:
-            kind = gguf.GGMLQuantizationType.Q4_1
-            data = gguf.quantize(data, kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
 
 
 @pytest.fixture
@@ -97,7 +43,7 @@ def test_what_was_written_comes_back(source, token_ids, tmp_path, pre):
 
 def test_quantised_tensors_are_dequantised(source, tmp_path):
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, source, pre="smollm", quantise=True)
+    write_gguf(path, source, pre="smollm", kind=gguf.GGMLQuantizationType.Q4_1)
     model, tokenizer = checkpoint.load(path, dtype="bfloat16")
     assert model.dtype is torch.bfloat16
     model, tokenizer = checkpoint.load(path)
