@@ -40,5 +40,5 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch, real: Op) -> Any:
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: state.capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    state.op, state.select = dataclasses.replace(real, tested={}, _choices={}), select
+    state.op, state.select = dataclasses.replace(real, tested={}, prepared={}, _choices={}), select
     return state

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -236,7 +237,7 @@ class UnalignedError(ValueError):
 class Bound:
     """A compiled kernel, its grid and its arguments but for the addresses of its tensors."""
 
-    __slots__ = ("_aligned", "_compiled", "_device", "_grid", "_kernel", "_rest", "_run")
+    __slots__ = ("_checked", "_compiled", "_device", "_grid", "_kernel", "_rest", "_run")
 
     def __init__(
         self, launch: Launch, device: int, compiled: Any, specialisation: tuple[Any, ...]
@@ -248,9 +249,9 @@ class Bound:
             constants[name] if name in constants else next(rest)
             for name in launch.kernel.arg_names[tensors:]
         )
-        self._aligned = tuple(
-            index for index in range(tensors) if "D" in str(specialisation[index][1] or "")
-        )
+        aligned = [i for i in range(tensors) if "D" in str(specialisation[i][1] or "")]
+        # a getter of one item gives the item itself
+        self._checked = operator.itemgetter(*aligned, aligned[-1]) if aligned else _none
         self._kernel, self._compiled, self._run = launch.kernel, compiled, compiled.run
         self._grid, self._device = launch.grid, device
 
@@ -269,8 +270,8 @@ class Bound:
                 self.launch(*addresses)
             return
         joined = 0
-        for index in self._aligned:
-            joined |= addresses[index]  # type: ignore[operator]
+        for address in self._checked(addresses):
+            joined |= address
         if joined & 15:
             raise UnalignedError(
                 f"{self._kernel.fn.__name__} was bound to tensors aligned to 16 bytes, and one of "
@@ -311,6 +312,10 @@ def record() -> Iterator[list[Launch]]:
         yield _recorded
     finally:
         _recorded = before
+
+
+def _none(addresses: Sequence[Any]) -> tuple[int, ...]:
+    return ()
 
 
 def _tensors(arguments: Sequence[Any]) -> int:

@@ -88,6 +88,7 @@ class Op:
         what: What messages call it, such as "2:4 layers".
         eager: What the eager implementation does, for reasons.
         tested: Why a self-test failed, by kernel and device index; None where it passed.
+        prepared: Calls that are ready to be launched again, under keys of the op's module.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Op:
     what: str = ""
     eager: str = ""
     tested: dict[tuple[str, int], str | None] = field(default_factory=dict, compare=False)
+    prepared: dict[Any, Any] = field(default_factory=dict, compare=False)
     _choices: dict[tuple[Problem, str], Choice] = field(default_factory=dict, compare=False)
 
     @property
@@ -223,6 +225,11 @@ class Op:
             )
         return problem
 
+    def forget(self) -> None:
+        """Make choices and prepared calls anew, as after a change of the tables."""
+        self._choices.clear()
+        self.prepared.clear()
+
     def describe(self) -> list[dict[str, str]]:
         """What "auto" runs on this machine, and why (runs self-tests on a GPU)."""
         device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -322,14 +329,14 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     if (
         torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
+        or _tracing() is not None
+        or _dispatch_modes()
+        or _function_modes()
         or forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _transforms() is not None
     ):
         return False
-    gradients = torch.is_grad_enabled()
+    gradients = _gradients()
     for tensor in tensors:
         if tensor is None:
             continue
@@ -338,7 +345,12 @@ def plain(*tensors: Tensor | None) -> bool:
     return True
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+# found once: this is asked at every call
+_PLAIN = {Tensor, torch.nn.Parameter}
+_tracing, _gradients = torch._C._get_tracing_state, torch.is_grad_enabled
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._len_torch_function_stack
+_transforms = torch._C._functorch.peek_interpreter_stack
 
 
 def keep(kept: dict[Any, Any], key: Any, value: Any) -> None:

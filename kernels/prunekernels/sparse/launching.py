@@ -10,7 +10,7 @@ slower.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
@@ -19,9 +19,13 @@ from torch import Tensor
 
 from prunekernels.launch import Launch, UnalignedError, current_stream
 
-_ARENA, _PER_STREAM = 1 << 20, 1 << 12
+_ARENA, _PER_STREAM, _PARTS = 1 << 20, 1 << 12, 1 << 20
 
+_address = Tensor.data_ptr
 _by_stream: dict[tuple[int, int], Tensor] = {}
+# by device and stream: sizes of parts and counters, and their addresses
+_rooms: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+_lasting_rooms: list[tuple[Tensor, Tensor]] = []
 # the zeros of a device, and how many of them are taken
 _arenas: dict[int, tuple[Tensor, int]] = {}
 
@@ -72,7 +76,7 @@ class Prepared:
         tensors = [value for value in call.arguments if isinstance(value, Tensor)]
         *_, y, parts, _ = tensors
         self._shape, self._dtype, self._device = tuple(shape), y.dtype, y.device
-        self._parts = None if parts is y else parts.shape
+        self._parts = 0 if parts is y else parts.numel()
         self._counters = call.grid[0] * call.grid[1]
         self._bound = call.bind()
 
@@ -81,14 +85,13 @@ class Prepared:
         y = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         at = y.data_ptr()
         parts_at = counters_at = at
-        if self._parts is not None:
-            parts = torch.empty(self._parts, dtype=torch.float32, device=self._device)
-            parts_at = parts.data_ptr()
-            counters_at = counters(self._counters, self._device).data_ptr()
-        addresses = [tensor.data_ptr() for tensor in weight]
+        if self._parts:
+            parts_at, counters_at = _room(self._parts, self._counters, self._device)
         bias_at = at if bias is None else bias.data_ptr()
         try:
-            self._bound.launch(x.data_ptr(), *addresses, bias_at, at, parts_at, counters_at)
+            self._bound.launch(
+                x.data_ptr(), *map(_address, weight), bias_at, at, parts_at, counters_at
+            )
         except UnalignedError:
             return None
         return y
@@ -132,13 +135,43 @@ def _take(count: int, index: int) -> Tensor | None:
     return arena[used : used + count]
 
 
+def _room(parts: int, count: int, device: torch.device) -> tuple[int, int]:
+    """Addresses of float32 (`parts`,) and zeroed int32 (`count`,), for one launch from now on.
+
+    Outside graph capture a stream's launches use the same room one after another.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        # freed on return: what the graph allocates later comes after the launch
+        taken = torch.empty(parts, dtype=torch.float32, device=device)
+        return taken.data_ptr(), counters(count, device).data_ptr()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    key = index, current_stream(index)
+    room = _rooms.get(key)
+    if room is None or room[0] < parts or room[1] < count:
+        # the former room stays: launches that are under way may still use it
+        made = _lasting(
+            torch.empty, max(_PARTS, 1 << (parts - 1).bit_length()), torch.float32, device
+        )
+        zeros = counters(max(count, _PER_STREAM), device)
+        _lasting_rooms.append((made, zeros))
+        room = made.numel(), zeros.numel(), made.data_ptr(), zeros.data_ptr()
+        _rooms[key] = room
+    return room[2], room[3]
+
+
 def _new_arena(device: torch.device) -> Tensor:
+    return _lasting(torch.zeros, _ARENA, torch.int32, device)
+
+
+def _lasting(
+    make: Callable[..., Tensor], size: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     # torch.compile's CUDA graphs warm up with all allocations of the calling thread going to a
     # pool whose memory is used again afterwards: what shall stay is allocated by another thread.
     def allocate() -> Tensor:
-        zeros = torch.zeros(_ARENA, dtype=torch.int32, device=device)
+        made = make(size, dtype=dtype, device=device)
         torch.cuda.current_stream(device).synchronize()
-        return zeros
+        return made
 
     with ThreadPoolExecutor(1) as executor:
         return executor.submit(allocate).result()

@@ -179,11 +179,10 @@ class Calls:
 
     def __init__(self, op: Op) -> None:
         self.op = op
-        self._prepared: dict[Any, Any] = {}
 
     def again(self, key: Any, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Any:
         """The result, if this call was prepared under the key; None if it must be made anew."""
-        prepared = self._prepared.get(key)
+        prepared = self.op.prepared.get(key)
         if prepared is None or not x.is_contiguous():
             return None
         return prepared.run(x, weight, bias)
@@ -211,7 +210,7 @@ class Calls:
                 if call is not None:
                     from prunekernels.sparse.launching import Prepared
 
-                    keep(self._prepared, key, Prepared(call, (*key[0][:-1], rows)))
+                    keep(self.op.prepared, key, Prepared(call, (*key[0][:-1], rows)))
             return kernel.run(x, *arguments)
 
 
