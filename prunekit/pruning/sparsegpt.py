@@ -2,9 +2,10 @@
 
 With inputs X (tokens, in) and H = XᵀX + λI, let U be upper triangular with H⁻¹ = UᵀU. Columns are
 visited from left to right; weight w of column i costs w² / U_ii², and pruning it changes the
-columns j > i of its row by -(w / U_ii) · U_ij, which is the least-squares answer.
-Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv
-2301.00774), algorithm 1. An input that is always zero needs no special case: λ is its diagonal.
+columns j > i of its row by -(w / U_ii) · U_ij, which is the least-squares answer (derived in
+docs/pruning.md, "Mathematics"). Source: "SparseGPT: Massive Language Models Can Be Accurately
+Pruned in One-Shot" (arXiv 2301.00774), algorithm 1. An input that is always zero needs no special
+case: λ is its diagonal.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """SparseGPT's update of one block of columns: prune, and make up for it in the columns to come.
 
 With U upper triangular and H⁻¹ = UᵀU: pruning weight w of column i costs w² / U_ii², and the best
-answer changes the columns j > i of its row by −(w / U_ii)·U_ij.
-Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot" (arXiv
-2301.00774), algorithm 1.
+answer changes the columns j > i of its row by −(w / U_ii)·U_ij (derived in docs/pruning.md,
+"Mathematics"). Source: "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot"
+(arXiv 2301.00774), algorithm 1.
 """
 
 from __future__ import annotations

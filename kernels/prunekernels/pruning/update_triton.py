@@ -3,7 +3,7 @@
 For i = 0, 1, …: e_i = w_i / U_ii where column i is pruned, else 0; w_j −= e_i·U_ij for j > i. Under
 N:M the pruned ones of a group are chosen when its first column is reached: smallest (w_j / U_jj)²
 first, of equals the last. The tile of weights stays in registers, U's block in the first-level
-cache. Source: SparseGPT (arXiv 2301.00774), algorithm 1.
+cache. Derived in docs/pruning.md, "Mathematics"; source: SparseGPT (arXiv 2301.00774), algorithm 1.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
