@@ -22,8 +22,9 @@ import numpy as np
 
 from bench import research as research_code
 from bench.harness import RESULTS, provenance, write_csv
-from prunekit import checkpoint, generation
+from prunekit import checkpoint
 from prunekit.analysis.hierarchy import layerwise
+from prunekit.models import generation
 from prunekit.pruning import Magnitude, prune_
 
 PROMPT = (

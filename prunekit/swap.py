@@ -18,7 +18,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from prunekit.ambient import usual_torch
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import expert_tensors
@@ -32,7 +31,8 @@ from prunekit.packed.modules import (
     packed_layers,
     share_hooks_,
 )
-from prunekit.progress import track
+from prunekit.process.ambient import usual_torch
+from prunekit.process.progress import track
 from prunekit.pruning.report import align
 
 # Saving less than a tenth is not worth a layer that may be slower.

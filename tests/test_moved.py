@@ -14,7 +14,9 @@ OLD = {
     "prunekernels.sparse.format_bitmap": "prunekernels.sparse.bitmap.format",
     "prunekit.calibration": "prunekit.data.calibration",
     "prunekit.comparison": "prunekit.study.comparison",
+    "prunekit.generation": "prunekit.models.generation",
     "prunekit.modeling": "prunekit.models.dropped",
+    "prunekit.progress": "prunekit.process.progress",
     "prunekit.pruning.scores": "prunekit.pruning.importance",
     "prunekit.report.figures": "prunekit.report.png",
 }

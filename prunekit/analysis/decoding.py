@@ -17,15 +17,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from prunekit import generation
 from prunekit.analysis import grid as grids
 from prunekit.analysis.grid import Array, MetricGrid
 from prunekit.analysis.sequence_metrics import sequence_metrics, text_nlls
 from prunekit.analysis.spaces import Level, Reader, Weights, check_pair
 from prunekit.analysis.steps import final_states, step_batches
 from prunekit.analysis.transcripts import TOP_TOKENS, Generation, Tops, top_tokens, transcribed
-from prunekit.generation import Rollout
-from prunekit.progress import track
+from prunekit.models import generation
+from prunekit.models.generation import Rollout
+from prunekit.process.progress import track
 
 
 @dataclass(frozen=True)

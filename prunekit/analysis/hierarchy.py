@@ -23,11 +23,11 @@ from prunekit.analysis import grid as grids
 from prunekit.analysis.grid import Array, MetricGrid
 from prunekit.analysis.spaces import Lens, Level, Reader, Weights, check_pair, twin_layers
 from prunekit.analysis.steps import StepBatch, step_batches
-from prunekit.generation import Rollout
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
+from prunekit.models.generation import Rollout
 from prunekit.models.layouts import SUBLAYERS
-from prunekit.progress import track
+from prunekit.process.progress import track
 
 # States of one model held at once before they are measured, in elements (256 MiB of float32).
 _STATE_BUDGET = 64 * 1024 * 1024

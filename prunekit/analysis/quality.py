@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedModel
 
-from prunekit import distributed
 from prunekit.analysis.grid import Array
 from prunekit.evaluation.intervals import Interval, bootstrap_mean, wilson
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.likelihood import option_logliks
+from prunekit.process import distributed
 
 Scores = dict[str, Interval]
 

@@ -12,8 +12,8 @@ from prunekit.analysis.transcripts import Generation
 from prunekit.evaluation import text_similarity
 from prunekit.evaluation.likelihood import sequence_nll
 from prunekit.evaluation.scoring import right_padded
-from prunekit.generation import Rollout
 from prunekit.models.architectures import input_device
+from prunekit.models.generation import Rollout
 
 # Per-prompt measures of `Decoding.sequence`; the perplexities are under the dense model.
 SEQUENCE_METRICS = (

@@ -17,8 +17,8 @@ from torch import Tensor
 from prunekit.analysis.grid import Array, MetricGrid
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.scoring import right_padded
-from prunekit.generation import Rollout, batches_by_length
 from prunekit.models.architectures import Architecture, input_device
+from prunekit.models.generation import Rollout, batches_by_length
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from prunekit.analysis.steps import StepBatch, final_states, step_batches
 from prunekit.analysis.transcripts import TOP_TOKENS, TopToken, named, top_tokens
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
-from prunekit.generation import Rollout
-from prunekit.progress import track
+from prunekit.models.generation import Rollout
+from prunekit.process.progress import track
 
 # How an option may be spelled behind "Answer:"; the first that is one token each is taken.
 SPELLINGS = (" {upper}", "{upper}", " {lower}", "{lower}")

@@ -11,7 +11,7 @@ from prunekernels import PairStats
 
 from prunekit.analysis.grid import MetricGrid
 from prunekit.evaluation import text_similarity
-from prunekit.generation import Rollout
+from prunekit.models.generation import Rollout
 
 TOP_TOKENS = 5
 Tops = list[list[tuple[int, float]]]

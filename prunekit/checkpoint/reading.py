@@ -18,7 +18,6 @@ from transformers import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from prunekit.ambient import usual_torch
 from prunekit.checkpoint.former_layouts import layout_of, read_former
 from prunekit.checkpoint.gguf_reader import read_gguf
 from prunekit.checkpoint.integrity import check_complete, check_readable, weight_files
@@ -30,7 +29,8 @@ from prunekit.models import dropped as modeling
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, check_supported
 from prunekit.packed.described import PACKED_FIELD, check_packed
 from prunekit.packed.modules import packed_layers, prove_kernels
-from prunekit.progress import quiet_transformers
+from prunekit.process.ambient import usual_torch
+from prunekit.process.progress import quiet_transformers
 from prunekit.swap import merge_, refuse_save_pretrained_
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")

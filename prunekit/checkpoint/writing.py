@@ -13,18 +13,18 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from prunekit.ambient import usual_torch
-from prunekit.atomic import replaced_folder
 from prunekit.checkpoint.former_layouts import FORMER_LAYOUTS, former_state
 from prunekit.checkpoint.manifest import MANIFEST, write_manifest
 from prunekit.checkpoint.skeletons import make_packed_config_, skeleton_of
 from prunekit.errors import PrunekitError, one_line
+from prunekit.files.atomic import replaced_folder
 from prunekit.models import dropped as modeling
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS, base_model_type
 from prunekit.packed.described import dense_state, describe_packed, is_packed, packed_state
 from prunekit.packed.modules import packed_layers
-from prunekit.progress import quiet_transformers
+from prunekit.process.ambient import usual_torch
+from prunekit.process.progress import quiet_transformers
 
 SAVE_FORMATS = ("auto", "dense", "zeroed", *FORMER_LAYOUTS)
 

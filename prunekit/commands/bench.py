@@ -126,7 +126,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """One record per batch and variant, the variants in turns."""
     from prunekit.packed.modules import weight_bytes
-    from prunekit.progress import track
+    from prunekit.process.progress import track
     from prunekit.speed import decoding as speed
     from prunekit.speed import timing
 
@@ -180,7 +180,7 @@ def _device_name(model: Any) -> str:
 
 
 def _write(found: dict[str, Any], folder: str, overwrite: bool) -> None:
-    from prunekit.atomic import replaced_folder
+    from prunekit.files.atomic import replaced_folder
     from prunekit.report import png
 
     with replaced_folder(folder, overwrite=overwrite, replaceable=FILES) as part:

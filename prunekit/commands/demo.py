@@ -85,9 +85,9 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     start = time.perf_counter()
     studies = _studies(args, QUICK if args.quick else FULL)
 
-    from prunekit import distributed
-    from prunekit.atomic import replaced_folder
     from prunekit.commands.compare import summary_data
+    from prunekit.files.atomic import replaced_folder
+    from prunekit.process import distributed
 
     pages = {name: str(Path(folder) / name / "index.html") for name in studies}
     if distributed.is_main():
@@ -182,7 +182,7 @@ def _spread(items: Sequence[Item], count: int) -> list[Item]:
 
 
 def _say(args: argparse.Namespace, what: str) -> None:
-    from prunekit import distributed
+    from prunekit.process import distributed
 
     if not args.quiet and distributed.is_main():
         print(f"prunekit: {what} …", file=sys.stderr)

@@ -46,8 +46,9 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     if args.count is None:
         raise PrunekitError("how many? give --count, for example --count 8")
 
-    from prunekit import checkpoint, distributed
+    from prunekit import checkpoint
     from prunekit.commands import measures
+    from prunekit.process import distributed
     from prunekit.pruning import Drop, drop_
 
     drop = Drop(args.unit, args.count, args.strategy)

@@ -25,7 +25,7 @@ def compiled(archs: Sequence[str], *, progress: bool) -> list[CompiledReport]:
     """
     from prunekernels import compilation, runtime
 
-    from prunekit.progress import track
+    from prunekit.process.progress import track
 
     if not runtime.triton_installed():
         raise PrunekitError(

@@ -106,8 +106,8 @@ def output(args: argparse.Namespace, replaceable: Sequence[str]) -> str:
     Raises:
         PrunekitError: It is missing or can't be used, or another run is writing it.
     """
-    from prunekit.atomic import check_target
-    from prunekit.locks import locked
+    from prunekit.files.atomic import check_target
+    from prunekit.files.locks import locked
 
     if not args.output:
         raise PrunekitError("where to? give --output DIR")
@@ -187,7 +187,7 @@ def emit(
 
     Under several processes only the main one prints.
     """
-    from prunekit import distributed
+    from prunekit.process import distributed
 
     if not distributed.is_main():
         return

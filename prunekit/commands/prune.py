@@ -75,7 +75,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     calibrated = any(method.calibrated for method in recipe.rules.values())
     calibration = options.calibration(args) if calibrated else None
 
-    from prunekit import checkpoint, distributed
+    from prunekit import checkpoint
+    from prunekit.process import distributed
     from prunekit.pruning import journal, prune_
 
     model, tokenizer = options.load(source, args)

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit import distributed
 from prunekit.data import text_files
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
-from prunekit.progress import track
+from prunekit.process import distributed
+from prunekit.process.progress import track
 
 SELF = "self"
 _GENERATED_TOGETHER = 32  # sequences sampled in one batch

@@ -25,10 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunekit.atomic import replaced_file
 from prunekit.divergence.rows import Readout, Rows
 from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError, one_line
+from prunekit.files.atomic import replaced_file
 
 FORMAT, VERSION = "prunekit-capture", 1
 FACTS = "capture.json"

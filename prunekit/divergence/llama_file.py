@@ -31,10 +31,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prunekit.atomic import replaced_file
 from prunekit.divergence.rows import Rows
 from prunekit.divergence.windows import Windows, planned
 from prunekit.errors import PrunekitError
+from prunekit.files.atomic import replaced_file
 
 MAGIC = b"_logits_"
 _HEADER = struct.Struct("<8siii")

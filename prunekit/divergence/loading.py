@@ -31,7 +31,7 @@ from prunekit.errors import PrunekitError, one_line
 from prunekit.models.dropped import DROP_LISTS
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED
 from prunekit.packed.described import PACKED_FIELD
-from prunekit.progress import quiet_transformers
+from prunekit.process.progress import quiet_transformers
 
 ADAPTER = "adapter_config.json"
 # quant_method of config.json -> (module, what to install)

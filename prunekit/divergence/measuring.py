@@ -17,8 +17,6 @@ from prunekernels import PairStats
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from prunekit import distributed
-from prunekit.atomic import replaced_file
 from prunekit.divergence.candidates import Side, check_tokenizer, memory_of
 from prunekit.divergence.capture import Capture
 from prunekit.divergence.llama_file import LlamaFile
@@ -28,7 +26,9 @@ from prunekit.divergence.row_statistics import ASKED, FIELDS
 from prunekit.divergence.rows import Options, Readout, Rows, compare, states_of
 from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError
-from prunekit.progress import track
+from prunekit.files.atomic import replaced_file
+from prunekit.process import distributed
+from prunekit.process.progress import track
 
 VERSION = 1  # of the rows on disk
 WORST = 8  # positions of each group whose top tokens are kept

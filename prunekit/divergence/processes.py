@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from prunekit import distributed
 from prunekit.errors import PrunekitError, one_line
+from prunekit.process import distributed
 
 T = TypeVar("T")
 # What a model, its files or a metric op may fail with; a bug in prunekit is none of these.

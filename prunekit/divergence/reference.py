@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from prunekit import distributed
 from prunekit.divergence.candidates import Side, memory_of
 from prunekit.divergence.capture import Capture, CaptureWriter, check_same, is_capture, read_facts
 from prunekit.divergence.llama_file import LlamaFile
@@ -30,7 +29,8 @@ from prunekit.divergence.processes import by_main, together
 from prunekit.divergence.rows import Options, Readout, Rows, states_of
 from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError
-from prunekit.progress import track
+from prunekit.process import distributed
+from prunekit.process.progress import track
 
 _TOKENIZER = "tokenizer"
 Planner = Callable[[PreTrainedTokenizerBase | None], Windows]

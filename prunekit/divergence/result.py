@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 import prunekit
-from prunekit.atomic import replaced_file
 from prunekit.divergence.bootstrap import BlockBootstrap
 from prunekit.divergence.measuring import Compared
 from prunekit.divergence.ranking import ranked, remarks
@@ -24,6 +23,7 @@ from prunekit.divergence.reference import Reference
 from prunekit.divergence.row_statistics import by_place, described, percentiles
 from prunekit.divergence.web_page import render
 from prunekit.errors import PrunekitError
+from prunekit.files.atomic import replaced_file
 
 FORMAT, VERSION = "prunekit-kld", 1
 FILES = ("kld.json", "kld.csv", "blocks.csv", "index.html")

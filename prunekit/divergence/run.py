@@ -14,8 +14,6 @@ from typing import TypeAlias
 from torch import cuda
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prunekit import distributed
-from prunekit.ambient import usual_torch
 from prunekit.checkpoint.sources import located
 from prunekit.data import text_files
 from prunekit.divergence import windows as plans
@@ -28,6 +26,8 @@ from prunekit.divergence.result import Candidate, Kld
 from prunekit.divergence.rows import Options
 from prunekit.errors import PrunekitError, one_line
 from prunekit.evaluation.items import load_heldout
+from prunekit.process import distributed
+from prunekit.process.ambient import usual_torch
 
 Given: TypeAlias = str | PreTrainedModel
 _CPU_TOKENS = 1024  # per forward pass: more don't run faster there

@@ -13,8 +13,6 @@ import torch
 from prunekernels import PairStats, summarize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunekit import distributed
-from prunekit.ambient import usual_torch
 from prunekit.analysis.spaces import check_pair
 from prunekit.divergence.measuring import check_finite, shared_readout
 from prunekit.divergence.rows import Readout, Rows, compare, states_of
@@ -22,7 +20,9 @@ from prunekit.divergence.windows import planned
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import text_ids
 from prunekit.evaluation.scoring import check_length
-from prunekit.progress import track
+from prunekit.process import distributed
+from prunekit.process.ambient import usual_torch
+from prunekit.process.progress import track
 
 
 @usual_torch()

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunekit.ambient import usual_torch
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.intervals import Interval, wilson
 from prunekit.evaluation.items import Choice
@@ -21,6 +20,7 @@ from prunekit.evaluation.scoring import (
     continuation_nlls,
     sequence_token_nlls,
 )
+from prunekit.process.ambient import usual_torch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import input_device
-from prunekit.progress import track
+from prunekit.process.progress import track
 
 # Logits held at once: 64 MiB in fp32.
 _LOGITS_PER_CHUNK = 2**24

@@ -15,8 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunekit import distributed
 from prunekit.errors import PrunekitError, one_line
+from prunekit.process import distributed
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from prunekernels import vector_stats
 from prunekernels.metrics.closed_form import angle_fields
 from torch import Tensor
 
-from prunekit import distributed
 from prunekit.errors import PrunekitError
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
 from prunekit.models.blocks import Keywords
 from prunekit.models.layouts import SUBLAYERS
-from prunekit.progress import track
+from prunekit.process import distributed
+from prunekit.process.progress import track
 from prunekit.pruning.stream import Stream
 
 BLOCK = "block"

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from prunekit.ambient import usual_torch
 from prunekit.data.calibration import CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.models.dropped import drop_blocks_, drop_sublayers_
 from prunekit.models.layouts import SUBLAYERS
+from prunekit.process.ambient import usual_torch
 from prunekit.pruning.cosines import BLOCK, Part, mean_cosines, parts
 from prunekit.pruning.report import align, calibrated_in, dtype_name
 from prunekit.pruning.sequential import evaluating

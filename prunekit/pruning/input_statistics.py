@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit import distributed
 from prunekit.errors import PrunekitError
 from prunekit.models.weight_refs import WeightRef
+from prunekit.process import distributed
 from prunekit.pruning import sparsegpt
 
 _SQUARED_TOGETHER = 64  # rows whose squares a CPU forms at once

@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunekit import distributed
-from prunekit.atomic import replaced_file
 from prunekit.errors import PrunekitError
+from prunekit.files.atomic import replaced_file
 from prunekit.models.weight_refs import WeightRef
+from prunekit.process import distributed
 from prunekit.pruning.report import MatrixReport
 
 FORMAT = 1

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit import distributed
-from prunekit.ambient import usual_torch
 from prunekit.data.calibration import Calibration, CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
-from prunekit.locks import locked
+from prunekit.files.locks import locked
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
 from prunekit.models.weight_refs import WeightRef
-from prunekit.progress import track
+from prunekit.process import distributed
+from prunekit.process.ambient import usual_torch
+from prunekit.process.progress import track
 from prunekit.pruning import importance, sparsegpt
 from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
 from prunekit.pruning.journal import Journal, fingerprint

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunekit import distributed
 from prunekit.errors import PrunekitError
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
 from prunekit.models.blocks import Keywords
+from prunekit.process import distributed
 
 OFFLOADS = ("cpu", "disk")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,8 +17,8 @@ from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.subspace import Subspace
-from prunekit.atomic import replaced_folder
 from prunekit.errors import PrunekitError, one_line
+from prunekit.files.atomic import replaced_folder
 from prunekit.report import contents, page
 
 STUDY = "study.json"

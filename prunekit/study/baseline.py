@@ -7,11 +7,12 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit import distributed, generation
 from prunekit.analysis import quality
 from prunekit.analysis.quality import Scores
 from prunekit.evaluation.items import Choice
-from prunekit.generation import Rollout
+from prunekit.models import generation
+from prunekit.models.generation import Rollout
+from prunekit.process import distributed
 
 
 class Baseline:

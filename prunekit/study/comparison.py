@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from prunekit import distributed, generation
-from prunekit.ambient import usual_torch
 from prunekit.analysis import quality
 from prunekit.analysis.findings import SECTIONS
 from prunekit.analysis.grid import MetricGrid
@@ -26,8 +24,11 @@ from prunekit.analysis.theory import theory
 from prunekit.checkpoint import check_finite
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
-from prunekit.generation import Rollout
+from prunekit.models import generation
 from prunekit.models.architectures import Architecture
+from prunekit.models.generation import Rollout
+from prunekit.process import distributed
+from prunekit.process.ambient import usual_torch
 from prunekit.study.baseline import Baseline
 from prunekit.study.setup import Setup
 from prunekit.study.sharing import gather_grid, gather_subspace, over_shares

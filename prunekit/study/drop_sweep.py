@@ -11,15 +11,15 @@ from typing import Any, TypedDict
 
 from transformers import PreTrainedModel
 
-from prunekit import generation
-from prunekit.ambient import usual_torch
 from prunekit.analysis import quality
 from prunekit.analysis.grid import interval_to_dict
 from prunekit.analysis.quality import Scores
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
+from prunekit.models import generation
 from prunekit.models.dropped import drop_sublayers_
 from prunekit.models.layouts import SUBLAYERS
+from prunekit.process.ambient import usual_torch
 from prunekit.study.baseline import Baseline
 from prunekit.study.setup import Setup
 

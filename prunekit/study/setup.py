@@ -9,14 +9,14 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from prunekit import generation
 from prunekit.analysis import decoding, quality
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.quality import Scores
 from prunekit.analysis.spaces import Weights
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
-from prunekit.generation import Rollout
+from prunekit.models import generation
+from prunekit.models.generation import Rollout
 from prunekit.study.baseline import Baseline
 from prunekit.study.sharing import gather_decoding, over_shares
 

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from prunekit import distributed
 from prunekit.analysis import grid as grids
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.subspace import Subspace
+from prunekit.process import distributed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunekit import distributed, report
+from prunekit import report
 from prunekit.analysis.findings import Findings
+from prunekit.process import distributed
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunekit import distributed
 from prunekit.data.calibration import Calibration, tokens
+from prunekit.process import distributed
 from prunekit.pruning import Drop, Magnitude, SparseGPT, Wanda, drop_, prune_
 
 PRUNED = {

@@ -14,14 +14,15 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit import atomic, cli
+from prunekit import cli
 from prunekit.errors import PrunekitError
-from prunekit.locks import locked
+from prunekit.files import atomic
+from prunekit.files.locks import locked
 
 HOLD = """
 import sys
 sys.argv[0] = "prunekit"  # which spares the import of torch
-from prunekit.locks import locked
+from prunekit.files.locks import locked
 with locked(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.readline()

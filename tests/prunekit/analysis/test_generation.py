@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunekit import generation
 from prunekit.errors import PrunekitError
+from prunekit.models import generation
 
 
 def greedy(model, prompt, count, ends=(2,)):

@@ -9,14 +9,14 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 
-from prunekit import generation
 from prunekit.analysis.decoding import teacher_forced
 from prunekit.analysis.hierarchy import accumulated, layerwise
 from prunekit.analysis.spaces import METRICS
 from prunekit.errors import PrunekitError
-from prunekit.generation import Rollout
+from prunekit.models import generation
 from prunekit.models.architectures import Architecture
 from prunekit.models.dropped import drop_blocks_, drop_sublayers_
+from prunekit.models.generation import Rollout
 from prunekit.models.layouts import SUBLAYERS
 
 ZERO = (

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 import prunekit as pk
-from prunekit import atomic, checkpoint
+from prunekit import checkpoint
 from prunekit.checkpoint import sources
 from prunekit.errors import PrunekitError
+from prunekit.files import atomic
 from prunekit.models.architectures import Architecture
 from prunekit.models.dropped import drop_blocks_, drop_sublayers_
 

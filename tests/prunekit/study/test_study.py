@@ -12,12 +12,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from prunekit import generation
 from prunekit.analysis import quality
 from prunekit.analysis.findings import SECTIONS
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.likelihood import option_logliks
+from prunekit.models import generation
 from prunekit.models.dropped import drop_sublayers_
 from prunekit.study.baseline import Baseline
 from prunekit.study.comparison import compare

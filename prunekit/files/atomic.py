@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prunekit.errors import PrunekitError
-from prunekit.locks import locked
+from prunekit.files.locks import locked
 
 
 @contextlib.contextmanager

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prunekit.ambient import usual_torch
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture, input_device
-from prunekit.progress import track
+from prunekit.process.ambient import usual_torch
+from prunekit.process.progress import track
 
 Chat = Literal["auto", "always", "never"]
 
