@@ -329,7 +329,13 @@ def _read_sass(
     found = {prefix: _count(code, prefix) for prefix in case.opcodes if not prefix.islower()}
     marker = case.per_iteration[0] if case.per_iteration else next(iter(case.opcodes), "")
     loops = innermost_loops(code, marker) or innermost_loops(code)
-    loop = max(loops, key=lambda body: (_count(body, marker), len(body)), default=[])
+
+    def weight(body: list[Instruction]) -> tuple[int, int, int]:
+        # of loops with as many, the one that has most of what is meant
+        meant = sum(_count(body, prefix) > 0 for prefix in found)
+        return _count(body, marker), meant, len(body)
+
+    loop = max(loops, key=weight, default=[])
     usual = _without_rare(loop, case.rare) if case.rare else loop
     per_element = None
     if case.elements_per_iteration and loop:

@@ -97,9 +97,12 @@ class Prepared:
         return y
 
 
-def difference(got: Tensor, x: Tensor, weight: Tensor) -> str | None:
-    """None if `got` equals x·Wᵀ of small integers (all sums are exact), else what differs."""
-    wanted = (x.cpu().double() @ weight.cpu().double().T).to(got.dtype)
+def difference(got: Tensor, x: Tensor, weight: Tensor, power: int = 1) -> str | None:
+    """None if `got` equals x·Wᵀ of small integers (all sums are exact), else what differs.
+
+    With a `power`, each sum to that power, which float32 must hold.
+    """
+    wanted = (x.cpu().double() @ weight.cpu().double().T).pow(power).to(got.dtype)
     wrong = int((got.cpu() != wanted).sum())
     if not wrong:
         return None

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.runtime import Op, Problem, keep, on
+from prunekernels.runtime import Op, Problem, capability, keep, on
 from prunekernels.sparse.tuning import packed_speedup
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -167,7 +167,10 @@ def expected_of(op: Op, tokens: int, w: PackedWeight) -> Expected:
     rows, columns = w.shape
     choice = op.select(Problem(w.device, w.dtype, (tokens, rows, columns)))
     dense = rows * columns * w.dtype.itemsize
-    return Expected(packed_speedup(choice.name, tokens, dense, w.nbytes, w.format), *choice)
+    sizes = tokens, dense, w.nbytes, w.format
+    if w.device.type == "cuda":
+        return Expected(packed_speedup(choice.name, *sizes, capability(w.device)), *choice)
+    return Expected(packed_speedup(choice.name, *sizes), *choice)
 
 
 class Calls:

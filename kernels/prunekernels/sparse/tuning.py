@@ -7,6 +7,8 @@ measurement.
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import NamedTuple
 
 
@@ -29,8 +31,31 @@ _LAUNCH_BYTES = 17e6
 _PORTABLE_SPEEDUP = {"2:4": 1.0, "bitmap": 0.7}
 
 
-def packed_speedup(impl: str, tokens: int, dense: int, packed: int, what: str = "2:4") -> float:
-    """Time of a dense layer over that of the packed one (predicted from bytes, not measured).
+# Tokens from which a dense layer is bound by its products and not by reading the weight: dense rate
+# over bandwidth, measured on an H200 (830 TFLOP/s, 4.2 TB/s), else from data sheets (A100, RTX
+# 4090, RTX 5090). Others count as the lowest: a B200's dense layers are bound by memory for longer,
+# but its mma.sp is not faster than an H200's for twice the bandwidth.
+_RIDGE = {(9, 0): 198, (8, 0): 156, (8, 9): 165, (12, 0): 117}
+
+# What mma.sp reached on an H200 of the gain that bytes predict, at so many tokens, for a weight of
+# 33.5 MB (4096 × 4096) and of 117 MB (14336 × 4096): bench/results/NVIDIA_H200. In between it is
+# interpolated over log M and log bytes; the small weight at 256 tokens is extrapolated.
+_MMA24_TOKENS = (1, 16, 64, 256)
+_MMA24_REACHED = {33.5e6: (1.0, 1.0, 0.52, 0.27), 117e6: (1.0, 0.93, 0.71, 0.36)}
+
+
+def packed_speedup(
+    impl: str,
+    tokens: int,
+    dense: int,
+    packed: int,
+    what: str = "2:4",
+    capability: tuple[int, int] = (9, 0),
+) -> float:
+    """Time of a dense layer over that of the packed one.
+
+    2:4 layers on an H200 are interpolated between measurements. On other GPUs tokens count by
+    where a dense layer stops being bound by memory (predicted); so do expanded weights, by bytes.
 
     Args:
         impl: The implementation that runs: "mma_sp" (2:4), "mma" (bitmap), "triton" or "eager".
@@ -38,17 +63,35 @@ def packed_speedup(impl: str, tokens: int, dense: int, packed: int, what: str = 
         dense: Bytes of the dense weight.
         packed: Bytes of the packed weight.
         what: The format: "2:4" or "bitmap".
+        capability: CUDA compute capability.
     """
-    if impl in ("mma_sp", "mma") and tokens <= 64:
-        gain = (dense + _LAUNCH_BYTES) / (packed + _LAUNCH_BYTES)
+    ridge = _RIDGE.get(capability, min(_RIDGE.values()))
+    gain = (dense + _LAUNCH_BYTES) / (packed + _LAUNCH_BYTES)
+    if impl == "mma_sp":
+        return gain * _reached(tokens * _RIDGE[(9, 0)] / ridge, dense)
+    if impl == "mma" and tokens <= 64:
         # expanding a bitmap in registers costs about half of what reading less gains
-        return gain if impl == "mma_sp" else (1 + gain) / 2
+        return (1 + gain) / 2
     if impl == "triton":
         return _PORTABLE_SPEEDUP[what]
     if impl != "eager":
         # as many instructions as the dense kernel has time for
         return 1.0
-    if tokens > 256:
-        return 0.93
-    # few tokens: the packed weight is read, and the expanded one written and read
-    return dense / (packed + 2 * dense)
+    # the packed weight is read and the dense one written before the product
+    product = dense * max(1.0, tokens / ridge)
+    return product / (product + packed + dense)
+
+
+def _reached(tokens: float, dense: int) -> float:
+    """`_MMA24_REACHED`, interpolated."""
+    (small, low), (large, high) = _MMA24_REACHED.items()
+    size = min(max(math.log(dense / small) / math.log(large / small), 0.0), 1.0)
+    curve = [a + (b - a) * size for a, b in zip(low, high, strict=True)]
+    if tokens <= _MMA24_TOKENS[0]:
+        return curve[0]
+    pairs = list(zip(_MMA24_TOKENS, curve, strict=True))
+    for (left, before), (right, after) in itertools.pairwise(pairs):
+        if tokens <= right:
+            return before + (after - before) * math.log(tokens / left) / math.log(right / left)
+    # bound by products on both sides
+    return curve[-1]

@@ -111,9 +111,10 @@ def test_tensor_core_kernel_compiles_to_sparse_instructions(case, arch):
     report = _check(case, arch)
     print(f"{case.name} on {arch}: {report.instructions_per_element:.3f} instructions per weight")
     assert report.loop_opcodes["HMMA"] == case.per_iteration[1]
-    # more tokens mean more multiplications per weight, so the bound is for one tile of tokens
+    # more tokens mean more multiplications per weight, so the bound is for one tile of tokens; a
+    # second row tile shares what x takes, and is slower all the same (measured on an H200)
     if "/t8" in case.name:
-        assert report.instructions_per_element <= 0.35
+        assert report.instructions_per_element <= (0.35 if case.constants["MT"] == 2 else 0.5)
 
 
 @compiled

@@ -30,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
-from prunekernels.runtime import processors
+from prunekernels.runtime import capability, processors
 from prunekernels.sparse.fragments import finish, x_layout
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
@@ -214,7 +214,8 @@ def forward(
 
 def configuration(x: Tensor, rows: int, gated: bool) -> MmaConfig:
     """What the table says for x (M, K) and N = rows on the GPU that x is on."""
-    return sparse24_mma(x.shape[0], rows, x.shape[1], gated, processors(x.device))
+    device = x.device
+    return sparse24_mma(x.shape[0], rows, x.shape[1], gated, processors(device), capability(device))
 
 
 def prepared(
@@ -349,7 +350,7 @@ def _case(kind: str, tokens: int, gated: bool, split: bool, archs: Sequence[Arch
         None if gated else meta((rows,), dtype, aligned=False),
         y,
         "silu" if gated else "none",
-        config if split else config._replace(splits=1),
+        config._replace(splits=4 if split else 1),
     )
     return call.case(
         f"sparse24/mma_sp/{kind}/t{8 * config.token_tiles}" + "/gated" * gated + "/split" * split,

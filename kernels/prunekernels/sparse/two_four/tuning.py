@@ -30,13 +30,22 @@ class MmaConfig(NamedTuple):
     warps: int = 4
 
 
+#: Numbers of tokens, from and to, at which `wgmma_tma` was measured faster than all others on
+#: compute capability 9.0. None yet: it only runs when asked for by name.
+WGMMA_TOKENS: tuple[tuple[int, int], ...] = ()
+
+
 def sparse24_order(
     tokens: int, rows: int, columns: int, capability: tuple[int, int], itemsize: int = 2
 ) -> list[tuple[str, str]]:
     """Implementations of a 2:4 linear layer on an NVIDIA GPU, preferred first, with reasons.
 
-    Predicted: the sparse tensor cores win while the layer is bound by reading the weight; beyond
-    that expanding the weight costs a few per cent of the dense multiplication.
+    Measured on an H200 (bench/results/NVIDIA_H200/sparse.csv): up to 256 tokens mma.sp is the
+    fastest way to multiply with a packed weight, from 1024 on to expand it and multiply densely. A
+    dense weight is faster than both from 64 tokens (4096 × 4096) or 256 (larger ones) on, which
+    `packed_speedup` tells. In between, and on other GPUs, predicted. Blackwell's data-centre GPUs
+    (10.x) have sparse tensor cores behind `tcgen05`, which no kernel here uses, and no `wgmma`:
+    they keep mma.sp.
 
     Args:
         tokens: M.
@@ -51,10 +60,16 @@ def sparse24_order(
     if itemsize > 2:
         # the portable kernel compiles to 32 instructions per float32 weight
         return [("eager", "float32: no tensor cores, so expand, then dense (predicted)")]
+    known = "measured on an H200" if capability == (9, 0) else "predicted"
+    if capability[0] == 10:
+        known += "; tcgen05's sparse products have no kernel"
+    order = []
+    if capability == (9, 0) and any(least <= tokens <= most for least, most in WGMMA_TOKENS):
+        order = [("wgmma_tma", f"{tokens} tokens: fastest by measurement")]
     if tokens <= 256:
-        few = f"{tokens} tokens: bound by reading the weight (predicted, not measured)"
-        return [("mma_sp", few), ("triton", few)] if tokens <= 64 else [("mma_sp", few)]
-    return [("eager", f"{tokens} tokens: expand, then dense (predicted, not measured)")]
+        few = f"{tokens} tokens: reads 9/16 of the weight ({known})"
+        return [*order, ("mma_sp", few)] + ([("triton", few)] if tokens <= 64 else [])
+    return [*order, ("eager", f"{tokens} tokens: expand, then dense ({known})")]
 
 
 def sparse24_portable(tokens: int, itemsize: int = 2) -> PortableConfig:
@@ -68,8 +83,15 @@ def sparse24_portable(tokens: int, itemsize: int = 2) -> PortableConfig:
     return PortableConfig(64, 64, 4, 2)
 
 
-def sparse24_mma(tokens: int, rows: int, columns: int, gated: bool, processors: int) -> MmaConfig:
-    """Tile of the mma.sp kernel (predicted).
+def sparse24_mma(
+    tokens: int,
+    rows: int,
+    columns: int,
+    gated: bool,
+    processors: int,
+    capability: tuple[int, int] = (9, 0),
+) -> MmaConfig:
+    """Tile of the mma.sp kernel.
 
     Args:
         tokens: M.
@@ -77,18 +99,25 @@ def sparse24_mma(tokens: int, rows: int, columns: int, gated: bool, processors: 
         columns: K.
         gated: Whether gate and up share a program.
         processors: Multiprocessors of the device.
+        capability: Its compute capability.
 
     Returns:
-        The configuration. Two row tiles per warp; as many token tiles as M fills, at most eight:
-        with those the registers that hold the next unit of the weight still suffice.
+        The configuration: as many token tiles as M fills, at most eight, and a ring of two slots.
+        Up to 16 tokens one row tile per warp and two programs per multiprocessor; beyond, where x
+        costs as much as the weight, two row tiles and one program. Within 8 % of the best of the
+        sweep on an H200 at 1, 16 and 64 tokens (bench/results/NVIDIA_H200/sweep_mma24.csv); in
+        between interpolated. Elsewhere predicted: a multiprocessor whose share of the bandwidth,
+        times 800 ns, is below a program's 18 KB of words in flight needs one program.
     """
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
-    blocks = -(-rows // (64 if gated else 128)) * -(-tokens // (8 * token_tiles))
-    units = max(1, columns // 256)
-    # about three programs per multiprocessor keep enough of the weight in flight; a split is worth
-    # its float32 parts from two units on
-    splits = max(1, min(-(-3 * processors // blocks), units // 2))
-    return MmaConfig(2, token_tiles, 4 if token_tiles <= 2 else 2, splits)
+    few = token_tiles <= 2
+    row_tiles = 2 if gated or not few else 1
+    height = 64 if gated else 64 * row_tiles
+    blocks = -(-rows // height) * -(-tokens // (8 * token_tiles))
+    # an H200 brings 25 KB to each in that time, an A100 13, a 5090 8, a 4090 6
+    resident = 2 if few and capability[0] in (9, 10) else 1
+    splits = max(1, min(resident * processors // blocks, columns // 512))
+    return MmaConfig(row_tiles, token_tiles, 2, splits)
 
 
 class WgmmaConfig(NamedTuple):
