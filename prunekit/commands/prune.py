@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block", type=options.positive, help="SparseGPT: columns at once (128)")
     parser.add_argument("--damping", type=options.fraction, help="SparseGPT: of the mean (0.01)")
     parser.add_argument(
+        "--revive-zeros",
+        action="store_true",
+        help="SparseGPT: let zeros of an earlier pruning become weights again",
+    )
+    parser.add_argument(
         "--ignore",
         action="append",
         metavar="GLOB",
@@ -134,6 +139,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     given = {name: getattr(args, name) for name in _METHOD_OPTIONS if getattr(args, name)}
     # 0 is no sparsity and False no variant, but a sparsity of 0 must be refused, not ignored
     given |= {"sparsity": args.sparsity} if args.sparsity is not None else {}
+    given |= {"keep_zeros": False} if args.revive_zeros else {}
     if args.rules is None:
         return Recipe.from_dict({"method": "wanda", **given, "ignore": ignore})
     if given:

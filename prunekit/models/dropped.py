@@ -9,6 +9,9 @@ Cached decoding: the kept attentions are numbered 0, 1, 2, … (`Architecture.re
 cache must hold exactly their entries, with their types (full or sliding attention). transformers
 builds caches with one entry per layer; a pre-hook of the decoder reduces each to the kept ones when
 it first meets it, whoever built it: the model itself, `generate` or the caller.
+
+`output_attentions` gives None for a dropped attention, so that the tuple has one entry per layer. A
+mixture without an expert left has no router loss.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import (
@@ -36,7 +40,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
-from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type
+from prunekit.models.layouts import (
+    MODEL_TYPE_PREFIX,
+    SUPPORTED,
+    base_model_type,
+    moved_pattern,
+)
+from prunekit.models.weight_refs import fused_experts
 from prunekit.packed.described import PACKED_FIELD, install_skeletons_
 
 DROP_LISTS = {"attn": "drop_attn_list", "mlp": "drop_mlp_list"}
@@ -88,12 +98,17 @@ def drop_sublayers_(
     _fit_cache_to_(model)
 
 
-def drop_blocks_(model: PreTrainedModel, indices: Iterable[int]) -> None:
+def drop_blocks_(model: PreTrainedModel, indices: Iterable[int]) -> list[str]:
     """Take whole decoder layers out of `model`; the others are renumbered and it stays plain.
+
+    Warns where other programs would read the result wrongly (`layouts.moved_pattern`).
 
     Args:
         model: A stock or dropped causal language model of a supported architecture.
         indices: Layers, by their index in this model.
+
+    Returns:
+        The warnings.
 
     Raises:
         PrunekitError: An index is out of range, no layer would be left, or the architecture can't
@@ -103,7 +118,7 @@ def drop_blocks_(model: PreTrainedModel, indices: Iterable[int]) -> None:
     gone = sorted(set(indices))
     _check_indices(gone, len(arch.layers), "block")
     if not gone:
-        return
+        return []
     if len(gone) == len(arch.layers):
         raise PrunekitError(f"all {len(gone)} blocks would be dropped: keep at least one")
     _own_config_(model)
@@ -112,6 +127,11 @@ def drop_blocks_(model: PreTrainedModel, indices: Iterable[int]) -> None:
         _fit_cache_to_(model)
         if not (model.config.drop_attn_list or model.config.drop_mlp_list):
             make_stock_(model)
+    note = moved_pattern(model.config)
+    if note is None:
+        return []
+    warnings.warn(note, stacklevel=2)
+    return [note]
 
 
 def _check_indices(indices: list[int], layers: int, unit: str) -> None:
@@ -256,6 +276,29 @@ class _DroppedModel:
         install_skeletons_(model, getattr(config, PACKED_FIELD, None))
 
 
+def _forward_of(stock: type[PreTrainedModel]) -> Callable[..., Any]:
+    """A forward that says of every layer what the stock one says of those that are there."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        wanted = kwargs.get("output_router_logits")
+        if wanted is None:
+            wanted = getattr(self.config, "output_router_logits", False)
+        if wanted and all(fused_experts(module) is None for module in self.modules()):
+            warnings.warn("no expert is left, so there is no router loss", stacklevel=2)
+            kwargs["output_router_logits"] = False
+        out = stock.forward(self, *args, **kwargs)
+        attentions = getattr(out, "attentions", None)
+        if attentions:
+            found = iter(attentions)
+            held = Architecture(self).attentions()
+            if len(attentions) < len(held):
+                out.attentions = tuple(None if a is None else next(found) for a in held)
+        return out
+
+    return forward
+
+
 def stock_class(name: str) -> type[PreTrainedModel]:
     """The transformers class of base model type `name`."""
     return MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
@@ -268,7 +311,12 @@ def model_class(name: str) -> type[PreTrainedModel]:
     made = type(
         f"Prunekit{stock.__name__}",
         (_DroppedModel, stock),
-        {"__module__": __name__, "__doc__": stock.__doc__, "config_class": config_class},
+        {
+            "__module__": __name__,
+            "__doc__": stock.__doc__,
+            "config_class": config_class,
+            "forward": _forward_of(stock),
+        },
     )
     globals()[made.__name__] = made
     AutoModelForCausalLM.register(config_class, made, exist_ok=True)

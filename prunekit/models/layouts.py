@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prunekit.errors import PrunekitError
 
@@ -185,6 +186,32 @@ def check_supported(config: PretrainedConfig) -> None:
         )
     if getattr(config, "add_cross_attention", False):
         raise PrunekitError("models with cross-attention are not supported: use a decoder-only one")
+
+
+def moved_pattern(config: PretrainedConfig) -> str | None:
+    """What readers that know an architecture's pattern of attentions by heart would get wrong.
+
+    Args:
+        config: A configuration whose `layer_types` was sliced.
+
+    Returns:
+        A sentence, or None where the layers have the types that the architecture gives so many.
+    """
+    held = getattr(config, "layer_types", None)
+    if held is None:
+        return None
+    plain = {name: value for name, value in config.to_dict().items() if name != "layer_types"}
+    name = base_model_type(config)
+    usual = CONFIG_MAPPING[name].from_dict({**plain, "model_type": name}).layer_types
+    if held == usual:
+        return None
+    short = " ".join(str(kind).partition("_")[0] for kind in held)
+    return (
+        f"the kept layers' attentions are {short}, which is not {name}'s own pattern: transformers "
+        "and vLLM read it from layer_types in config.json, but a reader that has the pattern built "
+        "in, such as llama.cpp, computes something else without an error; drop whole periods of "
+        "the pattern, or sublayers, to keep it"
+    )
 
 
 def slice_config_(config: PretrainedConfig, kept: Sequence[int]) -> None:

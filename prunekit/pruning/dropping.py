@@ -95,6 +95,7 @@ class DropReport:
         sequences: Number of calibration sequences.
         tokens: Number of calibration tokens.
         calibration_dtype: See `prunekit.pruning.PruneReport`.
+        notes: What other programs may get wrong with the smaller model.
     """
 
     unit: str
@@ -107,6 +108,7 @@ class DropReport:
     sequences: int
     tokens: int
     calibration_dtype: str | None = None
+    notes: tuple[str, ...] = ()
 
     def _layers(self, unit: str) -> tuple[int, ...]:
         return tuple(sorted(part.layer for part in self.dropped if part.unit == unit))
@@ -131,6 +133,7 @@ class DropReport:
         return {
             **dataclasses.asdict(self),
             "dropped": [dataclasses.asdict(part) for part in self.dropped],
+            "notes": list(self.notes),
             "dropped_attn": list(self.dropped_attn),
             "dropped_mlp": list(self.dropped_mlp),
             "dropped_blocks": list(self.dropped_blocks),
@@ -147,7 +150,8 @@ class DropReport:
                 mark = "  dropped" if (unit, layer) in gone else ""
                 cells.append("absent" if score is None else f"{score:.6f}{mark}")
             rows.append((str(layer), *cells))
-        return "\n".join([*align(rows), *calibrated_in(self.calibration_dtype)])
+        notes = [f"Note: {note}." for note in self.notes]
+        return "\n".join([*align(rows), *notes, *calibrated_in(self.calibration_dtype)])
 
 
 @usual_torch()
@@ -210,8 +214,9 @@ def drop_(
             chosen = _highest(first)[: drop.count]
     before, layer_count = _parameters(model), len(arch.layers)
     layers = {unit: [part.layer for part in chosen if part.unit == unit] for unit in drop.scored}
+    notes: list[str] = []
     if drop.unit == BLOCK:
-        drop_blocks_(model, layers[BLOCK])
+        notes = drop_blocks_(model, layers[BLOCK])
     else:
         drop_sublayers_(model, attn=layers.get("attn", ()), mlp=layers.get("mlp", ()))
     return DropReport(
@@ -227,6 +232,7 @@ def drop_(
         sequences=len(found),
         tokens=sum(map(len, found)),
         calibration_dtype=dtype_name(calibration_dtype),
+        notes=tuple(notes),
     )
 
 

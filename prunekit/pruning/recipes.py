@@ -98,10 +98,13 @@ class SparseGPT(_Method):
     Attributes:
         block: Columns whose pruned weights are chosen together.
         damping: Fraction of the mean of H's diagonal that is added to the diagonal.
+        keep_zeros: Whether weights that are zero stay zero. False, as in the research code, lets
+            the update bring zeros of an earlier pruning back; the report then counts them.
     """
 
     block: int = 128
     damping: float = 0.01
+    keep_zeros: bool = True
 
     name: ClassVar[str] = "sparsegpt"
     calibrated: ClassVar[bool] = True
@@ -146,7 +149,7 @@ def _fits(key: str, value: Any) -> bool:
     if key in ("sparsity", "damping"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number or (key == "sparsity" and value is None)
-    kinds: dict[str, type] = {"pattern": str, "variant": bool, "block": int}
+    kinds: dict[str, type] = {"pattern": str, "variant": bool, "block": int, "keep_zeros": bool}
     return type(value) is kinds[key]
 
 

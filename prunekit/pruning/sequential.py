@@ -50,7 +50,8 @@ def prune_(
 
     Each layer is calibrated on what the layers before it give after their own pruning. Sparsity
     is exact: ⌊sparsity · count⌋ zeros are added per output row (Wanda) or per matrix (magnitude,
-    the Wanda variant, SparseGPT), N of every M weights are kept (N:M), and never fewer.
+    the Wanda variant, SparseGPT), and N of every M weights are kept (N:M). Weights that are zero
+    already count as pruned, and stay zero unless `SparseGPT(keep_zeros=False)` says otherwise.
 
     Under `torchrun` or `accelerate launch` the calibration batches are shared out and their
     statistics summed; every process ends with the same model.
@@ -304,11 +305,18 @@ def _by_sparsegpt(
 ) -> list[_Pruned]:
     assert inputs.hessian is not None
     factor = sparsegpt.inverse_factor(inputs.hessian, method.damping)
-    note = ""
+    notes = []
     if factor.damping != method.damping:
-        note = f"damping raised from {method.damping:g} to {factor.damping:g}"
-    results = sparsegpt.sparsify(matrices, factor.upper, method.target, method.block)
-    return [_Pruned(weights, mask, note) for weights, mask in results]
+        notes.append(f"damping raised from {method.damping:g} to {factor.damping:g}")
+    results = sparsegpt.sparsify(
+        matrices, factor.upper, method.target, method.block, keep_zeros=method.keep_zeros
+    )
+    done = []
+    for matrix, (weights, mask) in zip(matrices, results, strict=True):
+        alive = 0 if method.keep_zeros else int(((matrix == 0) & (weights != 0)).sum())
+        again = [f"{alive} zeros are weights again"] if alive else []
+        done.append(_Pruned(weights, mask, "; ".join([*notes, *again])))
+    return done
 
 
 def _output_squares(inputs: Tensor, before: Tensor, after: Tensor) -> Tensor:

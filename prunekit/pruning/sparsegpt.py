@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from prunekernels import rowwise_mask, sparsegpt_update
+from prunekernels import nm_mask, rowwise_mask, sparsegpt_update
 from torch import Tensor
 
 from prunekit.errors import PrunekitError
@@ -133,7 +133,12 @@ def _invert_lower_(lower: Tensor) -> None:
 
 
 def sparsify(
-    matrices: Sequence[Tensor], upper: Tensor, pattern: Pattern, block: int
+    matrices: Sequence[Tensor],
+    upper: Tensor,
+    pattern: Pattern,
+    block: int,
+    *,
+    keep_zeros: bool = False,
 ) -> list[tuple[Tensor, Tensor]]:
     """Prune matrices that read the same input, in one walk over its columns.
 
@@ -149,6 +154,8 @@ def sparsify(
         block: Columns whose mask is chosen together when unstructured; also how far errors are
             propagated column by column, the rest by one matrix product (rounded down to a
             multiple of M).
+        keep_zeros: Whether a weight that is zero stays so. Such weights are the first that a mask
+            leaves out, and where they are more than the pattern asks for, it keeps fewer.
 
     Returns:
         For each matrix the pruned and updated weights, float32, and the mask, True = keep.
@@ -157,23 +164,67 @@ def sparsify(
     # Transposed: a visited column of all rows is contiguous. One copy, made by `cat`.
     weight = torch.cat([matrix.t() for matrix in matrices], dim=1).float()
     keep = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+    zeros = weight == 0 if keep_zeros else None
+    if zeros is not None and not bool(zeros.any()):
+        zeros = None  # nothing to hold on to, so the faster walk will do
     if pattern.structured:
         block = max(pattern.of, block - block % pattern.of)
     inverse_diagonal = upper.diagonal().reciprocal()
     for start in range(0, len(weight), block):
         stop = min(start + block, len(weight))
         columns, factor = weight[start:stop], upper[start:stop, start:stop]
-        if pattern.structured:
+        if pattern.structured and zeros is not None:
+            keep[start:stop], errors = _groups_with_zeros_(
+                columns, factor, zeros[start:stop], pattern
+            )
+        elif pattern.structured:
             found = sparsegpt_update(columns.t(), factor, keep=pattern.keep, of=pattern.of)
+            keep[start:stop], errors = found.mask.t(), found.errors.t()
+            columns.copy_(found.pruned.t())
         else:
             scaled = columns * inverse_diagonal[start:stop, None]
+            if zeros is not None:
+                scaled.masked_fill_(zeros[start:stop], 0)
             _choose_block(scaled, keep, start, sizes, pattern.sparsity)
+            if zeros is not None:
+                keep[start:stop].logical_and_(zeros[start:stop].logical_not())
             found = sparsegpt_update(columns.t(), factor, keep[start:stop].t())
-        keep[start:stop] = found.mask.t()
-        weight[start:stop] = found.pruned.t()
-        weight[stop:].addmm_(upper[start:stop, stop:].t(), found.errors.t(), alpha=-1)
+            errors = found.errors.t()
+            columns.copy_(found.pruned.t())
+        weight[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
     pruned, masks = torch.split(weight, sizes, dim=1), torch.split(keep, sizes, dim=1)
     return [(values.t(), mask.t()) for values, mask in zip(pruned, masks, strict=True)]
+
+
+def _groups_with_zeros_(
+    columns: Tensor, factor: Tensor, zeros: Tensor, pattern: Pattern
+) -> tuple[Tensor, Tensor]:
+    """Prune one block of columns to N:M, group by group, and leave zeros zero.
+
+    `sparsegpt_update` chooses N:M masks itself, from weights alone; masks that know of zeros have
+    to be chosen here, between the groups' updates.
+
+    Args:
+        columns: (columns, rows), whole groups of M; pruned and updated in place.
+        factor: (columns, columns): this block of U.
+        zeros: (columns, rows), bool: weights that stay zero.
+        pattern: N:M.
+
+    Returns:
+        The mask (columns, rows), and the errors (columns, rows) to propagate.
+    """
+    mask, errors = zeros.logical_not(), torch.empty_like(columns)
+    scale = factor.diagonal().reciprocal()
+    for start in range(0, len(columns), pattern.of):
+        stop = start + pattern.of
+        group = columns[start:stop]
+        scores = (group * scale[start:stop, None]).square_().masked_fill_(zeros[start:stop], 0)
+        mask[start:stop] &= nm_mask(scores.t(), pattern.keep, pattern.of).t()
+        found = sparsegpt_update(group.t(), factor[start:stop, start:stop], mask[start:stop].t())
+        group.copy_(found.pruned.t())
+        errors[start:stop] = found.errors.t()
+        columns[stop:].addmm_(factor[start:stop, stop:].t(), errors[start:stop], alpha=-1)
+    return mask, errors
 
 
 def _choose_block(
