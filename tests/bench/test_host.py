@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import prunekernels
@@ -22,20 +23,22 @@ LIMIT = 40
 
 
 @pytest.fixture
-def idle(monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name in ("_by_stream", "_rooms", "_arenas"):
-        monkeypatch.setattr(launching, name, {})
-    with torch.inference_mode(), bench_host.idle_gpu():
-        yield
+def idle() -> Iterator[pytest.MonkeyPatch]:
+    # what the test itself replaces is undone before the GPU goes
+    with torch.inference_mode(), bench_host.idle_gpu(), pytest.MonkeyPatch.context() as patch:
+        for name in ("_by_stream", "_rooms", "_arenas"):
+            patch.setattr(launching, name, {})
+        patch.setattr(launching, "_lasting_rooms", [])
+        yield patch
 
 
 @pytest.mark.parametrize("name", ["sparse24_linear", "sparse24_gate_up", "bitmap_linear"])
-def test_a_call_of_a_known_shape_makes_few_calls(idle: None, name: str) -> None:
+def test_a_call_of_a_known_shape_makes_few_calls(idle: pytest.MonkeyPatch, name: str) -> None:
     calls = bench_host.count_calls(bench_host.cases(torch.device("cpu"))[name])
     assert 10 < calls <= LIMIT
 
 
-def test_a_known_shape_is_checked_no_more_and_every_other_one_is(idle: None) -> None:
+def test_a_known_shape_is_checked_no_more_and_every_other_one_is(idle: pytest.MonkeyPatch) -> None:
     dense = torch.zeros(64, 512, dtype=torch.bfloat16)
     w, x = prunekernels.sparse24_pack(dense), torch.ones(2, 512, dtype=torch.bfloat16)
     for _ in range(2):
@@ -55,14 +58,12 @@ def test_a_known_shape_is_checked_no_more_and_every_other_one_is(idle: None) -> 
             prunekernels.sparse24_linear(**{"x": x, "w": w, **wrong})
 
 
-def test_a_kept_call_gets_the_addresses_of_its_tensors(
-    idle: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_kept_call_gets_the_addresses_of_its_tensors(idle: pytest.MonkeyPatch) -> None:
     launched: list[Any] = []
     compiled = types.SimpleNamespace(
         function=1, packed_metadata=(), run=lambda *given: launched.append(given[9:])
     )
-    monkeypatch.setattr(launch.Launch, "_compile", lambda *_, **__: compiled)
+    idle.setattr(launch.Launch, "_compile", lambda *_, **__: compiled)
     w = prunekernels.sparse24_pack(torch.zeros(64, 2048, dtype=torch.bfloat16))
     bias = torch.zeros(64, dtype=torch.bfloat16)
     for _ in range(3):
@@ -78,18 +79,15 @@ def test_a_kept_call_gets_the_addresses_of_its_tensors(
     assert launched[-1][8:] == at[8:]
 
 
-def test_unaligned_tensors_take_the_general_way(idle: None) -> None:
+def test_unaligned_tensors_take_the_general_way(idle: pytest.MonkeyPatch) -> None:
     w = prunekernels.bitmap_pack(torch.eye(64, 512).bfloat16())
     line = torch.ones(513, dtype=torch.bfloat16)
     for x in (line[:512][None], line[1:][None], line[:512][None]):
         assert prunekernels.bitmap_linear(x, w).shape == (1, 64)
 
 
-def test_room_for_parts_grows_and_keeps_what_is_in_use(
-    idle: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_for_parts_grows_and_keeps_what_is_in_use(idle: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr(launching, "_lasting_rooms", [])
     small = launching._room(10, 4, cpu)
     assert launching._room(20, 8, cpu) == small
     large = launching._room(launching._PARTS + 1, 4, cpu)
@@ -97,6 +95,6 @@ def test_room_for_parts_grows_and_keeps_what_is_in_use(
     assert held == [small, large] and small[0] != large[0]
     assert launching._lasting_rooms[1][0].numel() == 2 * launching._PARTS
     # a graph keeps its counters for good, and its parts are its own
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    idle.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     first, second = launching._room(10, 4, cpu), launching._room(10, 4, cpu)
     assert first[1] != second[1] and {first[1], second[1]}.isdisjoint({small[1], large[1]})
