@@ -25,11 +25,16 @@ class PortableConfig(NamedTuple):
 _LAUNCH_BYTES = 17e6
 
 
-# What the portable kernels reach of a dense layer on an H200, whose multiprocessors issue 128 lane
-# instructions a clock while the memory brings 8.2 dense weights. 2:4 takes 13 instructions for a
-# weight, so it makes 10 in a clock: hardly more. A bitmap takes 22: 5.8 weights.
-_PORTABLE_SPEEDUP = {"2:4": 1.0, "bitmap": 0.7}
+# What the portable kernels reach of a dense layer: measured on an H200 at 1 to 16 tokens for
+# weights of 117 MB (of 33.5 MB: 0.25 and 0.45), bench/results/NVIDIA_H200/sparse.csv. Elsewhere
+# predicted.
+_PORTABLE_SPEEDUP = {"2:4": 0.15, "bitmap": 0.3}
 
+# Time of the bitmap's tensor-core kernel over that of a dense layer, at 1 token: what expanding
+# takes, and what reading does for each dense byte. A line through 50 to 80 % zeros, measured on an
+# H200 (14336 × 4096; 4096 × 4096 is better by a fifth). At 16 tokens it reaches so much of that; in
+# between, and beyond, interpolated over log M (predicted).
+_BITMAP_TIME, _BITMAP_AT_16 = (0.77, 0.61), 0.71
 
 # Tokens from which a dense layer is bound by its products and not by reading the weight: dense rate
 # over bandwidth, measured on an H200 (830 TFLOP/s, 4.2 TB/s), else from data sheets (A100, RTX
@@ -54,7 +59,7 @@ def packed_speedup(
 ) -> float:
     """Time of a dense layer over that of the packed one.
 
-    2:4 layers on an H200 are interpolated between measurements. On other GPUs tokens count by
+    Layers on an H200 are interpolated between measurements. On other GPUs tokens count by
     where a dense layer stops being bound by memory (predicted); so do expanded weights, by bytes.
 
     Args:
@@ -69,8 +74,13 @@ def packed_speedup(
     gain = (dense + _LAUNCH_BYTES) / (packed + _LAUNCH_BYTES)
     if impl == "mma_sp":
         return gain * _reached(tokens * _RIDGE[(9, 0)] / ridge, dense)
+    if impl == "mma" and capability == (9, 0):
+        fixed, per_byte = _BITMAP_TIME
+        return _BITMAP_AT_16 ** (math.log(max(tokens, 1)) / math.log(16)) / (
+            fixed + per_byte * packed / dense
+        )
     if impl == "mma" and tokens <= 64:
-        # expanding a bitmap in registers costs about half of what reading less gains
+        # predicted: expanding a bitmap in registers costs about half of what reading less gains
         return (1 + gain) / 2
     if impl == "triton":
         return _PORTABLE_SPEEDUP[what]

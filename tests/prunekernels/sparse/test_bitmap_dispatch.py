@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from prunekernels.sparse.bitmap.tuning import (
     bitmap_mma,
@@ -9,6 +14,7 @@ from prunekernels.sparse.bitmap.tuning import (
     bitmap_portable,
     bitmap_splits,
 )
+from prunekernels.sparse.tuning import packed_speedup
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 4096])
@@ -27,3 +33,28 @@ def test_tables_give_configurations_that_cover_the_work(tokens, rows, columns):
         assert portable.block_m >= 16 and portable.block_n % 16 == 0
     blocks = -(-columns // 64)
     assert 1 <= bitmap_splits(-(-rows // 64), blocks) <= max(1, blocks // 8)
+
+
+def measured() -> Iterator[tuple[str, int, int, float, float]]:
+    """Provider, tokens, dense bytes, bytes of the packed weight, and gain over dense on an H200."""
+    folder = Path(__file__).parents[3] / "bench" / "results" / "NVIDIA_H200"
+    with (folder / "sparse.csv").open(newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["mode"] == "unstructured"]
+    dense = {row["shape"]: row for row in rows if row["provider"] == "dense"}
+    for row in rows:
+        m, n, k = map(int, re.findall(r"[MNK]=(\d+)", row["shape"]))
+        gain = float(dense[row["shape"]]["p50_ms"]) / float(row["p50_ms"])
+        yield row["provider"], m, 2 * n * k, float(row["held_mb"]) * 1e6, gain
+
+
+def test_what_a_layer_gains_is_what_was_measured() -> None:
+    seen = 0
+    for provider, tokens, dense, packed, gain in measured():
+        if provider == "bitmap mma adding bytes" and dense > 100e6:
+            promised = packed_speedup("mma", tokens, dense, int(packed), "bitmap")
+            assert abs(promised / gain - 1) < 0.06, (tokens, packed)
+            seen += 1
+        if provider == "bitmap triton":
+            promised = packed_speedup("triton", tokens, dense, int(packed), "bitmap")
+            assert 0.6 * gain < promised < 1.1 * gain
+    assert seen == 8

@@ -46,7 +46,7 @@ def test_the_table_is_what_was_measured():
         config = sparse24_mma(tokens, rows, columns, False, 132)
         assert config.warps == 4
         time = times[str(tuple(config[:4]))]
-        assert time <= 1.08 * min(us for name, us in times.items() if name != "dense")
+        assert time <= 1.03 * min(us for name, us in times.items() if name != "dense")
         dense = 2 * rows * columns
         promised = packed_speedup("mma_sp", tokens, dense, dense * 9 // 16)
         gained = times["dense"] / time

@@ -68,7 +68,9 @@ def sparse24_order(
         order = [("wgmma_tma", f"{tokens} tokens: fastest by measurement")]
     if tokens <= 256:
         few = f"{tokens} tokens: reads 9/16 of the weight ({known})"
-        return [*order, ("mma_sp", few)] + ([("triton", few)] if tokens <= 64 else [])
+        # where it was measured, the portable kernel takes longer than expanding the weight
+        portable = tokens <= 64 and capability != (9, 0)
+        return [*order, ("mma_sp", few)] + ([("triton", few)] if portable else [])
     return [*order, ("eager", f"{tokens} tokens: expand, then dense ({known})")]
 
 
@@ -104,20 +106,28 @@ def sparse24_mma(
     Returns:
         The configuration: as many token tiles as M fills, at most eight, and a ring of two slots.
         Up to 16 tokens one row tile per warp and two programs per multiprocessor; beyond, where x
-        costs as much as the weight, two row tiles and one program. Within 8 % of the best of the
-        sweep on an H200 at 1, 16 and 64 tokens (bench/results/NVIDIA_H200/sweep_mma24.csv); in
-        between interpolated. Elsewhere predicted: a multiprocessor whose share of the bandwidth,
-        times 800 ns, is below a program's 18 KB of words in flight needs one program.
+        costs as much as the weight, two row tiles and one program, unless that leaves a program
+        fewer than eight units. Within 3 % of the best of the sweep on an H200 at 1, 16 and 64
+        tokens (bench/results/NVIDIA_H200/sweep_mma24.csv); in between interpolated. Elsewhere
+        predicted: a multiprocessor whose share of the bandwidth, times 800 ns, is below a program's
+        18 KB of words in flight needs one program.
     """
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     few = token_tiles <= 2
-    row_tiles = 2 if gated or not few else 1
-    height = 64 if gated else 64 * row_tiles
-    blocks = -(-rows // height) * -(-tokens // (8 * token_tiles))
     # an H200 brings 25 KB to each in that time, an A100 13, a 5090 8, a 4090 6
-    resident = 2 if few and capability[0] in (9, 10) else 1
-    splits = max(1, min(resident * processors // blocks, columns // 512))
-    return MmaConfig(row_tiles, token_tiles, 2, splits)
+    fast = capability[0] in (9, 10)
+
+    def divided(row_tiles: int, resident: int) -> MmaConfig:
+        height = 64 if gated else 64 * row_tiles
+        blocks = -(-rows // height) * -(-tokens // (8 * token_tiles))
+        splits = max(1, min(resident * processors // blocks, columns // 512))
+        return MmaConfig(row_tiles, token_tiles, 2, splits)
+
+    if gated or not few:
+        config = divided(2, 2 if few and fast else 1)
+        if gated or not fast or columns // 256 // config.splits >= 8:
+            return config
+    return divided(1, 2 if fast else 1)
 
 
 class WgmmaConfig(NamedTuple):
