@@ -22,7 +22,10 @@ from bench import summary
 from bench.bounds import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(ROOT / page for page in ("README.md", "docs/benchmarks.md", "docs/pruning.md"))
+PAGES = tuple(
+    ROOT / page
+    for page in ("README.md", "docs/benchmarks.md", "docs/pruning.md", "docs/metrics.md")
+)
 CPU = RESULTS / "cpu"
 H200 = RESULTS / "NVIDIA_H200"
 
@@ -194,6 +197,18 @@ def headlines() -> str:
     return table(head, body) if body else "Not measured on this version yet."
 
 
+def estimates() -> str:
+    """Rules for where the second-order estimate of KL may be used."""
+    body: dict[str, list[str]] = {}
+    rules = dict.fromkeys(row["rule"] for row in rows("estimates.csv"))
+    for row in rows("estimates.csv"):
+        valid, off = int(row["valid"]), int(row["off_twofold"])
+        cells = body.setdefault(row["pruning"], [row["kl_mean"]])
+        cells.append(f"{valid / int(row['positions']):.1%}, {off / max(1, valid):.1%} off")
+    lines = [[name, *cells] for name, cells in body.items()]
+    return table(["pruning", "mean KL", *rules], lines)
+
+
 Case = tuple[str, ...]
 
 
@@ -357,6 +372,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "prunings": prunings,
     "memory": memory,
     "draws": draws,
+    "estimates": estimates,
     "h200": h200,
     "h200-2:4": h200_two_four,
     "h200-bitmap": h200_bitmap,

@@ -94,7 +94,9 @@ def pair_stats(
     out["argmax_other"] = b.argmax(-1).masked_fill(broken_b, -1)
     out["flipped"] = (out["argmax_base"] != out["argmax_other"]) & ~broken
     out["tie"] = ((out["margin_base"] == 0) | (out["margin_other"] == 0)) & ~broken
-    out["estimate_valid"] = (var_p / (t * t) <= 1.0) & ~one_sided & ~broken
+    spread, gap = 2.0 * out["kl_estimate"], out["kl_base_other"] + out["kl_other_base"]
+    alike = (gap <= 2.0 * spread + 1e-5) & (spread <= 2.0 * gap + 1e-5)
+    out["estimate_valid"] = (spread <= 1.0) & (gap <= 1.0) & alike & ~one_sided & ~broken
     if topk:
         top = _top_tokens(a, b, log_p, log_q, topk)
         out.update({f"topk.{name}": value for name, value in top.items()})

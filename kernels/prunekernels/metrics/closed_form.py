@@ -114,13 +114,39 @@ def pair_fields(
         "uniform_variance": uniform.clamp_min(0.0).masked_fill(one_sided, inf),
         "delta_l1": sums["L1"].masked_fill(one_sided, inf),
         "delta_l2": sums["D2"].masked_fill(one_sided, inf),
-        "estimate_valid": ~one_sided & (var_p <= t * t),
     }
+    fields["estimate_valid"] = ~one_sided & estimate_applies(
+        2.0 * kl_estimate, fields["kl_base_other"] + fields["kl_other_base"]
+    )
     if full:
         fields["js"] = (0.5 * sums["JS"]).clamp_min(0.0)
         fields["total_variation"] = 0.5 * sums["TV"]
         fields["hellinger"] = torch.sqrt(0.5 * sums["HE"])
     return fields
+
+
+#: Nats below which a variance and a divergence are both rounding, so that their ratio says nothing.
+ROUNDING = 1e-5
+
+
+def estimate_applies(variance: Tensor, divergence: Tensor) -> Tensor:
+    """Whether second-order estimates describe the change from p to q.
+
+    With K₂, K₃ the cumulants of d/T under p, KL(p‖q) = K₂/2 + K₃/6 + … and J = KL(p‖q)+KL(q‖p) =
+    K₂ + K₃/2 + …, where K₂ = Var(d/T). J leaves the variance sooner than the KL leaves its
+    estimate; where both are at most 1 and within a factor of 2 of one another, the estimate is
+    closer still. A small variance alone says little: under a p that is nearly one-hot, every
+    change has one.
+
+    Args:
+        variance: (...) variance of d/T.
+        divergence: (...) J in nats.
+
+    Returns:
+        (...) bool.
+    """
+    alike = (divergence <= 2.0 * variance + ROUNDING) & (variance <= 2.0 * divergence + ROUNDING)
+    return (variance <= 1.0) & (divergence <= 1.0) & alike
 
 
 def pack(

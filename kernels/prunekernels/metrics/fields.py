@@ -177,9 +177,9 @@ class PairStats(_Fields):
         margin_base: lead of the largest a over the next (0 for a tie, +inf if V = 1).
         margin_other: the same for b.
         tie: bool, whether either margin is 0 (common in bfloat16: a flip may be an accident).
-        estimate_valid: bool, whether the standard deviation of d/T under p is at most 1. Above
-            that the second-order estimates are off by a factor of two or more. It sees what p
-            sees: where p has all its mass on one token, it holds whatever q does.
+        estimate_valid: bool, whether the second-order estimates describe the change: with
+            Var = 2·kl_estimate and J = KL(p‖q)+KL(q‖p), both are at most 1 and within a factor of
+            2 of one another (or of 1e-5). See `closed_form.estimate_applies`.
         nll_base: −ln p(label), with `labels`.
         nll_other: −ln q(label), with `labels`.
         prob_delta: q(label)−p(label), with `labels`.

@@ -22,10 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels.compilation import KernelCase
-from prunekernels.metrics import partial, result_rows, tuning
+from prunekernels.metrics import closed_form, partial, result_rows, tuning
 from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.sums import triton as lib
 from prunekernels.runtime import on
+
+ROUNDING = tl.constexpr(closed_form.ROUNDING)
 
 #: What a partial state holds before the sums. ref: A, B; top, second: the largest logits; label:
 #: the label's logit, 0 where another split has it; then counts of excluded elements.
@@ -234,7 +236,10 @@ def _pair_merge_kernel(
     tie = (margin_a == 0.0) | (margin_b == 0.0)
     tl.store(flags_ptr + rows, (id_a != id_b) & ~broken, mask=inside)
     tl.store(flags_ptr + N + rows, tie & ~broken, mask=inside)
-    valid = (var_p <= 1.0) & ~one_sided & ~broken
+    # see closed_form.estimate_applies
+    gap = kl_pq + kl_qp
+    alike = (gap <= 2.0 * var + ROUNDING) & (var <= 2.0 * gap + ROUNDING)
+    valid = (var <= 1.0) & (gap <= 1.0) & alike & ~one_sided & ~broken
     tl.store(flags_ptr + 2 * N + rows, valid, mask=inside)
     tl.store(flags_ptr + 3 * N + rows, broken, mask=inside)
     tl.store(norms_ptr + rows, ref_a / scale, mask=inside)

@@ -30,7 +30,7 @@ _UNIFORM = ("U1", "U2", "D2", "n")
 _SPREAD = {"base": ("W1", "W2"), "other": ("W1", "W2", "V1", "V2")}
 _SQUARED = {"base": ("R0", "R1", "R2"), "other": ("S0", "S1", "S2")}
 _SUMS = {
-    **dict.fromkeys(("kl_base_other", "kl_other_base"), DIVERGENCES),
+    **dict.fromkeys(("kl_base_other", "kl_other_base", "estimate_valid"), DIVERGENCES),
     **dict.fromkeys(("entropy_base", "entropy_other"), _ENTROPIES),
     **dict.fromkeys(("cos_prob", "one_minus_cos_prob"), _ANGLE),
     **dict.fromkeys(("cos_logit", "one_minus_cos_logit", "alpha"), _LOGITS),
@@ -56,6 +56,6 @@ def sums(fields: Iterable[str], *, weights: str, precise: bool) -> frozenset[str
             needed.update(_SPREAD[weights])
         if field == "one_minus_cos_prob_estimate":
             needed.update(_SQUARED[weights])
-        if precise and field in ("kl_base_other", "kl_other_base"):
+        if precise and field in ("kl_base_other", "kl_other_base", "estimate_valid"):
             needed.update(PHI)
     return frozenset(needed)

@@ -342,3 +342,58 @@ def test_margin_and_ties() -> None:
     assert single.margin_base.tolist() == [math.inf, math.inf]
     assert single.kl_base_other.tolist() == [0.0, 0.0]
     assert single.entropy_base.tolist() == [0.0, 0.0]
+
+
+def _sure(gap: float, moved: float, vocab: int = 1000) -> tuple[torch.Tensor, torch.Tensor]:
+    """A row that is sure of token 0, and the same with token 1 raised by `moved`."""
+    base = torch.zeros(1, vocab)
+    base[0, 0] = gap
+    other = base.clone()
+    other[0, 1] += moved
+    return base, other
+
+
+@pytest.mark.parametrize("weights", ["base", "other"])
+@pytest.mark.parametrize("level", ["core", "precise"])
+@pytest.mark.parametrize(
+    ("base", "other"),
+    [
+        pytest.param(*_sure(22.0, 30.0), id="a sure token flips"),
+        pytest.param(*_sure(22.0, 20.0), id="a sure token nearly flips"),
+        pytest.param(*reversed(_sure(22.0, 30.0)), id="a sure token flips back"),
+        pytest.param(*_sure(14.0, 12.0), id="a token of 1e-6 becomes one of 0.1"),
+    ],
+)
+def test_an_estimate_that_misses_the_divergence_is_not_valid(base, other, level, weights) -> None:
+    stats = pair_stats(base, other, level=level, weights=weights)
+    exact = reference.pair_stats(base.double(), other.double(), weights=weights)
+    ratio = float(exact["kl_estimate"] / exact["kl_base_other"])
+    assert not 0.5 < ratio < 2.0  # the case is what it claims to be
+    assert not bool(stats.estimate_valid) and not bool(exact["estimate_valid"])
+
+
+@pytest.mark.parametrize("level", ["core", "precise"])
+@pytest.mark.parametrize("scale", [0.0, 1e-6, 1e-4, 1e-2, 0.1])
+def test_a_small_change_everywhere_is_valid_down_to_none(level: str, scale: float) -> None:
+    base, other = rows("flat", 5000, 4, 1.0)
+    stats = pair_stats(base, base + scale * (other - base), level=level)
+    assert bool(stats.estimate_valid.all())
+
+
+def test_where_valid_the_estimate_is_within_a_factor_of_two() -> None:
+    """Over changes of every size and shape; without the rule a third of these are off."""
+    worst, invalid, valid = 1.0, 0, 0
+    for gap in torch.linspace(0.0, 20.0, 21).tolist():
+        for moved in torch.linspace(-20.0, 20.0, 41).tolist():
+            base, other = (x.double() for x in _sure(gap, moved))
+            found = reference.pair_stats(base, other)
+            kl, estimate = float(found["kl_base_other"]), float(found["kl_estimate"])
+            if kl < 1e-4:
+                continue
+            if bool(found["estimate_valid"]):
+                worst = max(worst, estimate / kl, kl / estimate)
+                valid += 1
+            else:
+                invalid += 1
+    assert valid > 20 and invalid > 20
+    assert worst < 2.0
