@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 
 from bench import research as research_code
-from bench.harness import RESULTS, provenance, write_csv
+from bench.harness import RESULTS
+from bench.result_rows import provenance, write_csv
 from prunekit import checkpoint
 from prunekit.analysis.hierarchy import layerwise
 from prunekit.models import generation

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 
 from bench import prune_layer
-from bench.harness import Session, add_options, provenance, say, write_csv
+from bench.harness import Session, add_options, say
 from bench.research import pruning_functions
+from bench.result_rows import provenance, write_csv
 from prunekit import checkpoint
 from prunekit.data import calibration
 from prunekit.data.text_files import read_file

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from bench.harness import RESULTS, provenance, write_csv
+from bench.harness import RESULTS
+from bench.result_rows import provenance, write_csv
 from prunekit import checkpoint
 from prunekit.data import calibration
 from prunekit.data.text_files import read_file

@@ -10,7 +10,8 @@ import pytest
 
 from bench import bench_candidates
 from bench.bench_candidates import DRAWS, draws, plan, verdicts
-from bench.harness import COLUMNS, Session
+from bench.harness import Session
+from bench.result_rows import COLUMNS
 
 TWO_FOUR = ("linear", "2:4", "bfloat16", "M=64 N=14336 K=4096 sparsity=0.5")
 

@@ -14,7 +14,16 @@ import pytest
 import torch
 from prunekernels import nm_mask, sparsegpt_update
 
-from bench import bench_select, bench_sparse, guard, harness, metric_peers, peers, timers
+from bench import (
+    bench_select,
+    bench_sparse,
+    guard,
+    harness,
+    metric_peers,
+    peers,
+    result_rows,
+    timers,
+)
 from bench.bounds import Cost
 from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict
 from prunekit.speed import timing
@@ -58,7 +67,7 @@ def rows(session: Session) -> list[dict[str, str]]:
 def test_a_row_has_every_column_and_a_bound_from_the_runs_own_roofs(session):
     session.measure(CASE, [contender("one")])
     (row,) = rows(session)
-    assert list(row) == harness.COLUMNS
+    assert list(row) == result_rows.COLUMNS
     assert row["op"] == "sum" and row["shape"] == "M=2 N=8" and row["status"] == "ok"
     assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
     assert float(row["bound_ms"]) == pytest.approx(64 / 1e10 * 1000)  # memory, not products
@@ -385,7 +394,7 @@ def test_a_missing_package_is_absent_with_what_installs_it():
 
 def test_rows_are_added_behind_a_header_that_is_written_once(tmp_path):
     path = tmp_path / "a.csv"
-    harness.append_rows(path, [{"a": 1, "b": "x, y"}])
-    harness.append_rows(path, [{"a": 2, "b": "–"}])
+    result_rows.append_rows(path, [{"a": 1, "b": "x, y"}])
+    result_rows.append_rows(path, [{"a": 2, "b": "–"}])
     with path.open(newline="", encoding="utf-8") as file:
         assert list(csv.DictReader(file)) == [{"a": "1", "b": "x, y"}, {"a": "2", "b": "–"}]

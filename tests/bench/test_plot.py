@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from bench import harness, plot
+from bench import plot, result_rows
 
 
 def row(**columns: object) -> dict[str, object]:
-    made: dict[str, object] = dict.fromkeys(harness.COLUMNS, "")
+    made: dict[str, object] = dict.fromkeys(result_rows.COLUMNS, "")
     fixed = {"status": "ok", "device": "x", "torch": "2", "commit": "c", "roof_gb_s": 4000.0}
     return made | fixed | {"roof_tflop_s": 800.0} | columns
 
@@ -30,19 +30,19 @@ def folder(tmp_path: Path) -> Path:
         for ms, name in zip((2.0, 1.0, 4.0), ("dense", *others), strict=False)
     ]
     layers.append(row(status="absent", provider="gone", mode="2:4", shape="M=1 N=64 K=32"))
-    harness.append_rows(tmp_path / "sparse.csv", layers)
+    result_rows.append_rows(tmp_path / "sparse.csv", layers)
     pairs = [
         timed(ms, op="pair_stats", provider=name, dtype="float32", shape=f"N=8 V={v}")
         for v in (1000, 2000)
         for ms, name in ((9.0, "torch eager"), (3.0, "prunekernels core"), (1.0, "copy"))
     ]
-    harness.append_rows(tmp_path / "metrics.csv", pairs)
+    result_rows.append_rows(tmp_path / "metrics.csv", pairs)
     models = [
         timed(ms, op="decode", mode="tiny static", provider=name, shape=f"batch={b} prompt=8 new=4")
         for b in (1, 8)
         for ms, name in ((9.0, "dense"), (6.0, "dropped"))
     ]
-    harness.append_rows(tmp_path / "model.csv", models)
+    result_rows.append_rows(tmp_path / "model.csv", models)
     return tmp_path
 
 

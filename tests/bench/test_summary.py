@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench import harness, summary
+from bench import result_rows, summary
 
 
 def row(provider: str, shape: str, ms: str, **others: str) -> dict[str, str]:
-    blank = dict.fromkeys(harness.COLUMNS, "")
+    blank = dict.fromkeys(result_rows.COLUMNS, "")
     named = {"op": "linear", "mode": "2:4", "provider": provider, "shape": shape, "p50_ms": ms}
     return blank | named | {"status": "ok"} | others
 
@@ -26,8 +26,8 @@ def write(folder: Path) -> None:
         row("dense", "M=128", "1.0"),
         row("2:4 auto", "M=128", "", status="wrong", note="error 3"),
     ]
-    harness.append_rows(folder / "sparse.csv", rows)
-    harness.append_rows(folder / "prune.csv", [{"method": "wanda", "seconds": 1}])
+    result_rows.append_rows(folder / "sparse.csv", rows)
+    result_rows.append_rows(folder / "prune.csv", [{"method": "wanda", "seconds": 1}])
 
 
 def test_ratios_are_within_a_case_and_absences_and_errors_are_said_once(tmp_path):

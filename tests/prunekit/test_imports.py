@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_no_circle_of_modules(edges: dict[str, set[str]]) -> None:
 
 def test_no_circle_of_folders(edges: dict[str, set[str]]) -> None:
     assert circle(collapsed(edges, part)) is None
+
+
+def test_rooms_import_only_what_stands_above_them_on_the_map(edges: dict[str, set[str]]) -> None:
+    text = (FOLDER.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    house = text[text.index("\nprunekit/") : text.index("\nbench/")]
+    order = [f"{FACADE}.{name}" for name in re.findall(r"^    (\w+)", house, flags=re.MULTILINE)]
+    for room, imported in collapsed(edges, part).items():
+        below = set(order[order.index(room) :])
+        assert not imported & below, f"{room} imports {imported & below}"
 
 
 def test_a_lazy_circle_is_seen(tmp_path: Path) -> None:
