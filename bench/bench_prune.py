@@ -1,4 +1,4 @@
-"""How long pruning takes beyond the passes that calibration needs, beside the research code.
+"""Times pruning beyond the passes that calibration needs, beside the research code.
 
     python -m bench.bench_prune --text c4.json --research DIR --rounds 3 --quality
     python -m bench.bench_prune --text c4.json --memory
@@ -223,7 +223,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def measure_draws(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What SparseGPT leaves on each draw, in turns; a row per draw and provider.
+    """The perplexity that SparseGPT leaves on each draw, in turns; a row per draw and provider.
 
     Two batch sizes of prunekit differ by the order of float32 sums and nothing else: what lies
     between them is rounding.

@@ -53,7 +53,7 @@ class Weights:
         return (weight * keep).to(dtype)
 
     def layers(self, peer: LinearPeer, tokens: int) -> list[Layer]:
-        """What `peer` makes of every copy; kept, because packing takes long."""
+        """The layer that `peer` makes of every copy; kept, because packing takes long."""
         if peer.name not in self._layers:
             self._layers[peer.name] = [peer.build(copy, tokens) for copy in self.copies]
         return self._layers[peer.name]
@@ -123,7 +123,7 @@ def plan(options: argparse.Namespace, session: Session) -> list[Case]:
 
 
 def maker(session: Session) -> Callable[[Case], list[Contender]]:
-    """What makes a case's contenders; the copies of one weight serve every M."""
+    """A function that makes a case's contenders; the copies of one weight serve every M."""
     held: dict[tuple[object, ...], Weights] = {}
 
     def make(case: Case) -> list[Contender]:

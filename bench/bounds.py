@@ -1,4 +1,4 @@
-"""What an op can cost at best: bytes, products and instructions, and the time they take.
+"""Lower bounds of an op's time, from its bytes, products and instructions.
 
     python -m bench.bounds [--all]                bounds on H100, H200, A100, L4 and RTX 4090
     python -m bench.bounds --csv FILE             measured times of a result file beside its bounds
@@ -7,7 +7,7 @@
 Three limits act at once, so an op takes at least the longest of: its bytes over the memory's
 bandwidth, its products over the matrix units' rate, its instructions over the issue slots
 (4 schedulers × 32 lanes per multiprocessor and clock). Bounds are predictions, never results:
-every table of this file says so.
+every table of this file states that.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def machine(device: str, bandwidth: float, flops: float) -> Machine:
 
 
 class Cost(NamedTuple):
-    """What an op cannot do without.
+    """The bytes, products and instructions that an op cannot do without.
 
     Attributes:
         bytes: Moved through memory: every operand read once, every result written once.

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows that say everything, right before fast, and results that last.
+"""The harness of the benchmarks: it checks results, times contenders in turns, keeps rows.
 
 A benchmark lists *cases* (an op at a shape) and *contenders* (ways to do it). `Session.measure`
 checks every contender's result before anything is timed, times those that are right in turns, and
@@ -62,7 +62,7 @@ class Case:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What a case is found by in a result file."""
+        """The columns by which a case is found in a result file."""
         return (self.op, self.mode, self.dtype, self.shape)
 
 
@@ -168,7 +168,7 @@ class Session:
         return {_key(row) for row in self._rows() if row["status"] != "broken"}
 
     def _rows(self) -> list[dict[str, str]]:
-        """What the file holds."""
+        """The rows of the file."""
         if not self.path.is_file():
             return []
         with self.path.open(newline="", encoding="utf-8") as file:
@@ -251,7 +251,7 @@ class Session:
             return [Contender("operands", functools.partial(_raise, error))]
 
     def _report(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Finish a case's line, then a line each for its rows; each absence is said once a run."""
+        """Finish a case's line, then print its rows; each absent peer is named once a run."""
         found = Counter(row["status"] for row in rows)
         say(": " + ", ".join(f"{count} {status}" for status, count in found.items()))
         news: dict[str, list[str]] = {}  # names by reason

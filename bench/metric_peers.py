@@ -33,7 +33,7 @@ COMPILED_ROWS, COMPILED_VOCABULARIES = 256, (32000, 152064)
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the metric ops compare.
+    """The tensors that the metric ops compare.
 
     Attributes:
         base: (N, V) logits, or (N, D) hidden states where there is a head.

@@ -182,7 +182,7 @@ def finish(figure: Figure, axes: Sequence[Axes], path: Path) -> Path:
 
 
 def made_with(rows: Sequence[Row], spread: str = "") -> str:
-    """Where the numbers come from, for the figure's foot, and how it shows their spread."""
+    """The foot of a figure: the source of its numbers, and the meaning of its error bars."""
     row = rows[0]
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     triton = f", Triton {row['triton']}" if row["triton"] else ""

@@ -184,7 +184,7 @@ def models() -> str:
 
 
 def headlines() -> str:
-    """What summary.py says of the CPU's files, as a table."""
+    """The ratios that summary.py prints for the CPU's files, as a table."""
     body = [
         [
             *(f"`{found.op}`", found.ours, found.other, f"{found.median:.2f}×"),

@@ -90,7 +90,7 @@ def headlines(folder: Path) -> list[Headline]:
 
 
 def lines(folder: Path) -> list[str]:
-    """What is to be said of one folder of result files."""
+    """The summary of one folder of result files, line by line."""
     said, every = [f"{folder}"], []
     for path in sorted(folder.glob("*.csv")):
         rows = read(path)

@@ -41,7 +41,7 @@ _WORTHWHILE = 0.9
 
 @dataclass(frozen=True)
 class ModuleSwap:
-    """What became of one linear layer.
+    """The outcome for one linear layer: its format, or the reason why it stayed dense.
 
     Attributes:
         name: Its name in the model.
@@ -66,7 +66,7 @@ class ModuleSwap:
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What `swap_` did.
+    """The report of `swap_`: the outcome for every linear layer.
 
     Attributes:
         modules: Every linear layer of the model, in its order.
@@ -107,7 +107,7 @@ class SwapReport:
 
     @property
     def verdict(self) -> str:
-        """What was gained, in a sentence or two."""
+        """One or two sentences that state the gain."""
         if not self.swapped:
             return "Nothing was packed: see the reasons."
         ratio = self.bytes / self.dense_bytes
@@ -242,7 +242,7 @@ def _device(model: nn.Module) -> torch.device:
 
 
 def _blocker(module: nn.Module, is_head: bool, uses: Counter[int]) -> str | None:
-    """Why a module is not even looked at, or None."""
+    """The reason why a module cannot be packed at all, or None."""
     if not isinstance(module, nn.Linear | Conv1D):
         return "experts stored as one tensor"
     if is_head:

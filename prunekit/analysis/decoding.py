@@ -1,4 +1,4 @@
-"""What pruning does step by step while decoding, under two protocols.
+"""The effect of pruning step by step while decoding, under two protocols.
 
 Teacher-forced: both models read the dense model's own greedy continuation, so every step has the
 same context and can be compared. Free-running: each model continues by itself. The contexts are

@@ -1,4 +1,4 @@
-"""All that was found about a dense model and its pruned copy, as plain data."""
+"""All findings about a dense model and its pruned copy, as plain data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _STEPWISE = {
 
 @dataclass(frozen=True)
 class Findings:
-    """What pruning did to a model; a section that was not asked for is None.
+    """The effect of pruning on a model; a section that nobody asked for is None.
 
     Attributes:
         meta: How it was made: names, models, versions, seed, options, counts, seconds per section.

@@ -1,4 +1,4 @@
-"""What pruning does layer by layer, in h, z and p.
+"""The effect of pruning layer by layer, in h, z and p.
 
 `layerwise` is counterfactual: in the dense model's own context, one sublayer at a time is replaced
 by its pruned twin (or by nothing, where it was dropped),

@@ -1,4 +1,4 @@
-"""How a result came about: versions, and what the compared models are."""
+"""The provenance of a result: versions, and facts of the compared models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well second-order theory predicts the divergences that were measured.
+"""Compares the predictions of second-order theory with the measured divergences.
 
 With Δ the perturbation of a hidden state h and d that of its logits, to second order
 

@@ -1,4 +1,4 @@
-"""What both models write for one prompt, token by token, and how each saw every step."""
+"""Both models' texts for one prompt, token by token, and both models' view of every step."""
 
 from __future__ import annotations
 

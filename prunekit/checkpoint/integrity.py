@@ -1,4 +1,4 @@
-"""Whether a checkpoint is whole: its files, its tensors, its values."""
+"""Checks that a checkpoint is whole: its files, its tensors, its values."""
 
 from __future__ import annotations
 

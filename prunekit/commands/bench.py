@@ -76,7 +76,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     model, _ = options.load(source, args)
     model.eval()
     cache = args.cache or ("graph" if model.device.type == "cuda" else "dynamic")
-    # a bad length or cache is said before anything takes time
+    # a bad length or cache is refused before anything takes time
     longest = speed.random_prompts(model, 1, args.prompt, args.seed)
     speed.Continuation(model, longest, args.new, cache)
     built, absent = _build(args, model, cache)

@@ -32,7 +32,7 @@ DEMO = ("demo.json",)  # by which a saved demo is known
 
 @dataclass(frozen=True)
 class Plan:
-    """How much the demo does."""
+    """The size of the demo."""
 
     prompts: int
     choices: int

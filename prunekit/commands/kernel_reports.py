@@ -1,4 +1,4 @@
-"""What the package's Triton kernels compile to, without a GPU (`prunekit doctor --kernels`)."""
+"""Compiles the package's Triton kernels without a GPU (`prunekit doctor --kernels`)."""
 
 from __future__ import annotations
 

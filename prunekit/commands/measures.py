@@ -17,7 +17,7 @@ _GROUPS = (2, 4, 8, 16)
 
 @dataclass(frozen=True)
 class CacheSize:
-    """What a key-value cache holds per token.
+    """The size of a key-value cache per token.
 
     Attributes:
         entries: Number of layers with an attention.

@@ -41,20 +41,20 @@ def add_running(parser: argparse.ArgumentParser, *, batch_size: int | None = 8) 
 
 
 def add_placement(group: Any) -> None:
-    """Where a model is put, and in which type."""
+    """Add the options that place a model: device and type."""
     group.add_argument("--device", help="cpu, cuda, cuda:1, … (a GPU if there is one)")
     group.add_argument("--dtype", help="float32, bfloat16 or float16 (the checkpoint's)")
 
 
 def add_output(parser: argparse.ArgumentParser, what: str, default: str | None = None) -> None:
-    """Where the result goes."""
+    """Add the options of the output folder."""
     shown = f" ({default})" if default else ""
     parser.add_argument("-o", "--output", metavar="DIR", default=default, help=f"{what}{shown}")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier result there")
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:
-    """What calibration data is."""
+    """Add the options of the calibration data."""
     group = parser.add_argument_group("calibration")
     group.add_argument(
         "--calibration",
@@ -74,7 +74,7 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
 
 
 def calibration_dtype(args: argparse.Namespace) -> torch.dtype | None:
-    """What `--calibration-dtype` names."""
+    """The type that `--calibration-dtype` names."""
     import torch
 
     name = args.calibration_dtype

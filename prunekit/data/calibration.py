@@ -32,7 +32,7 @@ _POOL = 4  # windows are drawn from up to this many times the tokens that are ne
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where calibration tokens come from, and how many.
+    """The source of calibration tokens, and their number.
 
     The defaults suit a model of about 100 M parameters on a CPU. The literature uses
     `samples=128, length=2048` on text from C4; give a file and these numbers on a GPU.
@@ -221,7 +221,7 @@ class _Decoder:
 
 
 def _first_tokens(model: PreTrainedModel, count: int, generator: torch.Generator) -> Tensor:
-    """What a document starts after: beginning- or end-of-sequence tokens, else random ones."""
+    """The tokens that documents start after: beginning- or end-of-sequence, else random ones."""
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(model.config, name, None)
         if token is not None:

@@ -1,4 +1,4 @@
-"""How far a generated text is from another, and how much it repeats itself."""
+"""Measures that compare a generated text with another, and that count its repetitions."""
 
 from __future__ import annotations
 

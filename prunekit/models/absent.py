@@ -1,4 +1,4 @@
-"""What stands where a dropped sublayer was."""
+"""Modules that stand where a dropped sublayer was."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _SILU = (nn.SiLU, type(ACT2FN["silu"]))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where the model expects token ids.
+    """The device on which the model expects token ids.
 
     Raises:
         PrunekitError: Its embedding is offloaded.
@@ -168,7 +168,7 @@ class Architecture:
     def contribution(
         self, index: int, sublayer: str, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Tensor:
-        """What a sublayer adds to the residual stream, post-norm included.
+        """The sum that a sublayer adds to the residual stream, post-norm included.
 
         The layer's own forward is not called, but its accelerate hook (which moves inputs, or
         brings offloaded weights in) does its work around the sublayer all the same.

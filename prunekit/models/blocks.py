@@ -24,7 +24,7 @@ Keywords = dict[str, Any]
 
 @dataclass
 class LayerInputs:
-    """What one batch presents to the decoder layers.
+    """The inputs that one batch presents to the decoder layers.
 
     Attributes:
         hidden: (batch, tokens, hidden): the first layer's input.

@@ -1,4 +1,4 @@
-"""Where each Hugging Face architecture keeps its parts: the only place in prunekit that knows.
+"""The table of where each Hugging Face architecture keeps its parts; no other place knows.
 
 A decoder layer is read as two residual sublayers,
 

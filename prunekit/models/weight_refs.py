@@ -61,7 +61,7 @@ class WeightRef:
         return self.matrix if packed is None else packed.weight.to_dense()
 
     def expert_inputs(self, routed: Tensor) -> Tensor:
-        """What enters this expert's matrix.
+        """The inputs of this expert's matrix.
 
         Args:
             routed: (tokens, hidden): the tokens that the router sends to this expert.

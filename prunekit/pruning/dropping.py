@@ -32,7 +32,7 @@ STRATEGIES = ("discrete", "consecutive", "iterative")
 
 @dataclass(frozen=True)
 class Drop:
-    """What to drop.
+    """The parts to drop: their kind, their number and the strategy.
 
     Attributes:
         unit: "attn" or "mlp" sublayers, "all" for both ranked jointly, or whole "block"s.
@@ -81,7 +81,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class DropReport:
-    """What `drop_` did. Layers are counted as they were before it.
+    """The report of `drop_`. It numbers layers as they were before.
 
     Attributes:
         unit: See `Drop`.
@@ -173,7 +173,7 @@ def drop_(
 
     Args:
         model: A model of a supported architecture; changed in place, at the very end.
-        drop: What to drop.
+        drop: The parts to drop: their kind, their number and the strategy.
         calibration: What to score on; see `prunekit.data.calibration`.
         tokenizer: Needed if the calibration is a file or a data set.
         batch_size: Sequences that run together; see `prunekit.pruning.prune_`.

@@ -1,4 +1,4 @@
-"""What pruning needs to know about a matrix's inputs, streamed while a layer runs.
+"""Statistics of a matrix's inputs, summed while its layer runs.
 
 Hooks read the inputs of the modules that hold the matrices; matrices of one input group (q, k and
 v) share one `InputStatistics`. Sums are all-reduced, so every process prunes alike.

@@ -1,4 +1,4 @@
-"""Which weights may stay: a fraction of all ("unstructured"), or N of every M in a row ("N:M")."""
+"""Patterns: a fraction of all weights stays ("unstructured"), or N of every M in a row ("N:M")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to prune and how: methods, and recipes that assign them to matrices by name.
+"""Pruning methods, and recipes that assign them to matrices by name.
 
 As YAML (`Recipe.from_dict` takes what a YAML reader returns), either one method for all matrices
 
@@ -31,7 +31,7 @@ DEFAULT_IGNORE = ("lm_head", "*.router", "*.gate", "*.shared_expert_gate")
 
 @dataclass(frozen=True)
 class _Method:
-    """What all methods share.
+    """The settings that all methods share.
 
     Attributes:
         sparsity: Fraction of the weights to prune, in (0, 1); None means 0.5, or what the
@@ -155,7 +155,7 @@ def _fits(key: str, value: Any) -> bool:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Which matrix is pruned by which method.
+    """Assigns a method to each matrix by name.
 
     Attributes:
         rules: Method by name pattern (`*`, `?`, `[…]`, case-sensitive). The first pattern that

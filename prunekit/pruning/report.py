@@ -1,4 +1,4 @@
-"""What pruning did to each matrix."""
+"""The report of a pruning run, matrix by matrix."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class MatrixReport:
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What `prune_` did.
+    """The report of `prune_`.
 
     Attributes:
         recipe: The recipe as plain data.

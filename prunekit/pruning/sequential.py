@@ -147,7 +147,7 @@ def _facts(
     calibration: CalibrationInput | None,
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a journal must agree on for its blocks to be this run's."""
+    """The facts that must be equal for a journal's blocks to belong to this run."""
     described: Any = None
     if isinstance(calibration, Calibration):
         described = {**asdict(calibration), "source": str(calibration.source)}

@@ -1,4 +1,4 @@
-"""What a chart shows, as plain data: the PNG figures and the HTML page draw the same objects.
+"""Charts as plain data: the PNG figures and the HTML page draw the same objects.
 
 A `Chart` is one pair of axes; a `Figure` is a row of charts that belong together. Numbers are
 already averaged over prompts; NaN means "not measured" and leaves a gap.

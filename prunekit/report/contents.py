@@ -1,4 +1,4 @@
-"""From a `Study` to what is shown: figures, tables, sentences, and the page's JSON."""
+"""Turns a `Study` into figures, tables, sentences and the JSON of its page."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def tables(study: Findings) -> list[summary_tables.Table]:
 
 
 def payload(study: Findings) -> dict[str, Any]:
-    """What `assets/page.js` draws."""
+    """The data that `assets/page.js` draws."""
     decoding = study.decoding
     return {
         "names": study.meta["names"],

@@ -61,7 +61,7 @@ class Traced:
 
     @property
     def what(self) -> str:
-        """What is done to one sublayer at a time."""
+        """The change that is made to one sublayer at a time."""
         return "removed" if self.removal else "replaced by its pruned twin"
 
 

@@ -1,4 +1,4 @@
-"""What the numbers of a study say, in plain sentences that claim no more than they show."""
+"""States a study's numbers in plain sentences that claim no more than the numbers show."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def hierarchy(grid: MetricGrid) -> list[dict[str, Any]]:
 
 
 def inside_table(grid: MetricGrid) -> Table:
-    """What changed from h to z to p, averaged over teacher-forced steps."""
+    """The change from h to z to p, averaged over teacher-forced steps."""
 
     def value(metric: str, unit: str = "", scale: float = 1.0) -> Value:
         return Value.of(grid.interval(metric), unit, scale)

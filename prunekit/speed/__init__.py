@@ -1,1 +1,1 @@
-"""How fast a model is: decoding, timing, and the variants that are compared."""
+"""The speed of models: decoding, timing, and the variants that are compared."""

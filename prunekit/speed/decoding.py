@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and writes tokens, with a real KV cache.
+"""Times how fast a model reads a prompt and writes tokens, with a real KV cache.
 
 Three ways of decoding: "dynamic" (a cache that grows, as `generate` uses by default), "static" (a
 cache of fixed size) and "graph" (static, with the whole step replayed as one CUDA graph, so that

@@ -1,4 +1,4 @@
-"""What the dense model does by itself: the same in every comparison with it, so computed once."""
+"""The dense model's own texts and scores, computed once for all comparisons with it."""
 
 from __future__ import annotations
 

@@ -82,8 +82,8 @@ def compare(
         seed: Seed of every interval's resampling.
         progress: Show progress bars (on a terminal only).
         names: What to call the two models.
-        baseline: What the dense model does by itself, shared by several comparisons with it; made
-            anew by default.
+        baseline: The dense model's own texts and scores, which several comparisons may share;
+            computed anew by default.
 
     Raises:
         PrunekitError: The models can't be compared, or a prompt or option is out of range; found
@@ -124,7 +124,7 @@ class _Comparison:
     """One pruned model compared with the dense one.
 
     Attributes:
-        setup: How.
+        setup: The settings.
         pruned: The pruned or dropped copy.
         lens: How the layerwise sections read a layer's state, see `Reader`.
         layerwise_prompts: At most so many prompts are analysed layer by layer.
@@ -173,7 +173,7 @@ def _checked(asked: _Comparison, sections: Sequence[str] | None) -> tuple[str, .
 def _grid(
     asked: _Comparison, trace: Callable[..., MetricGrid], pruned: PreTrainedModel | None
 ) -> MetricGrid:
-    """What `trace` (`layerwise` or `accumulated`) finds on the traced prompts and steps."""
+    """The grid of `trace` (`layerwise` or `accumulated`) over the traced prompts and steps."""
     setup = asked.setup
     prompts, steps = asked.traced()
 
@@ -248,7 +248,7 @@ def _scores(asked: _Comparison, study: Study) -> Study:
 
 
 class _Maker(NamedTuple):
-    """How a section is made.
+    """Makes one section of a study.
 
     Attributes:
         add: The study with the section, from the study so far.
@@ -275,7 +275,7 @@ _MAKERS = {
 def _meta(
     asked: _Comparison, wanted: Sequence[str], seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """How the study was made: `Findings.meta`."""
+    """`Findings.meta`: the settings, models, versions and seconds of the study."""
     setup, dense = asked.setup, asked.setup.dense
     prompts, steps = asked.traced()
     return {

@@ -77,7 +77,7 @@ def sweep(
         chat: Whether prompts are asked through the chat template.
         seed: Seed of the intervals' resampling.
         progress: Show progress bars (on a terminal only).
-        baseline: What the dense model does by itself, shared with other comparisons.
+        baseline: The dense model's own texts and scores, which other comparisons may share.
 
     Returns:
         One row per count, ascending.

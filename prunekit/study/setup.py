@@ -1,4 +1,4 @@
-"""`Setup`: how models are compared with one dense model, the same in every part of a study."""
+"""`Setup`: the settings of a comparison, which every part of a study shares."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from prunekit.study.sharing import gather_decoding, over_shares
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """How models are compared with one dense model.
+    """The settings of comparisons with one dense model.
 
     Attributes:
         dense: The dense model.
@@ -55,7 +55,7 @@ class Setup:
 
     @cached_property
     def baseline(self) -> Baseline:
-        """What the dense model does by itself: `shared` if there is one, else a new one.
+        """The dense model's own texts and scores: `shared` if there is one, else a new `Baseline`.
 
         Raises:
             PrunekitError: `shared` belongs to another model, or was asked in another way.
