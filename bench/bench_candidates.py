@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import bench_metrics, bench_sparse
+from bench import bench_block, bench_metrics, bench_sparse
 from bench.harness import Case, Contender, Session, add_options, say
 
 #: The matrices of Llama-3-8B that take most of its time.
@@ -52,8 +52,9 @@ DRAWS = (
         "2:4",
         ("2:4 mma_sp", "2:4 wgmma_sp"),
         "2:4 wgmma_tma",
-        ("dense", "cuSPARSELt best"),
+        ("dense", "cuSPARSELt best", "TileLang gemm_sp"),
     ),
+    Draw("block", "2:4", ("2:4 auto", "2:4 wgmma_sp"), "2:4 wgmma_tma", ("dense",)),
     Draw("linear", "unstructured", ("dense",), "bitmap mma", ("bitmap triton",)),
     *(
         Draw(
@@ -75,6 +76,7 @@ def plan(session: Session) -> list[Case]:
         return [
             Case("linear", "2:4", "bfloat16", {"M": 1, **small, "sparsity": 0.5}),
             Case("linear", "unstructured", "bfloat16", {"M": 1, **small, "sparsity": 0.5}),
+            *bench_block.plan(session),
             Case("pair_stats", "statistics", "float32", {"N": 4, "V": 1000}),
         ]
     cases = []
@@ -82,6 +84,7 @@ def plan(session: Session) -> list[Case]:
         for M in (1, 16, 64, 256, 1024, 4096):
             sizes = {"M": M, "N": N, "K": K, "sparsity": 0.5}
             cases.append(Case("linear", "2:4", "bfloat16", sizes))
+    cases += bench_block.plan(session)
     for sparsity in bench_sparse.SPARSITIES:
         for M in (1, 16):
             sizes = {"M": M, "N": 14336, "K": 4096, "sparsity": sparsity}
@@ -106,7 +109,13 @@ def maker(options: argparse.Namespace, session: Session) -> Callable[[Case], Seq
 
     def make(case: Case) -> Sequence[Contender]:
         names = {name for draw in draws(case) for name in (*draw.old, draw.new, *draw.beside)}
-        found = linear(case) if case.op == "linear" else bench_metrics.make(case, options, session)
+        found: Sequence[Contender]
+        if case.op == "linear":
+            found = linear(case)
+        elif case.op == "block":
+            found = bench_block.make(session, case)
+        else:
+            found = bench_metrics.make(case, options, session)
         return [contender for contender in found if contender.provider in names]
 
     return make

@@ -225,6 +225,15 @@ def _cusparselt_best(weight: Tensor, tokens: int) -> Layer:
     return Layer(apply, size(packed))
 
 
+def _tilelang(weight: Tensor, tokens: int) -> Layer:
+    """TileLang's own sparse tensor-core product."""
+    need_gpu(weight)
+    from bench.tilelang_peer import Product
+
+    product = Product(package("tilelang", "pip install tilelang"), weight)
+    return Layer(product, product.held)
+
+
 def _csr(weight: Tensor, tokens: int) -> Layer:
     need_16_bit_sparse(weight)
     sparse = weight.to_sparse_csr()
@@ -310,6 +319,7 @@ LINEAR = (
     LinearPeer("cuSPARSELt", "24 wgmma", _semi("cusparselt"), ("2:4",)),
     LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),
     LinearPeer("CUTLASS 2:4", "24 wgmma", _semi("cutlass"), ("2:4",)),
+    LinearPeer("TileLang gemm_sp", "24 wgmma", _tilelang, ("2:4",), few=True),
     LinearPeer("torch CSR", "csr", _csr, most_tokens=256),
     LinearPeer("torch BSR", "dense", _bsr, most_tokens=256),
     LinearPeer("int8 weight-only", "int8", _int8, ("2:4",), few=True),

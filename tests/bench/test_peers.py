@@ -123,3 +123,53 @@ def test_macko_multiplies_float16_and_is_judged_by_its_own_weight(monkeypatch):
         assert run().dtype == torch.float16
     assert prepared.check(prepared.runs[0]()).right
     assert not prepared.check(functools.reduce(torch.add, [run() for run in prepared.runs])).right
+
+
+def test_tilelang_is_absent_where_it_cannot_run(monkeypatch):
+    with pytest.raises(Absent, match="NVIDIA GPU"):
+        peers._tilelang(pruned(128, 64), 1)
+    monkeypatch.setattr(peers, "need_gpu", lambda weight: None)
+    monkeypatch.setitem(sys.modules, "tilelang", None)
+    with pytest.raises(Absent, match="tilelang: not installed; pip install tilelang"):
+        peers._tilelang(pruned(128, 64), 1)
+
+
+@pytest.mark.parametrize(
+    ("capability", "shape", "dtype", "why"),
+    [
+        ((12, 0), (128, 64), torch.bfloat16, r"\(12, 0\)"),
+        ((9, 0), (130, 64), torch.bfloat16, "130 × 64"),
+        ((9, 0), (128, 64), torch.float32, "float32"),
+    ],
+)
+def test_tilelang_says_what_it_does_not_take(monkeypatch, capability, shape, dtype, why):
+    from bench.tilelang_peer import Product
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    with pytest.raises(Absent, match=why):
+        Product(None, pruned(*shape).to(dtype))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "padded", "tile"), [(1, 16, 16), (100, 128, 128), (300, 384, 128)]
+)
+def test_tilelang_gets_whole_tiles_of_tokens(monkeypatch, tokens, padded, tile):
+    from bench.tilelang_peer import Product
+
+    weight, x = pruned(128, 64), torch.randn(tokens, 64).bfloat16()
+    library = types.SimpleNamespace(compress=lambda weight, **options: (weight, torch.zeros(3)))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setitem(sys.modules, "tilelang.utils.sparse", library)
+    asked = []
+
+    def kernel(self, count, size):
+        asked.append((count, size))
+        return lambda values, indices, wide: values @ wide.t()
+
+    monkeypatch.setattr(Product, "_kernel", kernel)
+    product = Product(None, weight)
+    assert torch.equal(
+        product(x),
+        (weight @ torch.nn.functional.pad(x, (0, 0, 0, padded - tokens)).t()).t()[:tokens],
+    )
+    assert asked == [(padded, tile)] and product.held == weight.nbytes + 12
