@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +36,14 @@ class Side:
         name: What tables call it.
         kind: "model", "capture" or "llama" (a file of llama.cpp's `--kl-divergence-base`).
         dtype: Load it in this type; None: its own.
+        retyped: Whether the type is what is compared: the files then say nothing about its size.
     """
 
     source: str | PreTrainedModel
     name: str
     kind: str = "model"
     dtype: str | None = None
+    retyped: bool = False
 
     @property
     def is_loaded(self) -> bool:
@@ -91,7 +93,7 @@ def sides(
             path, own = _split(source)
             kind = _kind(path)
             short = _short(path) + (f" in {own}" if own else "")
-            side = Side(path, name or short, kind, own or dtype)
+            side = Side(path, name or short, kind, own or dtype, own is not None)
         else:
             held = getattr(source.config, "name_or_path", "") or type(source).__name__
             side = Side(source, name or _short(str(held)))
@@ -106,7 +108,7 @@ def floor_side(reference: Side, dtype: str) -> Side | None:
     """
     if reference.kind != "model" or reference.is_loaded:
         return None
-    return Side(reference.source, f"reference in {dtype}", "model", dtype)
+    return Side(reference.source, f"reference in {dtype}", "model", dtype, True)
 
 
 def check_tokenizer(
@@ -167,7 +169,4 @@ def _told_apart(found: list[Side]) -> list[Side]:
     for name in whole:
         seen[name] += 1
         final.append(name if whole.count(name) == 1 else f"{name} ({seen[name]})")
-    return [
-        Side(side.source, name, side.kind, side.dtype)
-        for side, name in zip(found, final, strict=True)
-    ]
+    return [replace(side, name=name) for side, name in zip(found, final, strict=True)]

@@ -87,8 +87,8 @@ class CaptureWriter:
             return
         if head is not None:
             tensors = {"weight": head} if bias is None else {"weight": head, "bias": bias}
-            _save(self.folder / "head.safetensors", tensors)
-        _save(self.folder / "windows.safetensors", _plan_tensors(windows))
+            save_tensors(self.folder / "head.safetensors", tensors)
+        save_tensors(self.folder / "windows.safetensors", _plan_tensors(windows))
         with replaced_file(self.folder / FACTS) as written:
             written.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
 
@@ -113,7 +113,7 @@ class CaptureWriter:
                 f"windows {group.start} to {group.stop - 1} score {expected} positions, the rows "
                 f"have shape {tuple(rows.shape)}: give one row per scored position"
             )
-        _save(self.folder / _rows_name(group), {"rows": rows})
+        save_tensors(self.folder / _rows_name(group), {"rows": rows})
 
 
 class Capture:
@@ -244,13 +244,21 @@ def _plan_tensors(windows: Windows) -> dict[str, Tensor]:
     }
 
 
-def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a safetensors file, whole or not at all.
+
+    Raises:
+        PrunekitError: It can't be written; what was there before stays.
+    """
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replaced_file(path) as written:
         try:
             save_file(held, written)
-        except SafetensorError as error:  # how it wraps a full disk
-            raise OSError(28, f"{path} couldn't be written: {one_line(error)}") from error
+        except (SafetensorError, OSError) as error:  # such as a full disk
+            raise PrunekitError(
+                f"{path} couldn't be written ({one_line(error)}): free some space or use another "
+                "folder, and run again to go on"
+            ) from error
 
 
 def _opened(path: Path) -> Any:

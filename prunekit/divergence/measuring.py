@@ -15,10 +15,9 @@ import torch
 from numpy.typing import NDArray
 from prunekernels import PairStats
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from prunekit.divergence.candidates import Side, check_tokenizer, memory_of
-from prunekit.divergence.capture import Capture
+from prunekit.divergence.capture import Capture, save_tensors
 from prunekit.divergence.llama_file import LlamaFile
 from prunekit.divergence.processes import by_main, together
 from prunekit.divergence.reference import Reference
@@ -159,7 +158,7 @@ def _opened(
 
     facts = {
         "name": side.name,
-        "bytes_on_disk": loaded.bytes_on_disk if side.dtype is None else None,
+        "bytes_on_disk": None if side.retyped else loaded.bytes_on_disk,
         "bytes_in_memory": memory_of(loaded),
         "dtype": str(model.dtype).removeprefix("torch."),
         "notes": notes,
@@ -229,8 +228,7 @@ def _save(path: Path, found: PairStats, windows: Windows, group: range) -> None:
         tensors["worst.position"] = order + before
         for name in ("ids_base", "ids_other", "prob_base", "prob_other"):
             tensors[f"worst.{name}"] = getattr(found.topk, name)[order, :SHOWN]
-    with replaced_file(path) as written:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, written)
+    save_tensors(path, tensors)
 
 
 def _readable(path: Path) -> bool:

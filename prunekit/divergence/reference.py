@@ -67,7 +67,10 @@ class Reference:
 
 
 def recorded(
-    side: Side, plan: Planner | None, tokenizer: PreTrainedTokenizerBase | None
+    side: Side,
+    plan: Planner | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    limit: int | None = None,
 ) -> Reference:
     """A reference that another engine wrote: a capture, or llama.cpp's file.
 
@@ -75,6 +78,7 @@ def recorded(
         side: Where it is.
         plan: Makes the plan; None takes the file's own (llama.cpp's files only).
         tokenizer: Of the text; its beginning-of-text token starts each chunk of a file.
+        limit: Windows of the file's own plan to use; None: all.
 
     Raises:
         PrunekitError: It can't be read, or was made of another plan.
@@ -83,7 +87,7 @@ def recorded(
     if plan is not None:
         windows = plan(tokenizer)
     elif isinstance(held, LlamaFile):
-        windows = held.windows(_begins(held, tokenizer))
+        windows = held.windows(_begins(held, tokenizer), limit)
     else:
         raise PrunekitError("a capture as the reference needs its text: give --text")
     held.check(windows)

@@ -122,6 +122,7 @@ def kld(
             text is not None or dataset is not None,
             options,
             tokenizer,
+            limit,
         )
         extra = _floor(base, held, floor)
         rows = [*others, *([] if extra is None else [extra])]
@@ -156,9 +157,10 @@ def _reference(
     has_text: bool,
     options: Options,
     tokenizer: PreTrainedTokenizerBase | None,
+    limit: int | None,
 ) -> Reference:
     if side.kind != "model":
-        return recorded(side, plan if has_text else None, tokenizer)
+        return recorded(side, plan if has_text else None, tokenizer, limit)
     return cached(
         side,
         plan,

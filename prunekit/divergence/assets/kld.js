@@ -125,7 +125,7 @@ function worst() {
   const side = (label, tokens) => node("div", {}, node("p", {}, label), ...tokens.map(([text, share]) => node("span", { class: "token" }, node("code", {}, text.replaceAll("\n", "⏎")), node("small", {}, ` ${(100 * share).toFixed(share < 0.001 ? 3 : 1)} %`))));
   const draw = () => byId("worst").replaceChildren(...(data.worst[select.value] ?? []).map((place) => node("li", {},
     node("div", { class: "where" }, `KL ${number(place.kl)} nats · token ${place.index} of window ${place.window + 1}`),
-    node("div", { class: "text" }, "… ", place.before, node("b", {}, place.token)),
+    node("div", { class: "text" }, "… ", place.before, node("b", {}, place.token.replaceAll("\n", "⏎\n"))),
     node("div", { class: "sides" }, side(data.reference.name, place.base), side(select.value, place.other)))));
   select.addEventListener("change", draw);
   // The row of rounding says least: begin with the farthest candidate.
@@ -138,7 +138,7 @@ function worst() {
 function logTicks(low, high) {
   const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
   const every = Math.max(1, Math.ceil((last - first) / 6));
-  const factors = last - first <= 2 ? [1, 2, 5] : [1];
+  const factors = high / low < 10 ? [1, 1.5, 2, 3, 5, 7] : last - first <= 2 ? [1, 2, 5] : [1];
   const ticks = [];
   for (let power = first; power <= last; power += every) for (const factor of factors) {
     const value = factor * 10 ** power;
@@ -200,7 +200,7 @@ function againstSize() {
       if (at < bottom - 2 && at > 14 && !taken.some(([a, b, t]) => from2 < b && from2 + wide > a && Math.abs(t - at) < 12)) break;
     }
     taken.push([from2, from2 + wide, at]);
-    svg.append(shape("text", { class: "name", x: end ? Math.max(cx - 9, left + wide) : cx + 9, y: at, "text-anchor": end ? "end" : "start" }, row.name));
+    svg.append(shape("text", { class: "name", x: end ? Math.max(cx - 9, left + wide) : cx + 9, y: at, "text-anchor": end ? "end" : "start" }, mean > 0 ? row.name : `${row.name}: 0`));
   }
 }
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import prunekit as pk
 from prunekit.divergence import measuring, reference
@@ -274,3 +276,35 @@ def test_bad_calls_name_the_fix(tiny, saved, documents):
             pk.kld(here, [here], **arguments)
     with pytest.raises(PrunekitError, match="nothing to compare"):
         pk.kld(here, [], documents, floor="none")
+
+
+def test_a_full_disk_loses_nothing(tiny, perturbed, saved, documents, tmp_path, monkeypatch):
+    base = tiny("llama")
+    here, noisy = saved(base, "base"), saved(perturbed(base, 0.02), "noisy")
+    arguments = {"context": CONTEXT, "output": tmp_path / "out", "floor": "none"}
+    from prunekit.divergence import capture
+
+    real, room = capture.save_file, [3]
+
+    def filling(tensors, path):
+        room[0] -= 1
+        if room[0] < 0:
+            path.write_bytes(b"half")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device")
+        real(tensors, path)
+
+    monkeypatch.setattr(capture, "save_file", filling)
+    found = pk.kld(here, [noisy], documents, **arguments)  # head, plan and states fit, no rows
+    assert "No space left on device" in found.failed[0].error
+    room[0] = 1
+    assert not pk.kld(here, [noisy], documents, **arguments).failed
+    assert not list((tmp_path / "out").rglob("*.new"))
+    with pytest.raises(PrunekitError, match=r"No space left .* run again to go on"):
+        pk.kld(here, [noisy], documents, **{**arguments, "output": tmp_path / "other"})
+
+
+def test_a_cache_that_does_not_fit_is_refused_early(tiny, saved, documents, monkeypatch):
+    here = saved(tiny("llama"), "base")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(PrunekitError, match=r"head take 35\d\d\d bytes, 1000 are free"):
+        pk.kld(here, [here], documents, context=CONTEXT)

@@ -1,0 +1,216 @@
+"""`prunekit kld`: the README's example, and what the command costs beyond the forward passes.
+
+    python -m bench.bench_kld example --copies out/copies     kld.csv and its plot
+    python -m bench.bench_kld cost                            kld_cost.csv
+
+`example` ranks copies of the embedded model (made by bench/kld_copies.py where they are missing) on
+the built-in text. `cost` compares the model with its bfloat16 copy, both in memory, on 4096 scored
+positions: processor seconds of the whole command, of the passes alone (both models, whole logits in
+float32 dropped at once), and of `compare --kl-report` on the same positions; then the memory of the
+command line's process on `--positions` positions, beyond what importing takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import prunekit as pk
+from bench import kld_copies
+from bench.harness import RESULTS, provenance, write_csv
+from prunekit.divergence.loading import bytes_in_memory
+from prunekit.divergence.two_models import kl_report
+from prunekit.evaluation.items import load_heldout
+
+ROOT = Path(__file__).parent.parent
+COPIES = ("Q8_0", "Q4_0", "int4", "drop4", "wanda24")
+IMAGE = ROOT / "docs" / "images" / "kld_against_size.png"
+# What the memory probe runs: the peak of the process's own (anonymous) memory, sampled.
+PROBE = """
+import json, sys, threading, time
+import torch, transformers, prunekit.checkpoint, prunekit.divergence.run
+from prunekit.cli import main
+def own():
+    with open("/proc/self/status") as file:
+        return next(1024 * int(l.split()[1]) for l in file if l.startswith("RssAnon"))
+before, peak, done = own(), [0], threading.Event()
+def watch():
+    while not done.wait(0.005):
+        peak[0] = max(peak[0], own())
+threading.Thread(target=watch, daemon=True).start()
+status = main(sys.argv[1:])
+done.set()
+print(json.dumps({"status": status, "before": before, "peak": peak[0]}))
+"""
+
+
+def example(options: argparse.Namespace) -> None:
+    """Rank the copies; write the table's file and the plot."""
+    paths = kld_copies.make(options.copies, list(COPIES))
+    result = pk.kld("demo", [str(path) for path in paths], context=256, output=options.kept)
+    told = result.to_dict()
+    rows = []
+    for row in told["candidates"]:
+        if row["error"]:
+            raise SystemExit(f"{row['name']} failed: {row['error']}")
+        means = row["means"]
+        rows.append(
+            {
+                "candidate": row["name"],
+                **{name: row[name] for name in ("bytes_on_disk", "bytes_in_memory", "size")},
+                "bits_per_weight": f"{row['bits_per_weight']:.4f}",
+                **{
+                    f"{name}_{end}": f"{means[name][end]:.8g}"
+                    for name in ("kl", "same_top", "ppl_ratio")
+                    for end in ("mean", "low", "high")
+                },
+                "kl_p99.9": f"{row['summary']['kl_p99.9']:.6g}",
+                "positions": told["plan"]["positions"],
+                "blocks": told["plan"]["blocks"],
+                "context": told["plan"]["context"],
+                "reference": told["reference"]["name"],
+                **provenance(),
+            }
+        )
+    write_csv(options.output, "kld.csv", rows)
+    draw(rows, IMAGE)
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """KL divergence against size."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(7, 3.8), layout="constrained")
+    for row in rows:
+        x, y = int(row["size"]) / 1e6, float(row["kl_mean"])
+        ends = [[y - float(row["kl_low"])], [float(row["kl_high"]) - y]]
+        axis.errorbar(x, y, yerr=ends, fmt="o", capsize=3)
+        axis.annotate(row["candidate"], (x, y), xytext=(7, 4), textcoords="offset points")
+    axis.set_yscale("log")
+    axis.margins(x=0.16, y=0.12)
+    axis.set_xlabel("size in MB (on disk; of a type: in memory)")
+    axis.set_ylabel("mean KL from the original, nats")
+    axis.grid(alpha=0.3)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+    print(f"drawn: {path}", file=sys.stderr)
+
+
+@torch.inference_mode()
+def cost(options: argparse.Namespace) -> None:
+    """Time against the passes alone and against `--kl-report`; memory of the command."""
+    model, tokenizer = pk.load("demo")
+    other, _ = pk.load("demo", dtype="bfloat16")
+    other = other.float()  # the same speed, other numbers
+    ids = tokenizer("\n\n".join([load_heldout()] * 30))["input_ids"]
+    windows = -(-4096 // 255)
+    text = [tokenizer.decode(ids[: 512 * windows + 64])]
+    read = tokenizer(text[0])["input_ids"]
+    batches = [
+        torch.tensor([read[start : start + 512], read[start + 512 : start + 1024]])
+        for start in range(0, 512 * windows - 512, 1024)
+    ]
+
+    def passes() -> None:
+        for each in (model, other):
+            for batch in batches:
+                each(input_ids=batch, use_cache=False).logits.float()
+
+    def command() -> Any:
+        return pk.kld(
+            model,
+            {"other": other},
+            text,
+            limit=windows,
+            tokenizer=tokenizer,
+            floor="none",
+            progress=False,
+        )
+
+    def report() -> None:
+        kl_report(model, other, tokenizer, read[: 4096 + 8], batch_size=2, progress=False)
+
+    batch = batches[0][:, :64]
+    model(input_ids=batch, use_cache=False)
+    spent = {
+        name: seconds(run)
+        for name, run in (("passes", passes), ("command", command), ("report", report))
+    }
+    result = command()
+    scored = result.plan["positions"]
+    beyond = spent["command"] / spent["passes"] - 1
+    facts: dict[str, Any] = {
+        "positions": scored,
+        **{f"{name}_cpu_s": f"{value:.2f}" for name, value in spent.items()},
+        "beyond_share": f"{beyond:.3f}",
+    }
+    facts |= memory(text, options.positions, bytes_in_memory(model))
+    write_csv(options.output, "kld_cost.csv", [{**facts, **provenance()}])
+    print(json.dumps(facts, indent=1))
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Processor seconds of a call: other work on the machine does not count."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def memory(text: list[str], positions: int, model: int) -> dict[str, Any]:
+    """Peak of the command line's process on a long text, and the size of its cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "text.txt"
+        file.write_text("\n\n".join(text * (1 + positions // 2000)), encoding="utf-8")
+        limit = -(-positions // 255)
+        arguments = ["kld", "demo", "--text", str(file), "--limit", str(limit), "--quiet"]
+        arguments += ["--output", f"{folder}/out"]
+        found = subprocess.run(
+            [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True
+        )
+        told = json.loads(found.stdout.splitlines()[-1])
+        assert told["status"] == 0, found.stderr
+        cache = sum(p.stat().st_size for p in Path(folder).glob("out/reference/rows-*"))
+        load = subprocess.run(
+            [sys.executable, "-c", PROBE, "inspect", "demo", "--quiet"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        alone = json.loads(load.stdout.splitlines()[-1])
+    peak = told["peak"] - told["before"]
+    return {
+        "memory_positions": limit * 255,
+        "model_bytes": model,
+        "peak_bytes": peak,
+        "loading_peak_bytes": alone["peak"] - alone["before"],
+        "peak_of_model_and_64mb": f"{peak / (model + 64e6):.3f}",
+        "cache_of_states": f"{cache / (limit * 255 * 576 * 4):.4f}",
+    }
+
+
+def main() -> None:
+    """Run what is asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("what", choices=("example", "cost"))
+    parser.add_argument("--copies", type=Path, default=Path("out/copies"))
+    parser.add_argument("--kept", type=Path, default=Path("out/kld"), help="the example's result")
+    parser.add_argument("--positions", type=int, default=20000, help="of the memory's text")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    (example if options.what == "example" else cost)(options)
+
+
+if __name__ == "__main__":
+    main()
