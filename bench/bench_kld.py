@@ -4,10 +4,10 @@
     python -m bench.bench_kld cost                            kld_cost.csv
 
 `example` ranks copies of the embedded model (made by bench/kld_copies.py where they are missing) on
-the built-in text. `cost` compares the model with its bfloat16 copy, both in memory, on 4096 scored
-positions: processor seconds of the whole command, of the passes alone (both models, whole logits in
-float32 dropped at once), and of `compare --kl-report` on the same positions; then the memory of the
-command line's process on `--positions` positions, beyond what importing takes.
+the built-in text. `cost` compares the model with its bfloat16 copy, both in memory, on `--timed`
+scored positions: processor seconds of the whole command, of the passes alone (both models, whole
+logits in float32, dropped at once), and of `compare --kl-report` on as many positions; then the
+memory of the command line's process on `--positions` positions, beyond what importing takes.
 """
 
 from __future__ import annotations
@@ -115,12 +115,14 @@ def cost(options: argparse.Namespace) -> None:
     other, _ = pk.load("demo", dtype="bfloat16")
     other = other.float()  # the same speed, other numbers
     ids = tokenizer("\n\n".join([load_heldout()] * 30))["input_ids"]
-    windows = -(-4096 // 255)
+    windows = -(-options.timed // 255)
     text = [tokenizer.decode(ids[: 512 * windows + 64])]
     read = tokenizer(text[0])["input_ids"]
     batches = [
-        torch.tensor([read[start : start + 512], read[start + 512 : start + 1024]])
-        for start in range(0, 512 * windows - 512, 1024)
+        torch.tensor(
+            [read[at : at + 512] for at in range(start, min(start + 1024, 512 * windows), 512)]
+        )
+        for start in range(0, 512 * windows, 1024)
     ]
 
     def passes() -> None:
@@ -128,8 +130,8 @@ def cost(options: argparse.Namespace) -> None:
             for batch in batches:
                 each(input_ids=batch, use_cache=False).logits.float()
 
-    def command() -> Any:
-        return pk.kld(
+    def command() -> None:
+        pk.kld(
             model,
             {"other": other},
             text,
@@ -140,7 +142,7 @@ def cost(options: argparse.Namespace) -> None:
         )
 
     def report() -> None:
-        kl_report(model, other, tokenizer, read[: 4096 + 8], batch_size=2, progress=False)
+        kl_report(model, other, tokenizer, read[: 255 * windows], batch_size=2, progress=False)
 
     batch = batches[0][:, :64]
     model(input_ids=batch, use_cache=False)
@@ -148,8 +150,7 @@ def cost(options: argparse.Namespace) -> None:
         name: seconds(run)
         for name, run in (("passes", passes), ("command", command), ("report", report))
     }
-    result = command()
-    scored = result.plan["positions"]
+    scored = 255 * windows
     beyond = spent["command"] / spent["passes"] - 1
     facts: dict[str, Any] = {
         "positions": scored,
@@ -206,6 +207,7 @@ def main() -> None:
     parser.add_argument("what", choices=("example", "cost"))
     parser.add_argument("--copies", type=Path, default=Path("out/copies"))
     parser.add_argument("--kept", type=Path, default=Path("out/kld"), help="the example's result")
+    parser.add_argument("--timed", type=int, default=4096, help="positions of the times")
     parser.add_argument("--positions", type=int, default=20000, help="of the memory's text")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()

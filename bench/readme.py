@@ -24,7 +24,13 @@ from bench.bounds import RESULTS
 ROOT = Path(__file__).parent.parent
 PAGES = tuple(
     ROOT / page
-    for page in ("README.md", "docs/benchmarks.md", "docs/pruning.md", "docs/metrics.md")
+    for page in (
+        "README.md",
+        "docs/benchmarks.md",
+        "docs/pruning.md",
+        "docs/metrics.md",
+        "docs/kld.md",
+    )
 )
 CPU = RESULTS / "cpu"
 H200 = RESULTS / "NVIDIA_H200"
@@ -54,6 +60,52 @@ def quality() -> str:
         for row in rows("quality_c4.csv")
     ]
     return table(["method", "pattern", "perplexity"], body)
+
+
+def kld() -> str:
+    """Copies of the embedded model ranked by their KL divergence from it."""
+    if not (CPU / "kld.csv").is_file():
+        return "Not measured on this version yet."
+
+    def ends(row: dict[str, str], name: str, form: str) -> str:
+        mean, low, high = (form.format(float(row[f"{name}_{end}"])) for end in ENDS)
+        return f"{mean} [{low}, {high}]"
+
+    body = [
+        [
+            row["candidate"],
+            f"{int(row['size']) / 1e6:.0f} MB",
+            f"{float(row['bits_per_weight']):.2f}",
+            ends(row, "kl", "{:.3g}"),
+            f"{float(row['kl_p99.9']):.3g}",
+            f"{float(row['same_top_mean']):.1%}",
+            ends(row, "ppl_ratio", "{:.3f}"),
+        ]
+        for row in rows("kld.csv")
+    ]
+    head = ["candidate", "size", "bits/weight", "mean KLD", "99.9 %", "same top", "PPL ratio"]
+    return table(head, body)
+
+
+def kld_cost() -> str:
+    """What `prunekit kld` takes beyond the forward passes, and its memory."""
+    if not (CPU / "kld_cost.csv").is_file():
+        return "Not measured on this version yet."
+    row = rows("kld_cost.csv")[0]
+    peak, model = int(row["peak_bytes"]) / 1e6, int(row["model_bytes"]) / 1e6
+    body = [
+        [
+            f"forward passes of both models, {row['positions']} positions",
+            f"{row['passes_cpu_s']} s",
+        ],
+        ["the whole command", f"{row['command_cpu_s']} s"],
+        ["beyond the passes", f"{float(row['beyond_share']):.0%}"],
+        ["`compare --kl-report`, as many positions", f"{row['report_cpu_s']} s"],
+        [f"peak memory, {row['memory_positions']} positions", f"{peak:.0f} MB"],
+        [f"… of the model ({model:.0f} MB) and 64 MB", f"{row['peak_of_model_and_64mb']}×"],
+        ["cache, of positions × width × 4 bytes", f"{row['cache_of_states']}×"],
+    ]
+    return table(["processor time, one core; memory", ""], body)
 
 
 def layerwise() -> str:
@@ -163,6 +215,7 @@ def draws() -> str:
     return "\n\n".join([table(["draw", "prunekit", *others], body), "\n".join(said)])
 
 
+ENDS = ("mean", "low", "high")
 PRUNINGS = ("in all", "beyond the passes", "perplexity")
 MEMORY = ("model_bytes", "block_statistics_bytes", "added_bytes")
 
@@ -364,6 +417,8 @@ DEMO = (
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "quality": quality,
+    "kld": kld,
+    "kld_cost": kld_cost,
     "layerwise": layerwise,
     "research": against_research,
     "models": models,

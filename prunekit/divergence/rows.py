@@ -16,6 +16,7 @@ from prunekit.evaluation.scoring import right_padded
 from prunekit.models.architectures import input_device
 
 _LOGITS_PER_CHUNK = 2**22  # logits of one side held at once: 16 MiB in float32
+_FEWEST_ROWS = 64  # multiplied by a head at once on a CPU, so that reading the head costs little
 
 
 @dataclass(frozen=True)
@@ -204,17 +205,27 @@ def _of_states(
     device = own.device
     dtype = torch.promote_types(base.values.dtype, other.values.dtype)
     bias = other.readout.bias
-    return head_pair_stats(
-        base.values.to(device, dtype),
-        other.values.to(device, dtype),
-        mine.to(device)[:vocabulary],
-        other_head_weight=None if mine is own else own[:vocabulary],
-        bias=None if bias is None else bias[:vocabulary],
-        softcap=other.readout.softcap,
-        logit_scale=other.readout.scale,
-        labels=torch.tensor(labels, device=device),
-        **options,
-    )
+    heads = mine.to(device)[:vocabulary], None if mine is own else own[:vocabulary]
+    targets = torch.tensor(labels, device=device)
+    step = len(labels)
+    if device.type == "cpu":  # where the op holds as many logits as it is given rows for
+        step = max(_FEWEST_ROWS, 2 * _LOGITS_PER_CHUNK // vocabulary)
+    parts = []
+    for start in range(0, len(labels), step):
+        rows = slice(start, start + step)
+        found = head_pair_stats(
+            base.values[rows].to(device, dtype),
+            other.values[rows].to(device, dtype),
+            heads[0],
+            other_head_weight=heads[1],
+            bias=None if bias is None else bias[:vocabulary],
+            softcap=other.readout.softcap,
+            logit_scale=other.readout.scale,
+            labels=targets[rows],
+            **options,
+        )
+        parts.append(found)
+    return PairStats.cat(parts)
 
 
 def states_of(
