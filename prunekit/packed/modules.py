@@ -76,6 +76,8 @@ class PackedLinear(nn.Module):
         tensors = weight.state_dict()
         self.out_features, self.in_features = weight.shape
         self.dtype = self._held_dtype = weight.dtype
+        for name in set(self.tensor_names) - set(tensors):
+            delattr(self, name)
         self.tensor_names = tuple(tensors)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
@@ -163,7 +165,8 @@ class PackedLinear(nn.Module):
     def check(self, name: str) -> None:
         """Raise a PrunekitError unless the tensors are a valid weight of this module's shape.
 
-        Tensors that accelerate has offloaded are not there to be looked at.
+        What they hold in a former version of the format is converted. Tensors that accelerate has
+        offloaded are not there to be looked at.
         """
         tensors = {n: getattr(self, n) for n in self.tensor_names}
         if any(tensor.is_meta for tensor in tensors.values()):
@@ -178,6 +181,11 @@ class PackedLinear(nn.Module):
                 f"{name} holds a packed {tuple(held.shape)} weight of {held.dtype}, config.json "
                 f"implies {wanted[0]} of {wanted[1]}: save the model again"
             )
+        if set(held.state_dict()) != set(self.tensor_names):
+            # a former version of the format, converted
+            converted_to = self.dtype
+            self._hold_(held)
+            self.dtype = converted_to
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # see what it does to a float; the buffers pass as integers, which are moved only

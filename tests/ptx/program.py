@@ -270,10 +270,11 @@ class Program(TensorCopies, Warpgroups):
         self._set(operands[0], self._value(operands[1], "u32")[source], active)
 
     def _redux(self, opcode: list[str], operands: list[Any], active: Array) -> None:
-        if opcode[1:] != ["sync", "add", "s32"]:
+        reduce = {"add": np.add, "max": np.maximum}.get(opcode[2])
+        if opcode[1] != "sync" or opcode[3] != "s32" or reduce is None:
             raise ValueError(f"unknown instruction: {opcode}")
-        sums = self._value(operands[1], "s32").reshape(-1, 32).sum(1, dtype=np.int32)
-        self._set(operands[0], np.repeat(sums, 32), active)
+        values = reduce.reduce(self._value(operands[1], "s32").reshape(-1, 32), axis=1)
+        self._set(operands[0], np.repeat(values.astype(np.int32), 32), active)
 
     # Order.
 

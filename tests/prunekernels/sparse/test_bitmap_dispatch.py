@@ -12,6 +12,7 @@ from prunekernels.sparse.bitmap.tuning import (
     bitmap_mma,
     bitmap_order,
     bitmap_portable,
+    bitmap_shared_bytes,
     bitmap_splits,
 )
 from prunekernels.sparse.tuning import packed_speedup
@@ -20,13 +21,21 @@ from prunekernels.sparse.tuning import packed_speedup
 @pytest.mark.parametrize("tokens", [1, 8, 9, 16, 17, 64, 65, 4096])
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (4096, 4096), (28672, 8192), (576, 1536)])
 def test_tables_give_configurations_that_cover_the_work(tokens, rows, columns):
-    config = bitmap_mma(tokens, rows, columns, 132, (9, 0))
-    # what the tile does, and not how tensor cores find the values, is the same on Blackwell
-    blackwell = bitmap_mma(tokens, rows, columns, 132, (12, 0))
-    assert config.count_bits and blackwell == config._replace(count_bits=False)
-    assert config.token_tiles & (config.token_tiles - 1) == 0
-    assert config.token_tiles >= min(-(-tokens // 8), 8) and config.stages >= 2
-    assert 1 <= config.splits <= max(1, columns // 512)
+    for capability, processors in (((9, 0), 132), ((8, 9), 128), ((8, 0), 108)):
+        for chunks, gated in ((1, False), (5, True), (9, False)):
+            where = chunks, processors, capability
+            config = bitmap_mma(tokens, rows, columns, *where, gated=gated)
+            assert config.token_tiles in (1, 2, 4) and config.slots in (2, 3)
+            # the warps of a program share columns, and none of the splits is without
+            assert 1 <= config.splits <= max(1, -(-columns // 128))
+            assert config.warps & (config.warps - 1) == 0 and (config.warps > 1 or not gated)
+            sizes = config.warps, config.token_tiles, config.slots, chunks
+            assert bitmap_shared_bytes(*sizes) <= 99 << 10
+            assert not config.bulk and not config.dependent
+    # seven programs fit one of an H200's multiprocessors at 50 % zeros, and three slots at 70 %
+    if rows == 28672 and tokens == 1:
+        assert bitmap_mma(1, rows, columns, 5, 132, (9, 0)).slots == 2
+        assert bitmap_mma(1, rows, columns, 4, 132, (9, 0)).slots == 3
     assert bitmap_order(tokens, rows, columns, (9, 0))
     for itemsize in (2, 4):
         portable = bitmap_portable(tokens, itemsize)

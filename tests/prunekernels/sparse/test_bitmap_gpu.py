@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from products import assert_as_good_as_eager, ragged
 from prunekernels.sparse.bitmap.format import bitmap_pack
-from prunekernels.sparse.bitmap.linear import OP, bitmap_linear, expand
+from prunekernels.sparse.bitmap.linear import OP, bitmap_gate_up, bitmap_linear, expand
 from prunekernels.sparse.bitmap.tuning import BitmapMmaConfig
 from prunekernels.sparse.layer import ACTIVATIONS
 
@@ -61,28 +61,66 @@ def test_every_sparsity(impl, density):
     assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 5, 16])
-@pytest.mark.parametrize("token_tiles", [1, 2, 4, 8])
-@pytest.mark.parametrize("count_bits", [True, False])
-def test_every_configuration_of_the_tensor_core_kernel(count_bits, token_tiles, splits):
-    from prunekernels.sparse.bitmap import mma as mma_bitmap
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(("warps", "token_tiles"), [(4, 1), (1, 2), (2, 2), (1, 4)])
+@pytest.mark.parametrize("slots", [2, 3])
+@pytest.mark.parametrize("option", [None, "bulk", "dependent"])
+def test_every_configuration_of_the_tensor_core_kernel(option, slots, warps, token_tiles, splits):
+    from prunekernels.sparse.bitmap import mma
 
+    if option is not None and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip(f"{option} needs compute capability 9.0")
     weight = ragged(700, 4160, torch.bfloat16, "cuda")
     x = torch.randn(50, 4160, device="cuda").to(torch.bfloat16)
     packed = bitmap_pack(weight)
-    config = BitmapMmaConfig(1, token_tiles, 3, splits, count_bits)
-    arguments = (x, packed.bitmap, packed.starts, packed.values, 700, None, "none", config)
-    got = mma_bitmap.launch(*arguments)
+    config = BitmapMmaConfig(warps, token_tiles, slots, splits)
+    if option is not None:
+        config = config._replace(**{option: True})
+    arguments = (x, packed.records, packed.starts, packed.chunks, 700, None, "none", config)
+    got = mma.launch(*arguments)
     assert_as_good_as_eager(got, F.linear(x, weight), x.double() @ weight.double().T)
     for _ in range(20):
-        assert torch.equal(mma_bitmap.launch(*arguments), got)
+        assert torch.equal(mma.launch(*arguments), got)
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 40])
+def test_gate_and_up(tokens):
+    gate, up = (ragged(704, 2048, torch.bfloat16, "cuda") for _ in range(2))
+    x = torch.randn(tokens, 2048, device="cuda").to(torch.bfloat16)
+    packed = bitmap_pack(gate), bitmap_pack(up)
+    exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    eager = F.silu(F.linear(x, gate)) * F.linear(x, up)
+    for impl in ("mma", "auto", "eager"):
+        assert_as_good_as_eager(bitmap_gate_up(x, *packed, impl=impl), eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
+@pytest.mark.parametrize("density", [0.0, 0.5, 1.0])
+def test_packing_on_the_gpu_writes_what_a_cpu_packs(dtype, density):
+    weight = ragged(333, 1000, torch.float32) * (torch.rand(333, 1000) < density)
+    weight = weight.to(dtype)
+    here, there = bitmap_pack(weight), bitmap_pack(weight.cuda())
+    assert torch.equal(there.records.cpu(), here.records)
+    assert torch.equal(there.starts.cpu(), here.starts) and there.chunks == here.chunks
+
+
+def test_a_record_that_does_not_fit_makes_its_results_nan():
+    from prunekernels.sparse.bitmap import mma
+
+    weight = torch.zeros(32, 768, dtype=torch.bfloat16, device="cuda")
+    weight[16:, 128:256] = 1.0
+    packed = bitmap_pack(weight)
+    x = torch.ones(2, 768, dtype=torch.bfloat16, device="cuda")
+    config = BitmapMmaConfig(2, 1, 2, 1)
+    y = mma.launch(x, packed.records, packed.starts, 8, 32, None, "none", config)
+    assert (y[:, :16] == 0).all() and y[:, 16:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float32])
 def test_expanding_is_exact(dtype):
     weight = ragged(130, 611, dtype, "cuda")
     packed = bitmap_pack(weight)
-    dense = expand(packed.bitmap, packed.starts, packed.values, 130, 611)
+    dense = expand(packed.records, packed.starts, dtype, 130, 611)
     assert torch.equal(dense, weight)
 
 

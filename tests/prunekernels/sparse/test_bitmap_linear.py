@@ -9,7 +9,7 @@ from allocations import Allocations
 from products import assert_as_good_as_eager, ragged
 from prunekernels.sparse.bitmap.expand import product
 from prunekernels.sparse.bitmap.format import bitmap_pack
-from prunekernels.sparse.bitmap.linear import bitmap_linear
+from prunekernels.sparse.bitmap.linear import bitmap_gate_up, bitmap_linear
 from prunekernels.sparse.layer import ACTIVATIONS
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -43,7 +43,7 @@ def test_a_product_on_a_cpu_holds_no_dense_weight():
     for rows in (500, 4000):
         weight = ragged(rows, 1000, torch.bfloat16)
         packed, x = bitmap_pack(weight), torch.randn(2, 1000).to(torch.bfloat16)
-        parts = packed.bitmap, packed.starts, packed.values, rows
+        parts = packed.records, packed.starts, rows
         with Allocations() as used:
             y = product(x, *parts, None)
         # the result has rows to fill up a line
@@ -81,15 +81,36 @@ def test_gradients_of_input_and_bias(activation):
     assert_as_good_as_eager(bias.grad, bias2.grad, bias3.grad)
 
 
+def test_gate_and_up_together():
+    gate, up = (ragged(40, 100, torch.bfloat16) for _ in range(2))
+    x = torch.randn(2, 3, 100).to(torch.bfloat16).requires_grad_()
+    packed = bitmap_pack(gate), bitmap_pack(up)
+    eager = F.silu(F.linear(x, gate)) * F.linear(x, up)
+    exact = F.silu(x.double() @ gate.double().T) * (x.double() @ up.double().T)
+    got = bitmap_gate_up(x, *packed)
+    assert got.shape == (2, 3, 40)
+    assert_as_good_as_eager(got.detach(), eager.detach(), exact.detach())
+    assert torch.equal(got, bitmap_gate_up(x.detach(), *packed))
+    (grad,) = torch.autograd.grad(got.float().sum(), x)
+    (want,) = torch.autograd.grad(exact.sum(), x)
+    (close,) = torch.autograd.grad(eager.float().sum(), x)
+    assert_as_good_as_eager(grad, close, want)
+    with pytest.raises(ValueError, match=r"same shape, not \(40, 100\) and \(33, 100\)"):
+        bitmap_gate_up(x, packed[0], bitmap_pack(up[:33]))
+    with pytest.raises(ValueError, match="columns of up"):
+        bitmap_gate_up(x, packed[0], bitmap_pack(up[:, :96]))
+
+
 def test_ops_pass_opcheck():
     packed = bitmap_pack(ragged(20, 44, torch.bfloat16))
-    parts = packed.bitmap, packed.starts, packed.values, 20, 44
+    parts = packed.records, packed.starts, packed.chunks, 20, 44
     bias = torch.randn(20).to(torch.bfloat16).requires_grad_()
     x = torch.randn(2, 3, 44).to(torch.bfloat16).requires_grad_()
     linear = torch.ops.prunekernels.bitmap_linear
     torch.library.opcheck(linear, (x, *parts, bias, "silu", "auto"))
     torch.library.opcheck(linear, (x.detach(), *parts, None, "none", "eager"))
-    torch.library.opcheck(torch.ops.prunekernels.bitmap_expand, parts)
+    expanded = packed.records, packed.starts, torch.bfloat16, 20, 44
+    torch.library.opcheck(torch.ops.prunekernels.bitmap_expand, expanded)
 
 
 def test_compiles_as_one_graph():

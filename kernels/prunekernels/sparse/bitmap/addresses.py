@@ -1,21 +1,24 @@
-"""Where each lane of a warp finds its values of a packed bitmap: counted by tensor cores.
+"""Where each lane of a warp finds its values in a tile of the bitmap: tensor cores count for it.
 
-A lane holds the words of two tiles side by side. For each operand register, two elements of a run,
-it needs the shared address that its value for the second of them would have; the value for the
-first lies before it. That address is the tile's, and for each value before 2 bytes more:
+A lane's value lies behind the values of the runs before, of its run in the quads before (four lanes
+each), of its run in its quad's lanes before, and its own before. A sum over other lanes' numbers is
+a product with a constant matrix of zeros and ones, so tensor cores form it, for both blocks of a
+tile at once where they can:
 
-    values of the runs before + values of the run in quads before      `offsets`
-    + values of the run in lanes of the quad before, and of the lane    `addresses`
+1. `mma.m16n8k128.and.popc`, one for each block: the lanes' words, as they are, and a mask for each
+   row. Rows 0-7 count the values that each quad has in run g, rows 8-15 those in the runs before.
+2. `mma.m16n8k32.u8`, one for each block: the counts of a quad are two bytes of the right operand,
+   and the left one says which quads lie before each.
+3. `mma.m16n8k32.u8`, one for each step of 16 columns: the sums, which lie in one lane of each quad
+   as bytes, to its four lanes; the shared addresses of the blocks are added on the way.
+4. `mma.m16n8k256.and.popc`, two for each step: the bits of the quad's lanes before and the lane's
+   own, before the second and before the fourth element of a run. Each word comes twice, because a
+   value is two bytes.
 
-Both are sums of counts that different lanes hold, so both are products with constant matrices of
-zeros and weights, and what one product gives a lane is what the next wants from it. Lane 4·g + t
-brings its words as columns t of row g (left operand) or as rows t of column g (right operand).
-
-*Counting bits*, up to Hopper: `mma.m16n8k256.and.popc` counts the bits that a word shares with a
-mask. *Adding bytes*, everywhere (Blackwell has no such instruction, and the assembler's stand-in
-is long): the lanes count their bits, and `mma.m16n8k32.u8` adds bytes. Runs 0, 2, 4, 6 of a word
-are the bytes of its even part, runs 1, 3, 5, 7 those of its odd part. Format: `bitmap.layout`.
-Source of the operands' order: PTX ISA, "Matrix fragments for mma.m16n8k32", "... mma.m16n8k256".
+That is 16 products for the 64 weights that a lane has in a tile. A number that is not below 256 is
+split in two bytes on the way: 2 and 255 + 255 + 2 = 512 are their weights.
+Format: `bitmap.layout`. Source: PTX ISA, "Matrix fragments for mma.m16n8k32", "... mma.m16n8k128",
+"... mma.m16n8k256".
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -25,7 +28,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-_COUNT = "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
+_COUNT128 = "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc"
+_COUNT256 = "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc"
 _SUM = "mma.sync.aligned.m16n8k32.row.col.s32.u8.u8.s32"
 
 
@@ -42,86 +46,58 @@ def _registers(name):
 
 
 @gluon.constexpr_function
-def _block(names, lines):
-    declared = [f".reg .b32 {', '.join(_registers(name))};" for name in names]
-    return "\n".join(
-        ["{", ".reg .b32 z, one;", *declared, "mov.b32 z, 0;", "mov.b32 one, 1;", *lines, "}"]
-    )
+def _offsets_text():
+    """$0 … $3 from words $4, $5 and masks: $6, $7 of the runs, $8, $9 of the quads before.
 
-
-@gluon.constexpr_function
-def _spread_text(c, r, even, odd):
-    """Lines: $0 … $3 from registers with the counts of the runs, and of the runs before.
-
-    c, r: per tile, the registers of quads 2·t and 2·t + 1, for run g.
+    $10, $11 are any registers: rows 8-15 of the sums are not used.
     """
-    lines, zero = [], ["z"] * 4
-    for sums, runs, before in zip(("o", "p"), c, r, strict=True):
-        sums = _registers(sums)
-        lines += [
-            _product(_SUM, sums, [even, "z", odd, "z"], runs, zero),
-            _product(_SUM, sums, ["one", "z", "one", "z"], before, sums),
-        ]
-    # bytes low, high, high, high: see the weights in `lane_masks`
-    spread = (
-        f"prmt.b32 ${i}, {sums}, z, 0x1110;" for i, sums in enumerate(("o0", "p0", "o1", "p1"))
-    )
-    return [*lines, *spread]
-
-
-@gluon.constexpr_function
-def _count_offsets_text():
     zero = ["z"] * 4
-    lines = [
-        _product(_COUNT, _registers("c"), ["$6", "z", "z", "$6"], ["$4", "$5"], zero),
-        _product(_COUNT, _registers("r"), ["$7", "z", "z", "$7"], ["$4", "$5"], zero),
-        *_spread_text((["c0", "c1"], ["c2", "c3"]), (["r0", "r1"], ["r2", "r3"]), "$8", "$9"),
-    ]
-    return _block("crop", lines)
+    lines = ["{", ".reg .b32 z, m0, m1;"]
+    lines += [f".reg .b32 {', '.join(_registers(name))};" for name in "crop"]
+    lines.append("mov.b32 z, 0;")
+    for word, counts, sums in (("$4", "c", "o"), ("$5", "r", "p")):
+        lines += [
+            _product(_COUNT128, _registers(counts), ["$6", "$7"], [word], zero),
+            f"prmt.b32 m0, {counts}0, {counts}2, 0x1140;",
+            f"prmt.b32 m1, {counts}1, {counts}3, 0x1140;",
+            _product(_SUM, _registers(sums), ["$8", "$10", "$9", "$11"], ["m0", "m1"], zero),
+        ]
+    # bytes low, high, high, high: see the weights in `run_masks`
+    spread = enumerate(("o0", "p0", "o1", "p1"))
+    return "\n".join([*lines, *(f"prmt.b32 ${i}, {n}, z, 0x1110;" for i, n in spread), "}"])
 
 
 @gluon.constexpr_function
-def _sum_offsets_text():
-    zero, masks = ["z"] * 4, ["$8", "$9", "$10", "$11"]
-    lines = [
-        _product(_SUM, _registers("c"), masks, ["$4", "$5"], zero),
-        _product(_SUM, _registers("r"), masks, ["$6", "$7"], zero),
-        *_spread_text((["c0", "c1"], ["r0", "r1"]), (["c2", "c3"], ["r2", "r3"]), "$12", "$13"),
-    ]
-    return _block("crop", lines)
+def _addresses_text(step):
+    """$0 … $7 from offsets $8 … $11, run masks $12, $13, bases $14 … $17 and words $18 … $21.
+
+    $22, $23 are the lane masks of step 0.
+    """
+    words, d = ["$18", "$19", "$20", "$21"], _registers("d")
+    return "\n".join([
+        "{", f".reg .b32 {', '.join(d)}, second, fourth;",
+        f"shl.b32 second, $22, {8 * step};",
+        f"shl.b32 fourth, $23, {8 * step};",
+        _product(_SUM, d, ["$8", "$9", "$10", "$11"], ["$12", "$13"], ["$14", "$15", "$16", "$17"]),
+        _product(_COUNT256, [f"${i}" for i in range(4)], words, ["second"] * 2, d),
+        _product(_COUNT256, [f"${i}" for i in range(4, 8)], words, ["fourth"] * 2, d),
+        "}",
+    ])  # fmt: skip
 
 
 @gluon.constexpr_function
-def _count_addresses_text():
-    offsets, words, d = (
-        [f"${i}" for i in range(8, 12)],
-        ["$16", "$17", "$16", "$17"],
-        _registers("d"),
-    )
-    lines = [
-        _product(_SUM, d, offsets, ["$12", "$13"], ["$14", "$14", "$15", "$15"]),
-        _product(_COUNT, [f"${i}" for i in range(4)], words, ["$18", "$18"], d),
-        _product(_COUNT, [f"${i}" for i in range(4, 8)], words, ["$19", "$19"], d),
-    ]
-    return _block("d", lines)
-
-
-@gluon.constexpr_function
-def _sum_addresses_text():
-    groups = [[f"${i}" for i in range(first, first + 4)] for first in (0, 4, 8, 16, 20, 24)]
-    second, fourth, offsets, counts, upto_second, upto_fourth = groups
-    d = _registers("d")
-    lines = [
-        _product(_SUM, d, offsets, ["$12", "$13"], ["$14", "$14", "$15", "$15"]),
-        _product(_SUM, d, counts, ["$28", "$29"], d),
-        _product(_SUM, second, upto_second, ["$30", "$31"], d),
-        _product(_SUM, fourth, upto_fourth, ["$30", "$31"], d),
-    ]
-    return _block("d", lines)
+def _bases_text(hidden):
+    lines = ["{", ".reg .b32 n;", "popc.b32 n, $4;", "redux.sync.add.s32 n, n, -1;"]
+    lines.append("mad.lo.u32 $2, n, 2, $5;")
+    # the assembler would copy again for each product what it knows to be equal
+    lines += ["add.u32 $3, $2, $6;", "mov.b32 $0, $5;", "add.u32 $1, $5, $6;"] if hidden else [
+        "mov.b32 $3, $2;", "mov.b32 $0, $5;", "mov.b32 $1, $5;",
+    ]  # fmt: skip
+    return "\n".join([*lines, "}"])
 
 
 @gluon.jit
-def _kept(x):
+def kept(x):
     """x, held in a register: what the assembler can compute it would compute in every stage."""
     return gl.inline_asm_elementwise(
         "shfl.sync.bfly.b32 $0, $1, 0, 31, -1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
@@ -129,157 +105,96 @@ def _kept(x):
 
 
 @gluon.jit
-def quad_masks(lane, COUNT: gl.constexpr):
-    """The constant operands of `offsets`; lane = 4·g + t, of a warp."""
+def quad_masks(lane):
+    """The constant operands of `offsets`: bits of run g and of those before, and quads before g.
+
+    Columns of the second are the quads 2·t and 2·t + 1 in lane t, two bytes each: how many values
+    the quad has in the run, and in the runs before, which count whatever the quad.
+    """
     g = lane >> 2
     t = lane & 3
-    # rows are quads, and so are columns, quads 2·t and 2·t + 1 in lane t: those before quad g
-    even = _kept((2 * t < g).to(gl.int32))
-    odd = _kept((2 * t + 1 < g).to(gl.int32))
-    # rows are runs: those of number g, and those before
-    if COUNT:
-        return _kept(15 << 4 * g), _kept((1 << 4 * g) - 1), even, odd
-    else:
-        run = 1 << 8 * (g >> 1)
-        return (
-            _kept(gl.where(g % 2 == 0, run, 0)), _kept(_ones(g + 1 >> 1)),
-            _kept(gl.where(g % 2 == 1, run, 0)), _kept(_ones(g >> 1)), even, odd,
-        )  # fmt: skip
+    even = kept((2 * t < g).to(gl.int32) | 256)
+    odd = kept((2 * t + 1 < g).to(gl.int32) | 256)
+    return kept(15 << 4 * g), kept((1 << 4 * g) - 1), even, odd
 
 
 @gluon.jit
-def _ones(count):
-    """So many bytes of one, up to 4."""
-    return gl.where(count == 0, 0, 0x01010101 >> 32 - 8 * count)
+def run_masks(lane, STEP: gl.constexpr):
+    """A constant operand of `addresses`: columns are lanes of the quad, two for each, the step's
+    two runs. Lane STEP brings how many values come before them, as bytes."""
+    holds = gl.where((lane & 3) == STEP, 0x02FFFF02, 0)
+    first = (lane >> 2) % 2 == 0
+    return kept(gl.where(first, holds, 0)), kept(gl.where(first, 0, holds))
 
 
 @gluon.jit
-def lane_masks(lane, STEP: gl.constexpr, COUNT: gl.constexpr):
-    """The constant operands of `addresses` for a step of 16 columns; lane = 4·g + t, of a warp."""
+def lane_masks(lane):
+    """The other one, of step 0: all bits of lanes before, and those before the second or the
+    fourth element of the lane's own run."""
     g = lane >> 2
     t = lane & 3
-    # columns are lanes of the quad, two for each: the step's two runs. Lane STEP brings how many
-    # values come before them, as bytes; 2 and 255 + 255 + 2 = 512 are their weights
-    holds = gl.where(t == STEP, 0x02FFFF02, 0)
-    first = g % 2 == 0
-    even = _kept(gl.where(first, holds, 0))
-    odd = _kept(gl.where(first, 0, holds))
+    lanes = gl.where(t < g >> 1, 15, 0)
     own = t == g >> 1
-    if COUNT:
-        # all bits of lanes before, and those before the second or the fourth element
-        lanes = gl.where(t < g >> 1, 15, 0)
-        shift = 8 * STEP + 4 * (g % 2)
-        return (
-            even,
-            odd,
-            _kept(gl.where(own, 1, lanes) << shift),
-            _kept(gl.where(own, 7, lanes) << shift),
-        )
-    else:
-        before = gl.where(t < g >> 1, 2 << 8 * STEP, 0)
-        mine = gl.where(own, 2 << 8 * STEP, 0)
-        return (
-            even, odd, _kept(gl.where(first, before, 0)), _kept(gl.where(first, 0, before)),
-            _kept(gl.where(first, mine, 0)), _kept(gl.where(first, 0, mine)),
-        )  # fmt: skip
+    shift = 4 * (g % 2)
+    return kept(gl.where(own, 1, lanes) << shift), kept(gl.where(own, 7, lanes) << shift)
 
 
 @gluon.jit
-def parts_of(word0, word1, COUNT: gl.constexpr):
-    """What `offsets` and `addresses` take for the words of two tiles.
+def bases(word, values, zero, HIDDEN: gl.constexpr):
+    """Where the values of both blocks start, each twice: a sum's operand.
 
-    If bytes are added: e, o are those of even and odd runs, 0, 1 the tiles; s, f count what a run
-    has before its second and its fourth element.
+    word: of block 0; values: where its values start; zero: a zero that the assembler does not know
+    of; HIDDEN: use it, which saves instructions and takes two registers.
     """
-    if COUNT:
-        return word0, word1
-    else:
-        e0, o0, se0, so0, fe0, fo0 = _byte_counts(word0)
-        e1, o1, se1, so1, fe1, fo1 = _byte_counts(word1)
-        return e0, o0, e1, o1, se0, so0, se1, so1, fe0, fo0, fe1, fo1
+    return gl.inline_asm_elementwise(
+        _bases_text(HIDDEN),
+        "=&r,=&r,=&r,=&r,r,r,r",
+        [word, values, zero],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
-def _byte_counts(word):
-    """Bits in each run of a word, even and odd; in its first element; and in all but its last."""
-    count = word - (word >> 1 & 0x55555555)
-    count = (count & 0x33333333) + (count >> 2 & 0x33333333)
-    most = count - (word >> 3 & 0x11111111)
-    return (
-        count & 0x0F0F0F0F, count >> 4 & 0x0F0F0F0F, word & 0x01010101, word >> 4 & 0x01010101,
-        most & 0x0F0F0F0F, most >> 4 & 0x0F0F0F0F,
-    )  # fmt: skip
+def offsets(word0, word1, masks, lanes):
+    """How many values of a block come before each quad's in each run, as operand of `addresses`.
 
-
-@gluon.jit
-def offsets(parts, masks, COUNT: gl.constexpr):
-    """How many values of a tile come before each quad's in each run, as operand of `addresses`.
-
-    First, with words as columns g and masks as rows: how many values quad g has in run r, and in
-    the runs before. These are rows of the next right operand; the left one says which quads count,
-    those before quad g for the first, all for the second.
-
-    Returns four (tiles, 32): bytes low, high, high, high of the numbers of run 2·t in both tiles,
-    and of run 2·t + 1.
+    word0, word1: (warps, 32), a lane's bits in both blocks; masks: what `quad_masks` gives; lanes:
+    what `lane_masks` gives, registers that hold anything. Returns four (warps, 32): bytes low,
+    high, high, high of the numbers of run 2·t in both blocks, and of run 2·t + 1.
     """
-    if COUNT:
-        word0, word1 = parts
-        run, before, even, odd = masks
-        return gl.inline_asm_elementwise(
-            _count_offsets_text(),
-            "=&r,=&r,=&r,=&r" + ",r" * 6,
-            [word0, word1, run, before, even, odd],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        e0, o0, e1, o1 = parts[0], parts[1], parts[2], parts[3]
-        run0, before0, run1, before1, even, odd = masks
-        return gl.inline_asm_elementwise(
-            _sum_offsets_text(),
-            "=&r,=&r,=&r,=&r" + ",r" * 10,
-            [e0, o0, e1, o1, run0, before0, run1, before1, even, odd],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )
+    run, before, even, odd = masks
+    second, fourth = lanes
+    return gl.inline_asm_elementwise(
+        _offsets_text(),
+        "=&r,=&r,=&r,=&r" + ",r" * 8,
+        [word0, word1, run, before, even, odd, second, fourth],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )
 
 
 @gluon.jit
-def addresses(numbers, parts, base0, base1, masks, COUNT: gl.constexpr):
+def addresses(numbers, words, starts, runs, lanes, STEP: gl.constexpr):
     """Shared addresses of the values of a step, for each operand register.
 
-    First the quads' numbers, as bytes, are handed to the four lanes, twice them for bytes, and
-    added to the tiles' addresses. Then the bits of the run are added that come before.
-
-    numbers: what `offsets` gives; base0, base1: (tiles, 32), where the tiles' values are. Returns
-    eight (tiles, 32): the address of a value for the second element of the step's first run in tile
-    0, of its second run in tile 0, and so in tile 1; then the same for the fourth element.
+    numbers: what `offsets` gives; words: four (warps, 32), those of block 0 and 1, and again;
+    starts: what `bases` gives. Returns eight (warps, 32): the address of a value for the second
+    element of the step's first run in block 0, of its second run in block 0, and so in block 1;
+    then the same for the fourth element.
     """
     n0, n1, n2, n3 = numbers
-    if COUNT:
-        word0, word1 = parts
-        even, odd, second, fourth = masks
-        return gl.inline_asm_elementwise(
-            _count_addresses_text(),
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r" + ",r" * 12,
-            [n0, n1, n2, n3, even, odd, base0, base1, word0, word1, second, fourth],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        e0, o0, e1, o1, se0, so0, se1, so1, fe0, fo0, fe1, fo1 = parts
-        even, odd, before0, before1, own0, own1 = masks
-        return gl.inline_asm_elementwise(
-            _sum_addresses_text(),
-            "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r" + ",r" * 24,
-            [
-                n0, n1, n2, n3, even, odd, base0, base1, e0, e1, o0, o1, se0, se1, so0, so1,
-                fe0, fe1, fo0, fo1, before0, before1, own0, own1,
-            ],
-            dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
-            is_pure=True,
-            pack=1,
-        )  # fmt: skip
+    w0, w1, w2, w3 = words
+    b0, b1, b2, b3 = starts
+    even, odd = runs
+    second, fourth = lanes
+    return gl.inline_asm_elementwise(
+        _addresses_text(STEP),
+        "=&r,=&r,=&r,=&r,=&r,=&r,=&r,=&r" + ",r" * 16,
+        [n0, n1, n2, n3, even, odd, b0, b1, b2, b3, w0, w1, w2, w3, second, fourth],
+        dtype=(gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32, gl.int32),
+        is_pure=True,
+        pack=1,
+    )

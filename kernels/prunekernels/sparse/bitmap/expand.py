@@ -6,8 +6,8 @@ that element, if its bit is set, is v_q, and the first, if set, is v_{q−1}: a 
 a table of neighbours, and a mask. Within a run, q depends on the bits of one byte of the bitmap, a
 lane's in a step: q and the masks are tables of 256. Running counts of the bytes say the rest.
 
-Pairs come out as two matrices, for h = 0 and 1: rows (line, g), columns (block, step, t, u, c), so
-that nothing but the bytes and their counts changes places. Format: `bitmap.layout`.
+Pairs come out as two matrices, for h = 0 and 1: rows (line, g) and the columns in their own order.
+Format: `bitmap.layout`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunekernels.sparse.bitmap.layout import (
-    BLOCK_K,
     LANES,
-    RUNS,
-    UNIT,
-    chunks,
-    line_blocks,
+    TILE_K,
+    UNIT_BYTES,
+    WORD_UNITS,
+    line_ranges,
+    lines_tiles,
     set_bits,
-    starts_of,
+    words_of,
 )
 from prunekernels.sparse.stacking import ROWS
 
@@ -38,48 +38,45 @@ _WIDE = {
 
 
 def bitmap_unpack(
-    bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int
+    records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int
 ) -> Tensor:
-    """The dense (rows, columns) weight that the three tensors hold.
+    """The dense (rows, columns) weight that records hold.
 
     Args:
-        bitmap: int32 (lines, blocks, 32).
-        starts: int32 (lines·blocks + 1,).
-        values: (8·units,).
+        records: int32 (units, 4).
+        starts: int32 (lines·tiles + 1,).
+        dtype: Type of the values.
         rows: N.
         columns: K.
 
     Returns:
-        A new contiguous tensor of the values' type, on their device.
+        A new contiguous tensor of that type, on their device.
     """
-    blocks = line_blocks(rows, columns)[1]
-    dense = torch.empty((rows, columns), dtype=values.dtype, device=values.device)
-    pair = _WIDE[values.dtype.itemsize][1]
-    for first, last, halves in _blocks(bitmap, starts, values, columns):
-        target = dense[first * ROWS : last * ROWS]
-        # (line, h, g, block, step, u, t)
-        wide = torch.empty((last - first, 2, 8, blocks, 4, 2, 4), dtype=pair, device=dense.device)
-        for h, half in enumerate(halves):
-            pairs = half.view(pair).view(last - first, 8, blocks, 4, 4, 2)
-            wide[:, h].copy_(pairs.transpose(4, 5))
-        wide = wide.view(dense.dtype).view(-1, blocks * BLOCK_K)
-        target.copy_(wide[: len(target), :columns])
+    dense = torch.empty((rows, columns), dtype=dtype, device=records.device)
+    for first, part in dense_rows(records, starts, dtype, rows, columns):
+        dense[first : first + len(part)] = part
     return dense
 
 
-def product(
-    x: Tensor, bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, bias: Tensor | None
-) -> Tensor:
+def dense_rows(
+    records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int
+) -> Iterator[tuple[int, Tensor]]:
+    """First row and rows of the weight, some lines at a time."""
+    for first, last, halves in _lines(records, starts, dtype, rows, columns):
+        # (line, h, g)
+        both = torch.stack([half.view(last - first, 8, -1) for half in halves], 1)
+        yield first * ROWS, both.view((last - first) * ROWS, -1)[: rows - first * ROWS, :columns]
+
+
+def product(x: Tensor, records: Tensor, starts: Tensor, rows: int, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + b, expanding some lines of the weight at a time.
 
-    Equivalent to `F.linear(x, bitmap_unpack(...), bias)` without ever holding that weight, and
-    faster on a CPU: the columns of x are put in the order of the packed ones, not the weight.
+    Equivalent to `F.linear(x, bitmap_unpack(...), bias)` without ever holding that weight.
 
     Args:
         x: (M, K), of the values' type.
-        bitmap: int32 (lines, blocks, 32).
-        starts: int32 (lines·blocks + 1,).
-        values: (8·units,).
+        records: int32 (units, 4).
+        starts: int32 (lines·tiles + 1,).
         rows: N.
         bias: (N,) or None.
 
@@ -87,33 +84,35 @@ def product(
         (M, N), contiguous.
     """
     tokens, columns = x.shape
-    lines, blocks = line_blocks(rows, columns)
-    x = F.pad(x, (0, BLOCK_K * blocks - columns))
-    # (block, step, u, t, c) to (block, step, t, u, c)
-    x = x.view(tokens, blocks, 4, 2, 4, 2).transpose(3, 4).reshape(tokens, BLOCK_K * blocks)
+    lines, tiles = lines_tiles(rows, columns)
+    x = F.pad(x, (0, TILE_K * tiles - columns))
     if bias is not None:
         bias = F.pad(bias, (0, ROWS * lines - rows)).view(lines, 2, 8)
     y = x.new_empty((tokens, lines, 2, 8))
-    for first, last, halves in _blocks(bitmap, starts, values, columns):
+    for first, last, halves in _lines(records, starts, x.dtype, rows, columns):
         for h, half in enumerate(halves):
             part = F.linear(x, half, None if bias is None else bias[first:last, h].flatten())
             y[:, first:last, h] = part.view(tokens, last - first, 8)
     return y.view(tokens, ROWS * lines)[:, :rows].contiguous()
 
 
-def _blocks(
-    bitmap: Tensor, starts: Tensor, values: Tensor, columns: int
+def _lines(
+    records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int
 ) -> Iterator[tuple[int, int, list[Tensor]]]:
     """First and last line of some, and their weight: two (8·lines, padded columns), h = 0, 1."""
-    kinds = _WIDE[values.dtype.itemsize]
-    tables = _tables(*kinds, values.device)
-    for first, last in chunks(len(bitmap), columns):
-        begins = starts_of(starts, first, last, columns)
-        begin, end = (int(begins[i]) * UNIT for i in (0, -1))
-        before = (begins[:-1, None] - begins[0]) * UNIT
-        neighbours = _neighbours(values[begin:end].view(kinds[0]), kinds[1])
-        pairs = _expand(bitmap[first:last], before, neighbours, tables)
-        yield first, last, [half.view(values.dtype).view(8 * (last - first), -1) for half in pairs]
+    kinds = _WIDE[dtype.itemsize]
+    tables = _tables(*kinds, records.device)
+    lines, tiles = lines_tiles(rows, columns)
+    unit = UNIT_BYTES // dtype.itemsize
+    for first, last in line_ranges(lines, columns):
+        begins = starts[first * tiles : last * tiles + 1]
+        begin, end = int(begins[0]), int(begins[-1])
+        here = records[begin:end]
+        begins = begins[:-1] - begin
+        before = (begins + WORD_UNITS)[:, None] * unit
+        neighbours = _neighbours(here.view(kinds[0]).view(-1), kinds[1])
+        pairs = _expand(words_of(here, begins), before, last - first, neighbours, tables)
+        yield first, last, [half.view(dtype).view(8 * (last - first), -1) for half in pairs]
 
 
 def _tables(
@@ -142,29 +141,35 @@ def _neighbours(values: Tensor, pair: torch.dtype) -> Tensor:
 
 
 def _expand(
-    bitmap: Tensor, before: Tensor, neighbours: Tensor, tables: list[tuple[Tensor, Tensor]]
+    words: Tensor,
+    before: Tensor,
+    lines: int,
+    neighbours: Tensor,
+    tables: list[tuple[Tensor, Tensor]],
 ) -> list[Tensor]:
-    """The pairs of some lines, for h = 0 and 1, in the order (line, g, block, step, t, u).
+    """The pairs of some lines, for h = 0 and 1, in the order (line, g, tile, block, p, t, s, u).
 
     Args:
-        bitmap: int32 (lines, blocks, 32).
-        before: int32 (lines·blocks, 1), values before each tile.
+        words: int32 (lines·tiles, 64).
+        before: int32 (lines·tiles, 1), where in the records each tile's values are.
+        lines: How many lines these are.
         neighbours: What `_neighbours` gives.
         tables: What `_tables` gives.
     """
-    lines, blocks = bitmap.shape[:2]
-    bytes_ = bitmap.contiguous().view(torch.uint8).view(-1, LANES, 4)
+    tiles = len(words) // lines
+    bytes_ = words.view(torch.uint8).view(-1, LANES, 2, 4)
     # nibbles: how many values a lane has in the two runs of a step
     count = bytes_ - (bytes_ >> 1 & 0x55)
     count = (count & 0x33) + (count >> 2 & 0x33)
-    count = count.transpose(1, 2)
-    runs = torch.empty((len(bytes_), 4, 2, LANES), dtype=torch.int32, device=bitmap.device)
-    runs[:, :, 0], runs[:, :, 1] = count & 15, count >> 4
-    runs = runs.view(-1, RUNS * LANES)
+    count = count.permute(0, 2, 3, 1)
+    shape = (len(bytes_), 2, 4, 2, LANES)
+    runs = torch.empty(shape, dtype=torch.int32, device=words.device)
+    runs[:, :, :, 0], runs[:, :, :, 1] = count & 15, count >> 4
+    runs = runs.view(len(bytes_), -1)
     behind = runs.cumsum(1, dtype=torch.int32).sub_(runs).add_(before)
-    # from the order (line, block, step, u, g, t), and (line, block, g, t, step)
-    behind = behind.view(lines, blocks, 4, 2, 8, 4).permute(0, 4, 1, 2, 5, 3).reshape(-1)
-    places = bytes_.view(lines, blocks, 8, 4, 4).permute(0, 2, 1, 4, 3)
+    # from the orders (line, tile, block, p, s, u, g, t) and (line, tile, g, t, block, p, s)
+    behind = behind.view(lines, tiles, 2, 2, 2, 2, 8, 4).permute(0, 6, 1, 2, 3, 7, 4, 5).reshape(-1)
+    places = bytes_.view(lines, tiles, 8, 4, 2, 2, 2).permute(0, 2, 1, 4, 5, 3, 6)
     places = places.to(torch.int32).reshape(-1)
     halves = []
     for upto, keep in tables:

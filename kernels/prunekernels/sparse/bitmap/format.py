@@ -9,25 +9,31 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prunekernels.sparse.bitmap.expand import bitmap_unpack
+from prunekernels.sparse.bitmap import former
+from prunekernels.sparse.bitmap.expand import bitmap_unpack, dense_rows
 from prunekernels.sparse.bitmap.layout import (
-    BLOCK_K,
-    LANES,
-    TILE,
-    UNIT,
+    CHUNK_UNITS,
+    UNIT_BYTES,
     VALUE_CODES,
     VALUE_NAMES,
     VERSION,
+    WORD_UNITS,
     check_parts,
-    chunks,
-    line_blocks,
-    set_bits,
-    starts_of,
-    step_bytes,
+    chunks_of,
+    count_bits,
+    line_ranges,
+    lines_tiles,
+    most_chunks,
+    record_units,
+    words_of,
 )
-from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_linear
+from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_gate_up, bitmap_linear
+from prunekernels.sparse.bitmap.packing import as_starts, pack, pack_rows
 from prunekernels.sparse.layer import Expected, GateUp, unchecked
 from prunekernels.sparse.stacking import ROWS, split_lines, stacked_rows
+
+_NAMES = frozenset({"records", "starts", "room", "header"})
+_TYPES = {code: dtype for dtype, code in VALUE_CODES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,48 +41,46 @@ class BitmapSparse:
     """A weight of any sparsity in the packed format of `bitmap.layout`.
 
     Attributes:
-        bitmap: int32 (lines, blocks, 32), contiguous.
-        starts: int32 (lines·blocks + 1,), contiguous.
-        values: (8·units,) of bfloat16, float16 or float32, contiguous.
+        records: int32 (units, 4), contiguous.
+        starts: int32 (lines·tiles + 1,), contiguous.
         shape: (N, K) of the dense weight.
+        dtype: Type of the values: bfloat16, float16 or float32.
+        chunks: The most pieces of 512 bytes that a record takes; results are NaN where a kernel
+            meets a record that takes more.
         version: Version of the format.
     """
 
-    bitmap: Tensor
+    records: Tensor
     starts: Tensor
-    values: Tensor
     shape: tuple[int, int]
+    dtype: torch.dtype
+    chunks: int
     version: int = VERSION
     format: ClassVar[str] = "bitmap"
     row_multiple: ClassVar[int] = ROWS
-    gate_up: ClassVar[GateUp | None] = None
+    gate_up: ClassVar[GateUp | None] = staticmethod(bitmap_gate_up)
 
     def __post_init__(self) -> None:
         if self.version != VERSION:
             raise ValueError(
                 f"packed bitmap format version {self.version} is unknown (this build reads "
-                f"{VERSION}): upgrade prunekernels or pack the weight again"
+                f"{former.VERSION} and {VERSION}): upgrade prunekernels or pack the weight again"
             )
-        check_parts(self.bitmap, self.starts, self.values, *self.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Type of the values."""
-        return self.values.dtype
+        check_parts(self.records, self.starts, self.chunks, self.dtype, *self.shape)
 
     @property
     def device(self) -> torch.device:
         """Device of the tensors."""
-        return self.bitmap.device
+        return self.records.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes the three tensors really hold."""
-        return sum(t.numel() * t.element_size() for t in (self.bitmap, self.starts, self.values))
+        """Bytes the two tensors really hold."""
+        return self.records.nbytes + self.starts.nbytes
 
     @classmethod
     def pack(cls, weight: Tensor) -> BitmapSparse:
-        """`bitmap_pack` without a mask."""
+        """`bitmap_pack`."""
         return bitmap_pack(weight)
 
     @classmethod
@@ -84,8 +88,14 @@ class BitmapSparse:
         cls, tensors: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype
     ) -> BitmapSparse:
         """The weight from the tensors of a `state_dict()` that is known to be valid, unchecked."""
-        parts = {name: tensors[name] for name in ("bitmap", "starts", "values")}
-        return unchecked(cls, **parts, shape=shape, version=VERSION)
+        if "records" not in tensors:
+            raise ValueError(
+                f"a packed bitmap weight of version {former.VERSION} must be converted: load it "
+                "once in memory, without offloading, and save it again"
+            )
+        records, starts, chunks = tensors["records"], tensors["starts"], len(tensors["room"])
+        parts = {"records": records, "starts": starts, "shape": shape, "dtype": dtype}
+        return unchecked(cls, **parts, chunks=chunks, version=VERSION)
 
     def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """`bitmap_linear` with this weight."""
@@ -104,13 +114,17 @@ class BitmapSparse:
         """`bitmap_split` of this weight."""
         return bitmap_split(self, rows)
 
-    def kept_values(self) -> list[Tensor]:
-        """A tensor that holds every value which is not zero (shares memory)."""
-        return [self.values]
-
     def to_dense(self) -> Tensor:
         """The dense (N, K) weight: a new tensor of `dtype`."""
-        return bitmap_unpack(self.bitmap, self.starts, self.values, *self.shape)
+        return bitmap_unpack(self.records, self.starts, self.dtype, *self.shape)
+
+    def kept_values(self) -> list[Tensor]:
+        """A vector of every value that is not zero, tile after tile (a copy)."""
+        words = self.starts[:-1].long()[:, None] + torch.arange(WORD_UNITS, device=self.device)
+        holds = torch.ones(len(self.records), dtype=torch.bool, device=self.device)
+        holds[words.view(-1)] = False
+        values = self.records[holds].view(self.dtype).view(-1)
+        return [values[values != 0]]
 
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
@@ -118,18 +132,20 @@ class BitmapSparse:
         """This weight on another device or with values of another type (rounded)."""
         if dtype is not None and dtype not in VALUE_CODES:
             raise ValueError(f"packed bitmap values must be {VALUE_NAMES}, not {dtype}")
-        values = self.values
+        weight = self
         if dtype is not None and dtype != self.dtype:
-            # a value rounded down to −0.0 becomes 0.0
-            values = values.to(dtype) + 0.0
+            weight = self._converted(dtype)
         if device is None:
-            return replace(self, values=values)
-        return replace(
-            self,
-            bitmap=self.bitmap.to(device),
-            starts=self.starts.to(device),
-            values=values.to(device),
-        )
+            return weight
+        records, starts = weight.records.to(device), weight.starts.to(device)
+        return replace(weight, records=records, starts=starts)
+
+    def _converted(self, dtype: torch.dtype) -> BitmapSparse:
+        if self.device.type == "meta":
+            return replace(self, dtype=dtype, chunks=min(self.chunks, most_chunks(dtype)))
+        rows = dense_rows(self.records, self.starts, self.dtype, *self.shape)
+        records, starts = pack_rows(part.to(dtype) for _, part in rows)
+        return BitmapSparse(records, starts, self.shape, dtype, chunks_of(starts))
 
     def requires_grad_(self, requires_grad: bool = True) -> BitmapSparse:
         """Refused: a packed weight has no gradient."""
@@ -141,50 +157,62 @@ class BitmapSparse:
         return self
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The three tensors and a `header` (int64: version, N, K, value type), for safetensors."""
-        header = torch.tensor([self.version, *self.shape, VALUE_CODES[self.dtype]])
-        parts = {"bitmap": self.bitmap, "starts": self.starts, "values": self.values}
-        return {**parts, "header": header}
+        """Records, starts, `room`, and a `header` (int64: version, N, K, value type)."""
+        return {
+            "records": self.records,
+            "starts": self.starts,
+            "room": torch.zeros(self.chunks, dtype=torch.int8, device=self.device),
+            "header": torch.tensor([self.version, *self.shape, VALUE_CODES[self.dtype]]),
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> BitmapSparse:
-        """The weight that `state_dict()` described.
+        """The weight that `state_dict()` described, of version 3 or 2 (which is converted).
 
         Raises:
             ValueError: If an entry is missing, the version or value type is unknown, the tensors
-                do not have the sizes that the header promises, or `starts` does not agree with the
-                bits (which are counted: kernels rely on it).
+                do not have the sizes that the header promises, or `starts` or `room` do not
+                agree with the bits (which are counted: kernels rely on it).
         """
-        missing = {"bitmap", "starts", "values", "header"} - set(state)
-        if missing:
+        header = state["header"].tolist() if "header" in state else [VERSION]
+        wanted = former.NAMES if header[0] == former.VERSION else _NAMES
+        if missing := wanted - set(state):
             raise ValueError(f"a packed bitmap weight lacks {sorted(missing)}: save it again")
-        header = state["header"].tolist()
         if len(header) != 4:
             raise ValueError(
                 f"a packed bitmap header has 4 numbers, not {len(header)}: save it again"
             )
         version, rows, columns, code = header
-        values = state["values"]
-        if version == VERSION and code != VALUE_CODES.get(values.dtype):
+        if version in (former.VERSION, VERSION) and code not in _TYPES:
             raise ValueError(
-                f"a packed bitmap header says value type {code}, the values are {values.dtype}: "
-                "upgrade prunekernels or save it again"
+                f"a packed bitmap header says value type {code}, which is unknown: upgrade "
+                "prunekernels or save it again"
             )
-        packed = cls(state["bitmap"], state["starts"], values, (rows, columns), version)
+        shape, dtype = (rows, columns), _TYPES.get(code, torch.bfloat16)
+        if version == former.VERSION:
+            records, starts = pack_rows(former.dense_rows(state))
+            return cls(records, starts, shape, dtype, chunks_of(starts))
+        parts = state["records"], state["starts"]
+        packed = cls(*parts, shape, dtype, len(state["room"]), version)
         packed._check_starts()
         return packed
 
     def _check_starts(self) -> None:
-        lines = line_blocks(*self.shape)[0]
-        count = set_bits(self.device).sum(1)
-        fine = int(self.starts[0]) == 0 and int(self.starts[-1]) * UNIT == self.values.numel()
-        for first, last in chunks(lines, self.shape[1]):
-            starts = starts_of(self.starts, first, last, self.shape[1])
-            counts = count.index_select(0, step_bytes(self.bitmap[first:last]))
-            counts = counts.view(-1, TILE // 8).sum(1)
-            fine &= bool((starts.diff() * UNIT == counts + _filling(counts)).all())
+        lines, tiles = lines_tiles(*self.shape)
+        sizes, itemsize = self.starts.diff(), self.dtype.itemsize
+        fine = int(self.starts[0]) == 0 and int(self.starts[-1]) == len(self.records)
+        fine &= bool((sizes >= WORD_UNITS).all())
+        for first, last in line_ranges(lines, self.shape[1]) if fine else ():
+            here = slice(first * tiles, last * tiles)
+            counts = count_bits(words_of(self.records, self.starts[here]))
+            fine &= bool((sizes[here] == record_units(counts, itemsize)).all())
         if not fine:
             raise ValueError("packed bitmap: starts do not agree with the bits; pack it again")
+        if self.chunks != chunks_of(self.starts):
+            raise ValueError(
+                f"packed bitmap: a record takes {chunks_of(self.starts)} chunks of "
+                f"{UNIT_BYTES * CHUNK_UNITS} bytes, there is room for {self.chunks}; pack it again"
+            )
 
     def __repr__(self) -> str:
         return (
@@ -214,28 +242,9 @@ def bitmap_pack(weight: Tensor) -> BitmapSparse:
             f"bitmap_pack takes {VALUE_NAMES} values, not {weight.dtype}: convert the weight "
             "first, for example weight.to(torch.bfloat16)"
         )
-    weight = weight.detach()
+    records, starts = pack(weight.detach())
     rows, columns = weight.shape
-    lines, blocks = line_blocks(rows, columns)
-    bitmap = torch.empty((lines, blocks, 32), dtype=torch.int32, device=weight.device)
-    values: list[Tensor] = []
-    units: list[Tensor] = []
-    for first, last in chunks(lines, columns):
-        chunk = weight[first * ROWS : last * ROWS]
-        padded = weight.new_zeros((last - first) * ROWS, blocks * BLOCK_K)
-        padded[: chunk.shape[0], :columns] = chunk
-        # row = (h, g), column = (block, step, u, t, c)
-        elements = padded.view(last - first, 2, 8, blocks, 4, 2, 4, 2)
-        elements = elements.permute(0, 3, 4, 5, 2, 6, 1, 7).reshape(-1, TILE)
-        used = elements != 0
-        counts = used.sum(1)
-        bitmap[first:last] = _words(used).view(last - first, blocks, 32)
-        chosen = _with_filling(used, counts)
-        values.append(torch.nn.functional.pad(elements, (0, UNIT - 1))[chosen])
-        units.append((counts + _filling(counts)) // UNIT)
-    ends = torch.cat(units).cumsum(0)
-    starts = _as_starts("bitmap_pack", ends, int(ends[-1]))
-    return BitmapSparse(bitmap, starts, torch.cat(values), (rows, columns))
+    return BitmapSparse(records, starts, (rows, columns), weight.dtype, chunks_of(starts))
 
 
 def bitmap_cat(weights: Sequence[BitmapSparse]) -> BitmapSparse:
@@ -254,13 +263,13 @@ def bitmap_cat(weights: Sequence[BitmapSparse]) -> BitmapSparse:
         ValueError: If there are none, they do not fit together, or hold too many non-zeros.
     """
     rows, first = stacked_rows("bitmap_cat", weights), weights[0]
-    before, ends = 0, []
-    for w in weights:
-        ends.append(w.starts[1:].long() + before)
-        before += w.values.shape[0] // UNIT
-    starts = _as_starts("bitmap_cat", torch.cat(ends), before)
-    bitmap, values = (torch.cat([getattr(w, n) for w in weights]) for n in ("bitmap", "values"))
-    return BitmapSparse(bitmap, starts, values, (rows, first.shape[1]), first.version)
+    return replace(
+        first,
+        records=torch.cat([w.records for w in weights]),
+        starts=as_starts(torch.cat([w.starts.diff() for w in weights])),
+        shape=(rows, first.shape[1]),
+        chunks=max(w.chunks for w in weights),
+    )
 
 
 def bitmap_split(weight: BitmapSparse, rows: Sequence[int]) -> list[BitmapSparse]:
@@ -269,43 +278,18 @@ def bitmap_split(weight: BitmapSparse, rows: Sequence[int]) -> list[BitmapSparse
     Raises:
         ValueError: If the rows don't add up, or a part but the last is no multiple of 16.
     """
-    lines = split_lines("bitmap_split", weight.shape[0], rows)
     parts, line = [], 0
-    blocks = weight.bitmap.shape[1]
-    for bitmap, count in zip(torch.split(weight.bitmap, lines), rows, strict=True):
-        starts = weight.starts[line * blocks : (line + len(bitmap)) * blocks + 1]
+    tiles = lines_tiles(*weight.shape)[1]
+    for lines, count in zip(split_lines("bitmap_split", weight.shape[0], rows), rows, strict=True):
+        starts = weight.starts[line * tiles : (line + lines) * tiles + 1]
         begin, end = (int(starts[i]) for i in (0, -1))
-        values = weight.values[begin * UNIT : end * UNIT]
-        shape = (count, weight.shape[1])
-        parts.append(BitmapSparse(bitmap, starts - begin, values, shape, weight.version))
-        line += len(bitmap)
-    return parts
-
-
-def _as_starts(op: str, ends: Tensor, units: int) -> Tensor:
-    """`starts` of tiles that end at these units, the last of them at `units`."""
-    if units >= 2**31:
-        raise ValueError(
-            f"{op} holds at most {2**31 * UNIT} non-zeros, not {UNIT * units}: split the weight by "
-            "rows"
+        part = replace(
+            weight,
+            records=weight.records[begin:end],
+            starts=starts - begin,
+            shape=(count, weight.shape[1]),
+            chunks=chunks_of(starts),
         )
-    return torch.nn.functional.pad(ends, (1, 0)).to(torch.int32)
-
-
-def _filling(counts: Tensor) -> Tensor:
-    """Zeros behind tiles of so many values."""
-    return -counts % UNIT
-
-
-def _with_filling(used: Tensor, counts: Tensor) -> Tensor:
-    """Flags of the elements of tiles (…, 1024) and of seven more, true for the filling."""
-    more = torch.arange(UNIT - 1, device=used.device) < _filling(counts)[:, None]
-    return torch.cat([used, more], 1)
-
-
-def _words(used: Tensor) -> Tensor:
-    """Bitmap words (tiles, 32) of flags (tiles, 1024) in the order of the values."""
-    # four flags are the bytes of a 32-bit word; the product gathers them in its top nibble
-    runs = (used.view(torch.int32) * 0x01020408 >> 24 & 15).to(torch.uint8).view(-1, 4, 2, LANES)
-    bytes_ = runs[:, :, 0] | runs[:, :, 1] << 4
-    return bytes_.transpose(1, 2).contiguous().view(torch.int32).squeeze(2)
+        parts.append(part)
+        line += lines
+    return parts

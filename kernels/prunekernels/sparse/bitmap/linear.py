@@ -26,6 +26,7 @@ from prunekernels.sparse.layer import (
     check_input,
     expected_of,
     gradients,
+    problem_of,
 )
 
 if TYPE_CHECKING:
@@ -74,17 +75,66 @@ def bitmap_linear(
     """
     direct, key = plain(x, bias), None
     if direct and getattr(w, "format", None) == "bitmap":
-        key = call_key(x, w, w.bitmap.device, bias, activation, impl)
-        y: Tensor | None = _calls.again(key, x, (w.bitmap, w.starts, w.values), bias)
+        key = call_key(x, w, w.device, bias, activation, impl, w.chunks)
+        weight = w.records, w.starts
+        y: Tensor | None = _calls.again(key, x, (*weight, *weight), bias)
         if y is not None:
             return y
     check_input(x, w, "bitmap", "bitmap_pack")
     name = check_epilogue("bitmap_linear", x, w.shape, bias, activation)
     OP.check_impl(impl)
-    parts = w.bitmap, w.starts, w.values
+    parts = w.records, w.starts, w.chunks
     if direct:
         return _linear(x, *parts, *w.shape, bias, name, impl, key)
     return torch.ops.prunekernels.bitmap_linear(x, *parts, *w.shape, bias, name, impl)
+
+
+def bitmap_gate_up(x: Tensor, gate: BitmapSparse, up: BitmapSparse, impl: str = "auto") -> Tensor:
+    """The gated half of a Llama MLP: SiLU(x·Wgᵀ)·(x·Wuᵀ).
+
+    Equivalent to `F.silu(bitmap_linear(x, gate)) * bitmap_linear(x, up)`. The "mma" kernel computes
+    it in one launch and rounds once; other implementations, and traced or differentiated calls,
+    compute the two products.
+
+    Args:
+        x: (..., K), the type and device of both weights.
+        gate: Packed (N, K) weight.
+        up: Packed (N, K) weight.
+        impl: As in `bitmap_linear`.
+
+    Returns:
+        (..., N), the type of `x`, contiguous.
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
+    """
+    key = None
+    if plain(x) and getattr(gate, "format", None) == getattr(up, "format", None) == "bitmap":
+        # what up has as gate has needs no place in the key
+        alike = (gate.shape, gate.dtype, gate.device) == (up.shape, up.dtype, up.device)
+        chunks = max(gate.chunks, up.chunks)
+        key = call_key(x, gate, gate.device, None, "gated", impl, alike, chunks)
+        weights = gate.records, gate.starts, up.records, up.starts
+        y: Tensor | None = _calls.again(key, x, weights, None)
+        if y is not None:
+            return y
+    check_input(x, gate, "bitmap", "bitmap_pack", "gate")
+    check_input(x, up, "bitmap", "bitmap_pack", "up")
+    if gate.shape != up.shape:
+        raise ValueError(
+            f"bitmap_gate_up: gate and up must have the same shape, not {tuple(gate.shape)} and "
+            f"{tuple(up.shape)}"
+        )
+    OP.check_impl(impl)
+    rows, columns = gate.shape
+    flat = x.reshape(-1, columns)
+    if key is not None and OP.select(problem_of(flat, rows), impl).name == "mma":
+        parts = gate.records, gate.starts, chunks, rows, None, "silu", (up.records, up.starts)
+        y = _calls.run(flat, rows, impl, parts, key)
+        if y is not None:
+            return y.view(*x.shape[:-1], rows)
+    gated = F.silu(bitmap_linear(x, gate, impl=impl))
+    return gated * bitmap_linear(x, up, impl=impl)
 
 
 def bitmap_expected(tokens: int, w: BitmapSparse) -> Expected:
@@ -100,44 +150,46 @@ def bitmap_expected(tokens: int, w: BitmapSparse) -> Expected:
     return expected_of(OP, tokens, w)
 
 
-def expand(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+def expand(records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
     """The dense weight, by the expanding kernel on a GPU that Triton can use."""
-    if bitmap.device.type != "cuda" or not triton_installed() or interpreting():
-        return bitmap_unpack(bitmap, starts, values, rows, columns)
-    dense: Tensor = OP.kernels["triton"].load().expand(bitmap, starts, values, rows, columns)
+    if records.device.type != "cuda" or not triton_installed() or interpreting():
+        return bitmap_unpack(records, starts, dtype, rows, columns)
+    dense: Tensor = OP.kernels["triton"].load().expand(records, starts, dtype, rows, columns)
     return dense
 
 
 @torch.library.custom_op("prunekernels::bitmap_expand", mutates_args=())
-def _expand_op(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    return expand(bitmap, starts, values, rows, columns)
+def _expand_op(
+    records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int
+) -> Tensor:
+    return expand(records, starts, dtype, rows, columns)
 
 
 @_expand_op.register_fake
-def _(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    return values.new_empty((rows, columns))
+def _(records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    return records.new_empty((rows, columns), dtype=dtype)
 
 
 @torch.library.custom_op("prunekernels::bitmap_linear", mutates_args=())
 def _linear_op(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     rows: int,
     columns: int,
     bias: Tensor | None,
     activation: str,
     impl: str,
 ) -> Tensor:
-    return _linear(x, bitmap, starts, values, rows, columns, bias, activation, impl)
+    return _linear(x, records, starts, chunks, rows, columns, bias, activation, impl)
 
 
 def _linear(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     rows: int,
     columns: int,
     bias: Tensor | None,
@@ -146,13 +198,13 @@ def _linear(
     key: Any = None,
 ) -> Tensor:
     flat = x.reshape(-1, columns)
-    parts = bitmap, starts, values
-    y = _calls.run(flat, rows, impl, (*parts, rows, bias, activation), key)
+    parts = records, starts, chunks, rows, bias, activation
+    y = _calls.run(flat, rows, impl, parts, key)
     if y is None:
         if x.device.type == "cpu":
-            z = product(flat, *parts, rows, bias)
+            z = product(flat, records, starts, rows, bias)
         else:
-            z = F.linear(flat, expand(*parts, rows, columns), bias)
+            z = F.linear(flat, expand(records, starts, x.dtype, rows, columns), bias)
         y = ACTIVATIONS[activation](z)
     return y.view(*x.shape[:-1], rows)
 
@@ -160,28 +212,29 @@ def _linear(
 @_linear_op.register_fake
 def _(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     rows: int,
     columns: int,
     bias: Tensor | None,
     activation: str,
     impl: str,
 ) -> Tensor:
-    check_parts(bitmap, starts, values, rows, columns)
+    check_parts(records, starts, chunks, x.dtype, rows, columns)
     return x.new_empty((*x.shape[:-1], rows))
 
 
 def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, bitmap, starts, values, ctx.rows, ctx.columns, bias, ctx.activation, _ = inputs
+    x, records, starts, _, ctx.rows, ctx.columns, bias, ctx.activation, _ = inputs
+    ctx.dtype = x.dtype
     kept = x if ctx.activation != "none" else None
-    ctx.save_for_backward(kept, bitmap, starts, values, bias)
+    ctx.save_for_backward(kept, records, starts, bias)
 
 
 def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, bitmap, starts, values, bias = ctx.saved_tensors
-    parts = bitmap, starts, values, ctx.rows, ctx.columns
+    x, records, starts, bias = ctx.saved_tensors
+    parts = records, starts, ctx.dtype, ctx.rows, ctx.columns
     dense = torch.ops.prunekernels.bitmap_expand(*parts)
     dx, dbias = gradients(ctx, grad, x, dense, bias, 6)
     return dx, None, None, None, None, None, dbias, None, None

@@ -2,15 +2,18 @@
 
     y[m, n] = act(Σ_k x[m, k]·W[n, k] + b[n])
 
-Four warps per program, each with a line of 16 weight rows, walk their columns in stages of 128.
-The values of a stage and the x of all warps come through rings in shared memory (`cp.async`), the
-bitmap words through registers. Per element there is a test, and a load if its bit is set. Where a
-lane's values are, tensor cores find out, for each pair of elements that share an operand register
-(`bitmap.addresses`).
-Columns may be split over programs; the last to arrive adds the parts in their fixed order, so
-results are bitwise repeatable.
+Each warp walks its columns of a line of 16 weight rows in stages of 128, one record each, by a ring
+of its own (`bitmap.records`): no barrier and no shared x stand between it and the memory. x comes
+from the L1 cache by 16-byte loads: the format puts a lane's columns side by side. For each element
+there is a test, and a load if its bit is set; where a lane's values are, tensor cores find out
+(`bitmap.addresses`). The warps of a program share the columns of a line and add up in shared
+memory, in order. Columns may be split over programs too; the last to arrive adds the parts in their
+fixed order, so results are bitwise repeatable.
 
-Inline assembly names shared memory by Triton's symbol for it, so the ring must start there: the
+The gated form multiplies with gate and up in one launch, half of the warps for each.
+
+A record that is larger than the slots would be cut: `chunks` says how large they are, and results
+are NaN where it is too small. Inline assembly names shared memory by Triton's symbol for it: the
 kernel makes one allocation, a test sees that it is all there is, and a self-test decides per GPU.
 Format: `bitmap.layout`. Instruction: PTX ISA, `mma.m16n8k16`.
 """
@@ -26,48 +29,35 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from prunekernels.compilation import KernelCase
 from prunekernels.launch import Launch, meta
 from prunekernels.runtime import capability, processors
 from prunekernels.sparse.bitmap.addresses import (
     addresses,
+    bases,
+    kept,
     lane_masks,
     offsets,
-    parts_of,
     quad_masks,
+    run_masks,
 )
 from prunekernels.sparse.bitmap.format import bitmap_pack
-from prunekernels.sparse.bitmap.layout import line_blocks, meta_parts
+from prunekernels.sparse.bitmap.layout import TILE_K, lines_tiles, meta_parts
+from prunekernels.sparse.bitmap.records import arrived, copy, make_barriers, say, slot_bytes
 from prunekernels.sparse.bitmap.tuning import BitmapMmaConfig, bitmap_mma
-from prunekernels.sparse.fragments import axis, finish, x_layout
+from prunekernels.sparse.fragments import axis, finish
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.stacking import ROWS
 
-#: Where the kernel compiles. It has not run on a GPU yet: the self-test decides on each.
-CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1))
-WARPS = 4
-#: Columns of a stage, and the bytes of its values if none is zero.
-STAGE_K, STAGE_BYTES = 128, 4096
+#: Where the kernel compiles: Blackwell's tensor cores do not count bits. It has not run on a GPU
+#: yet: the self-test decides on each.
+CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
 
 
 @gluon.constexpr_function
-def _ring_slots(ring, tiles, token_tiles):
-    """Slots of 2048·token_tiles bytes that x and the values of `tiles` lines take."""
-    return ring + -(-ring * tiles * STAGE_BYTES // (2048 * token_tiles))
-
-
-def ring_bytes(config: BitmapMmaConfig) -> int:
-    """Bytes of shared memory that the rings take."""
-    tiles = WARPS * config.row_tiles
-    slots = _ring_slots(config.stages, tiles, config.token_tiles)
-    return int(slots) * 2048 * config.token_tiles
-
-
-@gluon.constexpr_function
-def _mma_text(kind, half):
+def _multiply_text(kind, half):
     b = "{$8,$9}" if half == 0 else "{$10,$11}"
     return (
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
@@ -89,56 +79,15 @@ def _expand_text(step):
                 f"setp.ne.b32 p, {half}, 0;",
                 f"@p ld.shared.u16 {half}, [${8 + 4 * register} + {offset}];",
             ]
-        lines.append(f"prmt.b32 ${register}, lo, hi, 0x5410;")
+        # a multiplication: other units are busier
+        lines.append(f"mad.lo.u32 ${register}, hi, 65536, lo;")
     return "\n".join([*lines, "}"])
 
 
-@gluon.constexpr_function
-def _copy_text():
-    """Copy 16 bytes from $1 to shared $3, and so on 512 bytes apart, while chunks $4 are left.
-
-    The address of the fifth, $2, is not a sum that the assembler knows: offsets from $1 would not
-    fit its instructions, and it would add anew for each.
-    """
-    lines = ["{", ".reg .pred p;"]
-    for chunk in range(8):
-        source = f"${1 + chunk // 4} + {512 * (chunk % 4)}"
-        lines += [
-            f"setp.gt.s32 p, $4, {32 * chunk};",
-            f"@p cp.async.cg.shared.global [$3 + {512 * chunk}], [{source}], 16;",
-        ]
-    return "\n".join([*lines, "mov.b32 $0, 0;", "}"])
-
-
 @gluon.jit
-def _copy_values(values_ptr, begin, end, slot, LANES: gl.constexpr):
-    """Start the copy of units begin .. end − 1 of each line to shared memory at `slot`.
-
-    begin, end, slot: int32 (tiles, 32), the same for all lanes of a tile.
-    """
-    lane = gl.arange(0, 32, gl.SliceLayout(0, LANES))[None, :]
-    fifth = gl.inline_asm_elementwise(
-        "or.b32 $0, $1, 128;", "=r,r", [lane], dtype=gl.int32, is_pure=True, pack=1
-    )
-    gl.inline_asm_elementwise(
-        _copy_text(),
-        "=r,l,l,r,r",
-        [
-            values_ptr + (begin + lane).to(gl.int64) * 4,
-            values_ptr + (begin + fifth).to(gl.int64) * 4,
-            slot + lane * 16,
-            end - begin - lane,
-        ],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@gluon.jit
-def _to_registers(x, NW: gl.constexpr, MT: gl.constexpr, ACC: gl.constexpr):
-    """A number of each lane and tile, (tiles, 32), beside the accumulators."""
-    return gl.convert_layout(gl.reshape(x, [NW, MT, 1, 32, 1]), ACC)
+def _to_registers(x, ACC: gl.constexpr):
+    """A number of each lane, (warps, 32), beside the accumulators."""
+    return gl.convert_layout(gl.reshape(x, [x.shape[0], 1, 1, 32, 1]), ACC)
 
 
 @gluon.jit
@@ -146,32 +95,26 @@ def _multiply(acc, word, a0, a1, a2, a3, b, STEP: gl.constexpr, KIND: gl.constex
               ACC: gl.constexpr):  # fmt: skip
     """acc + A·B for a step of 16 columns.
 
-    word: (tiles, 32); a0 … a3: (tiles, 32), the addresses for the operand registers; b: (8·token
-    tiles, 16) words of x, whose half STEP % 2 is used.
+    word: (warps, 32); a0 … a3: (warps, 32), the addresses for the operand registers; b: the words
+    of x of two steps, beside the accumulators, of which half STEP % 2 is used.
     """
-    NW: gl.constexpr = acc.shape[0]
-    MT: gl.constexpr = acc.shape[1]
-    NT: gl.constexpr = acc.shape[2]
     a = gl.inline_asm_elementwise(
         _expand_text(STEP),
         "=&r,=&r,=&r,=&r" + ",r" * 24,
         [
-            _to_registers(word, NW, MT, ACC),
-            _to_registers(a0, NW, MT, ACC),
-            _to_registers(a1, NW, MT, ACC),
-            _to_registers(a2, NW, MT, ACC),
-            _to_registers(a3, NW, MT, ACC),
+            _to_registers(word, ACC),
+            _to_registers(a0, ACC),
+            _to_registers(a1, ACC),
+            _to_registers(a2, ACC),
+            _to_registers(a3, ACC),
             axis(4, 4, ACC),
         ],
         dtype=gl.int32,
         is_pure=False,
         pack=4,
     )
-    # word = 4·register + thread of the quad, token = quad
-    b = gl.permute(gl.reshape(b, [NT, 8, 4, 4]), [0, 1, 3, 2])
-    b = gl.convert_layout(gl.reshape(b, [1, 1, NT, 32, 4]), ACC)
     return gl.inline_asm_elementwise(
-        _mma_text(KIND, STEP % 2),
+        _multiply_text(KIND, STEP % 2),
         "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3",
         [a, b, acc],
         dtype=gl.float32,
@@ -180,204 +123,289 @@ def _multiply(acc, word, a0, a1, a2, a3, b, STEP: gl.constexpr, KIND: gl.constex
     )
 
 
-@gluon.jit(do_not_specialize=["M", "N", "lines", "stages", "per_split"])
+@gluon.jit
+def _largest(start_ptrs, first, limit, per_warp, lane):
+    """The most units of a record of the warp's range, (warps, 32), the same in all lanes."""
+    units = first * 0
+    for ahead in range(0, per_warp, 32):
+        begin = gl.load(start_ptrs + gl.minimum(first + ahead + lane, limit))
+        end = gl.load(start_ptrs + gl.minimum(first + ahead + lane + 1, limit))
+        units = gl.maximum(units, end - begin)
+    return gl.inline_asm_elementwise(
+        "redux.sync.max.s32 $0, $1, -1;", "=r,r", [units], dtype=gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def _added(room, FIRST: gl.constexpr, COUNT: gl.constexpr, NT: gl.constexpr, NW: gl.constexpr):
+    """Sum of COUNT warps' accumulators in shared memory, in order: float32 (NT, 128)."""
+    PART: gl.constexpr = gl.BlockedLayout([NT, 4], [1, 32], [1, NW], [1, 0])
+    total = gl.zeros([NT, 128], gl.float32, PART)
+    for other in gl.static_range(FIRST, FIRST + COUNT):
+        total += room.slice(other * NT, NT, dim=0).load(PART)
+    return total
+
+
+@gluon.jit
 def _bitmap_mma_fwd_kernel(
     x_ptr,  # (M, columns padded to 128) as 32-bit words, rows stride_xm words apart
-    bitmap_ptr,  # int32 (lines, blocks, 32)
-    starts_ptr,  # int32 (lines·blocks + 1,)
-    values_ptr,  # the values as 32-bit words
+    records_ptr,  # as 32-bit words
+    starts_ptr,  # int32 (lines·stages + 1,)
+    up_records_ptr,  # the same of a second weight, read if GATED
+    up_starts_ptr,
     bias_ptr,  # (N,), read if HAS_BIAS
     y_ptr,  # (M, N), contiguous
     parts_ptr,  # as for `sum_parts`, if SPLIT
-    counter_ptr,  # int32 (token blocks·row blocks), zero before and after, if SPLIT
+    counter_ptr,  # int32 (token blocks·lines), zero before and after, if SPLIT
     stride_xm,
     M,
     N,
-    lines,
-    blocks,
     stages,  # of 128 columns
-    per_split,  # stages of a split
+    per_warp,  # stages of a warp
     KIND: gl.constexpr,  # "bf16" or "f16"
     ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,  # y = act(gate)·up: each has half of the warps
     SPLIT: gl.constexpr,
-    NW: gl.constexpr,  # warps
-    MT: gl.constexpr,  # lines per warp
+    NW: gl.constexpr,  # warps, which share the columns
     NT: gl.constexpr,  # tiles of 8 tokens
-    RING: gl.constexpr,  # slots of the rings
-    COUNT: gl.constexpr,  # tensor cores count bits, else they add bytes
+    RING: gl.constexpr,  # slots, 2 or 3
+    CHUNKS: gl.constexpr,  # of 512 bytes: room for a record
+    EVEN: gl.constexpr,  # all warps have per_warp stages
+    BULK: gl.constexpr,  # copies by the engine (9.0 and later), else by the warp
+    DEPENDENT: gl.constexpr,  # starts while the kernel before ends (9.0 and later)
 ):
-    TILES: gl.constexpr = NW * MT
-    LANES: gl.constexpr = gl.BlockedLayout([MT, 1], [1, 32], [NW, 1], [1, 0])
-    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [2, 16], [NW, 1], [1, 0])
-    X: gl.constexpr = x_layout(NT, NW)
+    LANES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [NW, 1], [1, 0])
     ACC: gl.constexpr = gl.BlockedLayout(
-        [1, MT, NT, 1, 4], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+        [1, 1, NT, 1, 4], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
     )
-    # eight rows of 16-byte chunks, rotated: ldmatrix then meets every bank once
-    SWIZZLE: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
-    # slots of x first, then as many as the values fill
-    X_BYTES: gl.constexpr = 2048 * NT
-    SLOTS: gl.constexpr = _ring_slots(RING, TILES, NT)
-    # blocks of tokens first: those that read the same rows of the weight run together
-    block = gl.program_id(1)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    SLOT: gl.constexpr = slot_bytes(CHUNKS)
+    ROOM: gl.constexpr = (RING * SLOT + 512 * NT - 1) // (512 * NT)
+    SHARE: gl.constexpr = NW // 2 if GATED else NW
     token0 = gl.program_id(0) * (8 * NT)
-    first = gl.program_id(2) * per_split
-    count = gl.minimum(per_split, stages - first)
+    line = gl.program_id(1)
+    memory = gl.allocate_shared_memory(gl.float32, [ROOM, NW * NT, 128], FLAT)
 
-    # tokens past the last are read as the last and not stored: a mask would live through the loop
-    # in a predicate register, and the expansion fills all seven at once
-    token = gl.minimum(token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, COPY))[:, None], M - 1)
-    x_word = gl.arange(0, 64, gl.SliceLayout(0, COPY))[None, :]
-    x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + x_word
-    memory = gl.allocate_shared_memory(gl.int32, [SLOTS, 8 * NT, 64], SWIZZLE)
+    # what is the same in all lanes stays in each lane's registers: a move to the uniform ones would
+    # wait for loads
+    lane = kept(gl.arange(0, 32, gl.SliceLayout(0, LANES))[None, :])
+    zero = lane >> 5
+    if DEPENDENT:
+        say("griddepcontrol.launch_dependents;", lane)
+    warp = gl.arange(0, NW, gl.SliceLayout(1, LANES))[:, None]
+    first = (gl.program_id(2) * SHARE + warp % SHARE) * per_warp + zero
+    # where the warp's range ends
+    limit = gl.minimum(stages, first + per_warp)
+    count = gl.minimum(per_warp, stages - gl.program_id(2) * (SHARE * per_warp))
 
-    lane = gl.arange(0, 32, gl.SliceLayout(0, LANES))[None, :]
-    tile = gl.arange(0, TILES, gl.SliceLayout(1, LANES))[:, None]
-    # lines past the last are read as the last and not stored
-    line = gl.minimum(block * TILES + tile, lines - 1).to(gl.int64)
-    word_ptrs = bitmap_ptr + line * (32 * blocks) + lane
-    start_ptrs = starts_ptr + line * blocks + lane * 0
-    values = gl.inline_asm_elementwise(
+    if GATED:
+        records_ptr = gl.where(warp < SHARE, records_ptr, up_records_ptr)
+        starts_ptr = gl.where(warp < SHARE, starts_ptr, up_starts_ptr)
+    start_ptrs = starts_ptr + line.to(gl.int64) * stages + zero
+    base = gl.inline_asm_elementwise(
         "mov.u32 $0, global_smem;", "=r,r", [lane], dtype=gl.int32, is_pure=True, pack=1
     )
-    values += RING * X_BYTES + tile * 4096
+    base += warp * (RING * SLOT) + zero
 
-    begin = gl.load(start_ptrs + first * 2)
-    for ahead in gl.static_range(RING - 1):
-        # past the slice there is nothing to copy; past the last stage x is read again
-        at = gl.minimum(first + ahead, stages - 1)
-        async_copy.async_copy_global_to_shared(memory.index(ahead), x_ptrs + at * 64)
-        end = gl.load(start_ptrs + gl.minimum((first + ahead) * 2 + 2, blocks))
-        _copy_values(values_ptr, begin, end, values + ahead * (TILES * 4096), LANES)
-        async_copy.commit_group()
-        begin = end
-    end = gl.load(start_ptrs + gl.minimum((first + RING - 1) * 2 + 2, blocks))
-    word0 = gl.load(word_ptrs + first * 64)
-    word1 = gl.load(word_ptrs + first * 64 + 32, mask=first * 2 + 1 < blocks, other=0)
-    units = gl.load(start_ptrs + first * 2 + 1) - gl.load(start_ptrs + first * 2)
-    quads = quad_masks(lane, COUNT)
-    lanes = (
-        lane_masks(lane, 0, COUNT), lane_masks(lane, 1, COUNT),
-        lane_masks(lane, 2, COUNT), lane_masks(lane, 3, COUNT),
-    )  # fmt: skip
-    acc = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
-    slot = 0
-    for stage in range(first, first + count):
-        async_copy.wait_group(RING - 2)
-        # every warp is done with the slot that is filled next
-        barrier()
-        coming = stage + RING - 1
-        free = gl.where(slot == 0, RING - 1, slot - 1)
-        at = gl.minimum(coming, stages - 1)
-        async_copy.async_copy_global_to_shared(memory.index(free), x_ptrs + at * 64)
-        _copy_values(values_ptr, begin, end, values + free * (TILES * 4096), LANES)
-        async_copy.commit_group()
-        begin = end
-        end = gl.load(start_ptrs + gl.minimum(coming * 2 + 4, blocks))
-        xs = memory.index(slot)
-        base0 = values + slot * (TILES * 4096)
-        base1 = base0 + units * 16
-        parts = parts_of(word0, word1, COUNT)
-        numbers = offsets(parts, quads, COUNT)
+    # x: lane 4·g + t reads the columns 32·p + 8·t … of token g, in pieces of 8. Tokens past the
+    # last are read as the last and not stored
+    quad = axis(32, 3, ACC)
+    token = gl.minimum(token0 + axis(NT, 2, ACC) * 8 + quad // 4, M - 1)
+    stage = (gl.program_id(2) * SHARE + axis(NW, 0, ACC) % SHARE) * per_warp
+    xs = x_ptr + token.to(gl.int64) * stride_xm + quad % 4 * 4 + axis(4, 4, ACC)
+    xs += gl.minimum(stage, stages - 1) * 64
+
+    begin0 = gl.load(start_ptrs + gl.minimum(first, limit))
+    begin1 = gl.load(start_ptrs + gl.minimum(first + 1, limit))
+    begin2 = gl.load(start_ptrs + gl.minimum(first + 2, limit))
+    begin3 = gl.load(start_ptrs + gl.minimum(first + 3, limit))
+    slot = base
+    if BULK:
+        make_barriers(lane, base, RING, CHUNKS)
+    copy(records_ptr, begin0, begin1, base, lane, CHUNKS, BULK)
+    if RING == 3:
+        copy(records_ptr, begin1, begin2, base + SLOT, lane, CHUNKS, BULK)
+    # a record that does not fit is cut: nothing of the range is read, and its sums are made NaN
+    fits = _largest(start_ptrs, first, limit, per_warp, lane) <= 32 * CHUNKS
+    read = kept(gl.where(fits, -1, 0))
+    if DEPENDENT:
+        # nothing of the kernel before is read, and nothing written, above
+        say("griddepcontrol.wait;", lane)
+    phase = zero + warp * 0
+    last = base + (RING - 1) * SLOT
+    free = last
+    at = first + RING + 1
+    quads = quad_masks(lane)
+    runs = run_masks(lane, 0), run_masks(lane, 1), run_masks(lane, 2), run_masks(lane, 3)
+    lanes = lane_masks(lane)
+    acc = gl.zeros([NW, 1, NT, 32, 4], gl.float32, ACC)
+    for _ in range(0, count):
+        record = slot + (begin0 & 7) * 16
+        words = arrived(record, slot, lane, phase, RING - 2, CHUNKS, BULK)
+        # every lane is done with the slot that is filled next
+        if RING == 2:
+            copy(records_ptr, begin1, begin2, free, lane, CHUNKS, BULK)
+        else:
+            copy(records_ptr, begin2, begin3, free, lane, CHUNKS, BULK)
+        if BULK:
+            # of the next slot: another one when the ring starts again
+            phase = gl.where(slot == last, phase ^ 1, phase)
+        coming = gl.load(start_ptrs + gl.minimum(at, limit))
+        at += 1
+        word0 = words[0] & read
+        word1 = words[1] & read
+        if not EVEN:
+            # past the end of the range nothing is copied, and nothing must be added
+            used = begin1 > begin0
+            word0 = gl.where(used, word0, 0)
+            word1 = gl.where(used, word1, 0)
+        # two tiles of tokens leave no registers for what is hidden
+        starts = bases(word0, record + 256, zero, NT == 1)
+        numbers = offsets(word0, word1, quads, lanes)
         for step in gl.static_range(4):
             p0, p2, q0, q2, p1, p3, q1, q3 = addresses(
-                numbers, parts, base0, base1, lanes[step], COUNT
+                numbers, words, starts, runs[step], lanes, step
             )
             if step % 2 == 0:
-                b0 = xs.slice(8 * step, 16, dim=1).load(X)
-                b1 = xs.slice(32 + 8 * step, 16, dim=1).load(X)
+                b0 = gl.load(xs + 8 * step)
+                b1 = gl.load(xs + 32 + 8 * step)
             acc = _multiply(acc, word0, p0, p1, p2, p3, b0, step, KIND, ACC)
             acc = _multiply(acc, word1, q0, q1, q2, q3, b1, step, KIND, ACC)
-        following = gl.minimum(stage + 1, stages - 1)
-        word0 = gl.load(word_ptrs + following * 64)
-        word1 = gl.load(word_ptrs + following * 64 + 32, mask=following * 2 + 1 < blocks, other=0)
-        units = gl.load(start_ptrs + following * 2 + 1) - gl.load(start_ptrs + following * 2)
-        slot = gl.where(slot == RING - 1, 0, slot + 1)
-    async_copy.wait_group(0)
-    finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
-           ACTIVATION, HAS_BIAS, False, SPLIT, ACC)  # fmt: skip
+        if EVEN:
+            xs += 64
+        else:
+            stage += 1
+            xs += gl.where(stage < stages, 64, 0)
+        if RING == 2:
+            free, slot = slot, free
+        else:
+            free = slot
+            slot = gl.where(slot == last, base, slot + SLOT)
+        begin0 = begin1
+        begin1 = begin2
+        if RING == 2:
+            begin2 = coming
+        else:
+            begin2 = begin3
+            begin3 = coming
+    # bulk copies have all been waited for: past the range nothing is copied
+    say("cp.async.wait_group 0;", lane)
+    acc = gl.where(_to_registers(read, ACC) == 0, float("nan"), acc)
+    # every warp is done with its ring: the warps' sums meet there
+    if NW > 1:
+        barrier()
+    # by one warp too: without a store there would be no allocation
+    room = memory.index(0)
+    room.store(gl.reshape(acc, [NW * NT, 128]))
+    if NW > 1:
+        ONE: gl.constexpr = gl.BlockedLayout(
+            [1, 2 if GATED else 1, NT, 1, 4], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+        )
+        total = _added(room, 0, SHARE, NT, NW)
+        if GATED:
+            total = gl.join(total, _added(room, SHARE, SHARE, NT, NW))
+            total = gl.permute(gl.reshape(total, [1, NT, 32, 4, 2]), [0, 4, 1, 2, 3])
+        else:
+            total = gl.reshape(total, [1, 1, NT, 32, 4])
+        acc = gl.convert_layout(total, ONE)
+    finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, line, token0, M, N,
+           ACTIVATION, HAS_BIAS, GATED, SPLIT, ACC if NW == 1 else ONE)  # fmt: skip
 
 
-def configuration(x: Tensor, rows: int) -> BitmapMmaConfig:
+def configuration(x: Tensor, rows: int, chunks: int, gated: bool = False) -> BitmapMmaConfig:
     """What the table says for x (M, K) and N = rows on the GPU that x is on."""
     tokens, columns = x.shape
-    return bitmap_mma(tokens, rows, columns, processors(x.device), capability(x.device))
+    where = processors(x.device), capability(x.device)
+    return bitmap_mma(tokens, rows, columns, chunks, *where, gated=gated)
 
 
 def prepared(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     rows: int,
     bias: Tensor | None,
     activation: str,
+    up: tuple[Tensor, Tensor] | None = None,
 ) -> Launch | None:
     """`forward` as a call to keep, or None if x has to be copied first."""
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    call = product(x, bitmap, starts, values, bias, y, activation, configuration(x, rows))
+    config = configuration(x, rows, chunks, up is not None)
+    call = product(x, records, starts, chunks, bias, y, activation, config, up)
     return call if call.arguments[0].data_ptr() == x.data_ptr() else None
 
 
 def forward(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     rows: int,
     bias: Tensor | None,
     activation: str,
+    up: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Launch for x (M, K) with M > 0."""
-    config = configuration(x, rows)
-    return launch(x, bitmap, starts, values, rows, bias, activation, config)
+    """Launch for x (M, K) with M > 0.
+
+    up: records and starts of a second weight, whose records take as many chunks at most; the
+    result is then act(x·Wᵀ)·(x·Wuᵀ), without bias.
+    """
+    config = configuration(x, rows, chunks, up is not None)
+    return launch(x, records, starts, chunks, rows, bias, activation, config, up)
 
 
 def launch(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     rows: int,
     bias: Tensor | None,
     activation: str,
     config: BitmapMmaConfig,
+    up: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """`forward` with a given configuration."""
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    product(x, bitmap, starts, values, bias, y, activation, config).run()
+    product(x, records, starts, chunks, bias, y, activation, config, up).run()
     return y
 
 
 def product(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     bias: Tensor | None,
     y: Tensor,
     activation: str,
     config: BitmapMmaConfig,
+    up: tuple[Tensor, Tensor] | None = None,
 ) -> Launch:
     """The kernel's call for x (M, K) and y (M, N), real or on the meta device."""
     (tokens, columns), rows = x.shape, y.shape[1]
-    lines, blocks = line_blocks(rows, columns)
-    stages = triton.cdiv(columns, STAGE_K)
-    x = padded_rows(x, STAGE_K * stages)
-    per_split, splits = split_columns(stages, config.splits)
-    row_blocks = triton.cdiv(lines, WARPS * config.row_tiles)
-    token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
-    block = 8 * config.token_tiles, WARPS * config.row_tiles * ROWS
-    parts, counter = room_for_parts(y, token_blocks, row_blocks, splits, *block)
+    lines, stages = lines_tiles(rows, columns)
+    warps, token_tiles, gated = config.warps, config.token_tiles, up is not None
+    x = padded_rows(x, TILE_K * stages)
+    share = warps // 2 if gated else warps
+    per_warp, _ = split_columns(stages, config.splits * share)
+    splits = triton.cdiv(stages, per_warp * share)
+    token_blocks = triton.cdiv(tokens, 8 * token_tiles)
+    block = 8 * token_tiles, 2 * ROWS if gated else ROWS
+    parts, counter = room_for_parts(y, token_blocks, lines, splits, *block)
+    options = {"maxnreg": config.registers} if config.registers else {}
+    if config.dependent:
+        options["launch_pdl"] = True
     return Launch(
         _bitmap_mma_fwd_kernel,
-        (token_blocks, row_blocks, splits),
+        (token_blocks, lines, splits),
         (
             x.view(torch.int32),
-            bitmap,
+            records,
             starts,
-            values.view(torch.int32),
+            *(up or (records, starts)),
             y if bias is None else bias,
             y,
             parts,
@@ -385,23 +413,25 @@ def product(
             x.stride(0) // 2,
             tokens,
             rows,
-            lines,
-            blocks,
             stages,
-            per_split,
+            per_warp,
         ),
         {
             "KIND": "bf16" if x.dtype == torch.bfloat16 else "f16",
             "ACTIVATION": activation,
             "HAS_BIAS": bias is not None,
+            "GATED": gated,
             "SPLIT": splits > 1,
-            "NW": WARPS,
-            "MT": config.row_tiles,
-            "NT": config.token_tiles,
-            "RING": config.stages,
-            "COUNT": config.count_bits,
+            "NW": warps,
+            "NT": token_tiles,
+            "RING": config.slots,
+            "CHUNKS": chunks,
+            "EVEN": share * splits * per_warp == stages,
+            "BULK": config.bulk,
+            "DEPENDENT": config.dependent,
         },
-        num_warps=WARPS,
+        num_warps=warps,
+        options=options,
     )
 
 
@@ -415,17 +445,22 @@ def self_test(device: torch.device) -> str | None:
         None if all results are equal, else what differed.
     """
     random = torch.Generator().manual_seed(0)
-    for dtype, tokens, splits in ((torch.bfloat16, 5, 3), (torch.float16, 20, 1)):
-        weight = torch.randint(-2, 3, (200, 1088), generator=random)
+    for dtype, tokens, splits in ((torch.bfloat16, 5, 2), (torch.float16, 20, 1)):
+        weight = torch.randint(-2, 3, (192, 1088), generator=random)
         # rows of all sparsities, from empty to full
-        weight *= torch.rand(200, 1088, generator=random) < torch.linspace(0, 1, 200)[:, None]
+        weight *= torch.rand(192, 1088, generator=random) < torch.linspace(0, 1, 192)[:, None]
         weight = weight.to(device, dtype)
         x = torch.randint(-2, 3, (tokens, 1088), generator=random).to(device, dtype)
         packed = bitmap_pack(weight)
-        config = configuration(x, 200)._replace(splits=splits)
-        parts = packed.bitmap, packed.starts, packed.values, 200, None, "none", config
-        if problem := difference(launch(x, *parts), x, weight):
+        parts = packed.records, packed.starts, packed.chunks
+        config = configuration(x, 192, packed.chunks)._replace(splits=splits)
+        if problem := difference(launch(x, *parts, 192, None, "none", config), x, weight):
             return problem
+        config = configuration(x, 192, packed.chunks, gated=True)._replace(splits=splits)
+        got = launch(x, *parts, 192, None, "relu", config, parts[:2])
+        half = x.cpu().double() @ weight.cpu().double().T
+        if not torch.equal(got.cpu(), (half.relu() * half).to(dtype)):
+            return f"results of the gated form differ ({dtype}, {tokens} tokens)"
     return None
 
 
@@ -433,29 +468,51 @@ def compile_cases() -> list[KernelCase]:
     """The specialisations that tests compile without a GPU."""
     every = (80, 89, 90)
     return [
-        *(_case(kind, tokens, True, every) for kind in ("bf16", "f16") for tokens in (1, 64)),
-        *(_case("bf16", tokens, True, every) for tokens in (16, 32)),
-        _case("bf16", 1, False, every),
-        *(_case("bf16", tokens, True, (100, 120)) for tokens in (1, 64)),
+        _case("bf16", 1, 5, every),
+        _case("f16", 1, 5, every),
+        _case("bf16", 1, 4, (90,)),
+        _case("bf16", 1, 5, (90,), bulk=True),
+        _case("bf16", 1, 5, (90,), dependent=True),
+        _case("bf16", 1, 5, (90,), splits=2, columns=4224),
+        _case("bf16", 1, 9, (90,)),
+        _case("bf16", 1, 5, (90,), gated=True),
+        *(_case("bf16", tokens, 5, every) for tokens in (16, 64)),
     ]
 
 
-def _case(kind: str, tokens: int, split: bool, archs: Sequence[int]) -> KernelCase:
-    rows, columns = 14336, 4096
-    config = bitmap_mma(tokens, rows, columns, 132, divmod(archs[0], 10))
+def _case(
+    kind: str,
+    tokens: int,
+    chunks: int,
+    archs: Sequence[int],
+    *,
+    gated: bool = False,
+    columns: int = 4096,
+    **changes: object,
+) -> KernelCase:
+    rows = 14336
     dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    config = bitmap_mma(tokens, rows, columns, chunks, 132, divmod(archs[-1], 10), gated=gated)
+    config = config._replace(**changes)
+    parts = meta_parts(rows, columns)
     call = product(
         meta((tokens, columns), dtype),
-        *meta_parts(rows, columns, dtype),
-        meta((rows,), dtype, aligned=False),
+        *parts,
+        chunks,
+        None,
         meta((tokens, rows), dtype),
-        "none",
-        config if split else config._replace(splits=1),
+        "silu" if gated else "none",
+        config,
+        parts if gated else None,
+    )
+    flags = "gated" * gated, "bulk" * config.bulk, "dependent" * config.dependent
+    name = "/".join(
+        [f"bitmap/mma/{kind}/t{8 * config.token_tiles}", f"chunks{chunks}", *filter(None, flags)]
     )
     return call.case(
-        f"bitmap/mma/{kind}/t{8 * config.token_tiles}{'/split' * split}",
-        opcodes=("HMMA.16816.F32" + (".BF16" if kind == "bf16" else ""), "LDSM", "LDGSTS"),
-        elements_per_iteration=config.row_tiles * ROWS * STAGE_K,
-        per_iteration=("HMMA.16816", 8 * config.row_tiles * config.token_tiles),
+        name + "/split" * call.constants["SPLIT"] + "/ragged" * (not call.constants["EVEN"]),
+        opcodes=("HMMA.16816.F32", "LDG.E.128", "UBLKCP" if config.bulk else "LDGSTS"),
+        elements_per_iteration=ROWS * TILE_K,
+        per_iteration=("HMMA", 8 * config.token_tiles),
         archs=archs,
     )

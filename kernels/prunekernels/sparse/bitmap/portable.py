@@ -27,7 +27,7 @@ from torch import Tensor
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
 from prunekernels.runtime import interpreting
-from prunekernels.sparse.bitmap.layout import line_blocks, meta_parts
+from prunekernels.sparse.bitmap.layout import integer, lines_tiles, meta_parts
 from prunekernels.sparse.bitmap.tuning import bitmap_portable, bitmap_splits
 from prunekernels.sparse.epilogue import activate, operand
 
@@ -39,20 +39,30 @@ def _element(ptrs, nibbles, before, INDEX: tl.constexpr):
 
 
 @triton.jit
-def _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N: tl.constexpr):
+def _counts(word):
+    """How many bits each run of a word has, as bytes, of steps: the first runs and the second."""
+    count = word - (word >> 1 & 0x55555555)
+    count = (count & 0x33333333) + (count >> 2 & 0x33333333)
+    return count & 0x0F0F0F0F, count >> 4 & 0x0F0F0F0F
+
+
+@triton.jit
+def _decompress(words_ptr, starts_ptr, values_ptr, line, tiles, block, BLOCK_N: tl.constexpr):
     """Bits of columns 64·block .. + 63 of BLOCK_N rows, int16 or int32 (BLOCK_N, 64).
 
     line: int64 (BLOCK_N / 16,), the packed line of every 16 rows.
     """
     LINES: tl.constexpr = BLOCK_N // 16
-    tile = line * blocks + block
-    word = tl.load(bitmap_ptr + tile[:, None] * 32 + tl.arange(0, 32)[None, :])
-    start = tl.load(starts_ptr + tile).to(tl.int64) * 8
-    # how many values the lane has in each run: bytes, of steps, for the first and the second run
-    count = word - (word >> 1 & 0x55555555)
-    count = (count & 0x33333333) + (count >> 2 & 0x33333333)
-    count0 = count & 0x0F0F0F0F
-    count1 = count >> 4 & 0x0F0F0F0F
+    # values in a unit of 16 bytes
+    UNIT: tl.constexpr = 128 // values_ptr.dtype.element_ty.primitive_bitwidth
+    unit = tl.load(starts_ptr + line * tiles + block // 2).to(tl.int64)
+    word_ptrs = words_ptr + unit[:, None] * 4 + tl.arange(0, 32)[None, :] * 2
+    word = tl.load(word_ptrs + block % 2)
+    count0, count1 = _counts(word)
+    # the values of block 1 are behind those of block 0
+    other0, other1 = _counts(tl.load(word_ptrs))
+    other = tl.sum(((other0 + other1) * 0x01010101) >> 24, 1) * (block % 2)
+    start = (unit + 16) * UNIT + other
     # a run has at most 32·4 values: bytes do not run over
     lanes0 = tl.cumsum(count0, 1) - count0
     lanes1 = tl.cumsum(count1, 1) - count1
@@ -83,21 +93,21 @@ def _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N
     a2 = tl.join(_element(ptrs1, nibbles, before, 4), _element(ptrs1, nibbles, before, 5))
     a3 = tl.join(_element(ptrs1, nibbles, before, 6), _element(ptrs1, nibbles, before, 7))
     bits = tl.join(tl.join(a0, a1), tl.join(a2, a3))
-    # (line, g, t, step, c, h, u) to row = (line, h, g), column = (step, u, t, c)
-    bits = tl.reshape(bits, (LINES, 8, 4, 4, 2, 2, 2))
-    return tl.reshape(tl.permute(bits, (0, 5, 1, 3, 6, 2, 4)), (BLOCK_N, 64))
+    # (line, g, t, p, s, c, h, u) to row = (line, h, g), column = (p, t, s, u, c)
+    bits = tl.reshape(bits, (LINES, 8, 4, 2, 2, 2, 2, 2))
+    return tl.reshape(tl.permute(bits, (0, 6, 1, 3, 2, 4, 7, 5)), (BLOCK_N, 64))
 
 
-@triton.jit(do_not_specialize=["N", "lines", "blocks"])
+@triton.jit(do_not_specialize=["N", "lines", "tiles"])
 def _expand_kernel(
-    bitmap_ptr,  # int32 (lines, blocks, 32)
-    starts_ptr,  # int32 (lines·blocks + 1,)
-    values_ptr,  # the bits of the values, int16 or int32
+    words_ptr,  # the records as 32-bit words
+    starts_ptr,  # int32 (lines·tiles + 1,)
+    values_ptr,  # the records as the bits of values, int16 or int32
     dense_ptr,  # the bits of the dense weight, int16 or int32 (N, K), contiguous
     N,
     K,
     lines,
-    blocks,
+    tiles,
     BLOCK_N: tl.constexpr,
 ):
     block = tl.program_id(0)
@@ -105,17 +115,17 @@ def _expand_kernel(
     offs_k = block * 64 + tl.arange(0, 64)
     line = tl.program_id(1).to(tl.int64) * (BLOCK_N // 16) + tl.arange(0, BLOCK_N // 16)
     line = tl.where(line < lines, line, 0)
-    bits = _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N)
+    bits = _decompress(words_ptr, starts_ptr, values_ptr, line, tiles, block, BLOCK_N)
     mask = (offs_n < N)[:, None] & (offs_k < K)[None, :]
     tl.store(dense_ptr + offs_n[:, None] * K + offs_k[None, :], bits, mask=mask)
 
 
-@triton.jit(do_not_specialize=["M", "N", "lines", "blocks", "per_split"])
+@triton.jit(do_not_specialize=["M", "N", "lines", "tiles", "blocks", "per_split"])
 def _bitmap_fwd_kernel(
     x_ptr,  # (M, K), strides stride_xm, stride_xk
-    bitmap_ptr,  # int32 (lines, blocks, 32)
-    starts_ptr,  # int32 (lines·blocks + 1,)
-    values_ptr,  # the bits of the values, int16 or int32
+    words_ptr,  # the records as 32-bit words
+    starts_ptr,  # int32 (lines·tiles + 1,)
+    values_ptr,  # the records as the bits of values, int16 or int32
     bias_ptr,  # (N,), read if HAS_BIAS
     y_ptr,  # (M, N), contiguous; float32 (splits, M, N) if SPLIT
     stride_xm: tl.int64,
@@ -124,7 +134,8 @@ def _bitmap_fwd_kernel(
     N,
     K,
     lines,
-    blocks,
+    tiles,
+    blocks,  # of 64 columns
     per_split,  # blocks of a split
     ACTIVATION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -150,7 +161,7 @@ def _bitmap_fwd_kernel(
         mask = mask_m[:, None] & (block * 64 + offs_k < K)[None, :]
         x = tl.load(x_ptrs, mask=mask, other=0.0)
         x_ptrs += 64 * stride_xk
-        bits = _decompress(bitmap_ptr, starts_ptr, values_ptr, line, blocks, block, BLOCK_N)
+        bits = _decompress(words_ptr, starts_ptr, values_ptr, line, tiles, block, BLOCK_N)
         w = operand(bits, dtype, UPCAST)
         if UPCAST:
             x = x.to(tl.float32)
@@ -189,28 +200,25 @@ def _finish_kernel(
 
 def forward(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
+    chunks: int,
     rows: int,
     bias: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """Launch for x (M, K) with M > 0."""
+    """Launch for x (M, K) with M > 0; `chunks` does not matter here."""
     tokens, columns = x.shape
     config = bitmap_portable(tokens, x.dtype.itemsize)
     programs = triton.cdiv(rows, config.block_n) * triton.cdiv(tokens, config.block_m)
-    blocks = line_blocks(rows, columns)[1]
-    return launch(
-        x, bitmap, starts, values, rows, bias, activation, bitmap_splits(programs, blocks)
-    )
+    splits = bitmap_splits(programs, triton.cdiv(columns, 64))
+    return launch(x, records, starts, rows, bias, activation, splits)
 
 
 def launch(
     x: Tensor,
-    bitmap: Tensor,
+    records: Tensor,
     starts: Tensor,
-    values: Tensor,
     rows: int,
     bias: Tensor | None,
     activation: str,
@@ -218,33 +226,27 @@ def launch(
 ) -> Tensor:
     """`forward` with the columns shared by up to `splits` programs."""
     tokens = x.shape[0]
-    blocks = line_blocks(rows, x.shape[1])[1]
+    blocks = triton.cdiv(x.shape[1], 64)
     splits = triton.cdiv(blocks, triton.cdiv(blocks, splits))
     y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
     if splits == 1:
-        product(x, bitmap, starts, values, bias, y, activation).run()
+        product(x, records, starts, bias, y, activation).run()
         return y
     sums = torch.empty((splits, tokens, rows), dtype=torch.float32, device=x.device)
-    product(x, bitmap, starts, values, None, sums, "none").run()
+    product(x, records, starts, None, sums, "none").run()
     added(sums, bias, y, activation).run()
     return y
 
 
 def product(
-    x: Tensor,
-    bitmap: Tensor,
-    starts: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    activation: str,
+    x: Tensor, records: Tensor, starts: Tensor, bias: Tensor | None, out: Tensor, activation: str
 ) -> Launch:
     """The kernel's call for x (M, K), real or on the meta device.
 
     `out` is y (M, N), or float32 (splits, M, N) sums of splits that `added` adds.
     """
     (tokens, columns), rows = x.shape, out.shape[-1]
-    lines, blocks = line_blocks(rows, columns)
+    blocks = triton.cdiv(columns, 64)
     config = bitmap_portable(tokens, x.dtype.itemsize)
     splits = len(out) if out.ndim == 3 else 1
     return Launch(
@@ -252,16 +254,16 @@ def product(
         (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m), splits),
         (
             x,
-            bitmap,
+            records,
             starts,
-            _bits(values),
+            records.view(integer(x.dtype)),
             x if bias is None else bias,
             out,
             *x.stride(),
             tokens,
             rows,
             columns,
-            lines,
+            *lines_tiles(rows, columns),
             blocks,
             triton.cdiv(blocks, splits),
         ),
@@ -288,26 +290,31 @@ def added(sums: Tensor, bias: Tensor | None, y: Tensor, activation: str) -> Laun
     )
 
 
-def expand(bitmap: Tensor, starts: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+def expand(records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
     """The dense (rows, columns) weight: `bitmap_unpack` in one pass over memory."""
-    dense = torch.empty((rows, columns), dtype=values.dtype, device=values.device)
-    expansion(bitmap, starts, values, dense).run()
+    dense = torch.empty((rows, columns), dtype=dtype, device=records.device)
+    expansion(records, starts, dense).run()
     return dense
 
 
-def expansion(bitmap: Tensor, starts: Tensor, values: Tensor, dense: Tensor) -> Launch:
+def expansion(records: Tensor, starts: Tensor, dense: Tensor) -> Launch:
     """The expanding kernel's call for dense (N, K), real or on the meta device."""
-    lines, blocks = line_blocks(*dense.shape)
+    rows, columns = dense.shape
+    kind = integer(dense.dtype)
     return Launch(
         _expand_kernel,
-        (blocks, triton.cdiv(dense.shape[0], 64)),
-        (bitmap, starts, _bits(values), _bits(dense), *dense.shape, lines, blocks),
+        (triton.cdiv(columns, 64), triton.cdiv(rows, 64)),
+        (
+            records,
+            starts,
+            records.view(kind),
+            dense.view(kind),
+            rows,
+            columns,
+            *lines_tiles(rows, columns),
+        ),
         {"BLOCK_N": 64},
     )
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int16 if tensor.dtype.itemsize == 2 else torch.int32)
 
 
 def compile_cases() -> list[KernelCase]:
@@ -322,7 +329,7 @@ def compile_cases() -> list[KernelCase]:
         _case(kind, 1, False, wide, every),
         _case(kind, 64, False, wide, (80, 89, "gfx942")),
         _case(kind, 64, False, "HGMMA.64x64x16.F32", (90,)),
-        expansion(*meta_parts(rows, columns, kind), meta((rows, columns), kind)).case(
+        expansion(*meta_parts(rows, columns), meta((rows, columns), kind)).case(
             "bitmap/expand",
             # the dense rows leave in 16-byte pieces
             opcodes=("STG.E.128",),
@@ -339,7 +346,7 @@ def _case(
     config = bitmap_portable(tokens)
     call = product(
         meta((tokens, columns), dtype),
-        *meta_parts(rows, columns, dtype),
+        *meta_parts(rows, columns),
         None if split else meta((rows,), dtype, aligned=False),
         meta((4, tokens, rows), torch.float32) if split else meta((tokens, rows), dtype),
         "none" if split else "gelu",

@@ -57,36 +57,76 @@ class BitmapMmaConfig(NamedTuple):
     """Tile of the tensor-core bitmap kernel.
 
     Attributes:
-        row_tiles: Lines of 16 weight rows per warp (four warps).
+        warps: Warps of a program, which share the columns of a line of 16 rows; gated: of two.
         token_tiles: Tiles of 8 tokens.
-        stages: Slots of the shared-memory rings.
-        splits: Programs that share the columns of one block of rows.
-        count_bits: Whether tensor cores count bits, or add bytes that the lanes have counted.
+        slots: Of each warp's ring, 2 or 3.
+        splits: Programs that share the columns of one line.
+        registers: The most that a lane may use; 0 leaves it to the compiler.
+        bulk: Whether the copy engine makes the copies (compute capability 9.0 and later).
+        dependent: Whether a launch may start while the kernel before it ends (the same).
     """
 
-    row_tiles: int
+    warps: int
     token_tiles: int
-    stages: int
+    slots: int
     splits: int
-    count_bits: bool = True
+    registers: int = 0
+    bulk: bool = False
+    dependent: bool = False
+
+
+# Bytes of shared memory of a multiprocessor, and what the driver keeps of it for each program.
+_SHARED = {(8, 0): 164 << 10, (8, 7): 164 << 10, (9, 0): 228 << 10}
+_SHARED_ELSEWHERE, _RESERVED = 100 << 10, 1 << 10
 
 
 def bitmap_mma(
-    tokens: int, rows: int, columns: int, processors: int, capability: tuple[int, int]
+    tokens: int,
+    rows: int,
+    columns: int,
+    chunks: int,
+    processors: int,
+    capability: tuple[int, int],
+    *,
+    gated: bool = False,
 ) -> BitmapMmaConfig:
-    """Tile of the tensor-core bitmap kernel (predicted).
+    """Tile of the tensor-core bitmap kernel (predicted): all programs at once, many warps.
 
     Args:
         tokens: M.
         rows: N.
         columns: K.
+        chunks: Pieces of 512 bytes that a record takes at most.
         processors: Multiprocessors of the device.
-        capability: Its CUDA compute capability; Blackwell's tensor cores do not count bits.
+        capability: Its CUDA compute capability.
+        gated: Whether gate and up are computed together.
     """
-    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
-    blocks = -(-rows // 64) * -(-tokens // (8 * token_tiles))
-    stages = max(1, columns // 128)
-    # four programs fit a multiprocessor, and a few more than fit would double the time; a split is
-    # worth its float32 parts from four stages on
-    splits = max(1, min(4 * processors // blocks, stages // 4))
-    return BitmapMmaConfig(1, token_tiles, 3, splits, capability < (10, 0))
+    lines, stages = -(-rows // 16), -(-columns // 128)
+    shared = _SHARED.get(capability, _SHARED_ELSEWHERE)
+    if tokens <= 8:
+        # 72 registers: 28 warps
+        warps, token_tiles, resident, registers = 4, 1, 7, 72
+    elif tokens <= 16:
+        # 104 registers: 19 warps; a warp is a program, so that any number of them fits
+        warps, token_tiles, resident, registers = 1, 2, 19, 104
+    else:
+        warps, token_tiles, resident, registers = 1, 4, 16, 128
+    if gated and warps == 1:
+        warps, resident = 2, resident // 2
+    sizes = {
+        slots: bitmap_shared_bytes(warps, token_tiles, slots, chunks) + _RESERVED
+        for slots in (2, 3)
+    }
+    slots = 3 if resident * sizes[3] <= shared else 2
+    resident = max(1, min(resident, shared // sizes[slots]))
+    blocks = lines * -(-tokens // (8 * token_tiles))
+    share = warps // 2 if gated else warps
+    splits = max(1, min(processors * resident // blocks, stages // share))
+    return BitmapMmaConfig(warps, token_tiles, slots, splits, registers)
+
+
+def bitmap_shared_bytes(warps: int, token_tiles: int, slots: int, chunks: int) -> int:
+    """Bytes of shared memory that a program of the tensor-core kernel takes."""
+    # a warp's ring, in rows of what it leaves there to be added up
+    row = 512 * token_tiles
+    return warps * -(-slots * (128 + 512 * chunks) // row) * row
