@@ -4,9 +4,10 @@
     python -m bench.bounds --csv FILE             measured times of a result file beside its bounds
     python -m bench.bounds --compile              count instructions anew (Triton, no GPU needed)
 
-Three limits act at once, so an op takes at least the longest of: its bytes over the memory's
+Four limits act at once, so an op takes at least the longest of: its bytes over the memory's
 bandwidth, its products over the matrix units' rate, its instructions over the issue slots
-(4 schedulers × 32 lanes per multiprocessor and clock). Bounds are predictions, never results:
+(4 schedulers × 32 lanes per multiprocessor and clock), and, where it is counted, its passes of
+shared memory (one per multiprocessor and clock). Bounds are predictions, never results:
 every table of this file states that.
 """
 
@@ -18,6 +19,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 SLOTS = RESULTS / "compiled" / "sm_90.csv"
@@ -42,6 +45,11 @@ class Machine(NamedTuple):
     def slots(self) -> float:
         """Lane instructions per second; 0 where they are not known (a CPU)."""
         return self.processors * 4 * 32 * self.clock
+
+    @property
+    def passes(self) -> float:
+        """Passes of shared memory per second: one in a clock of each multiprocessor."""
+        return self.processors * self.clock
 
     @property
     def mma_share(self) -> float:
@@ -82,12 +90,14 @@ class Cost(NamedTuple):
         flop: Of dense products on the fastest matrix unit.
         mma_flop: Of products through mma.sync, counted as executed (2:4 executes half).
         slots: Instructions times lanes.
+        passes: Of shared memory, over all multiprocessors.
     """
 
     bytes: float
     flop: float = 0.0
     mma_flop: float = 0.0
     slots: float = 0.0
+    passes: float = 0.0
 
 
 class Bound(NamedTuple):
@@ -109,6 +119,7 @@ def _bound(cost: Cost, on: Machine) -> Bound:
         "memory": cost.bytes / on.bandwidth,
         "matrix": products,
         "issue": cost.slots / on.slots if on.slots else 0.0,
+        "shared memory": cost.passes / on.passes if on.passes else 0.0,
     }
     limit = max(seconds, key=lambda name: seconds[name])
     return Bound(1000 * seconds[limit], limit)
@@ -135,8 +146,32 @@ def packed24_bytes(rows: int, columns: int, itemsize: int = 2) -> float:
 
 
 def bitmap_bytes(rows: int, columns: int, sparsity: float) -> float:
-    """Bytes of a bitmap weight with 16-bit values: a bit per weight and the non-zeros."""
-    return rows * columns * (1 / 8 + 2 * (1 - sparsity))
+    """Bytes of a bitmap weight with 16-bit values: a bit per weight, the non-zeros, half of the
+    filling of each tile of 2048, and its start."""
+    return rows * columns * (1 / 8 + 2 * (1 - sparsity) + (7 * (sparsity < 1) + 4) / 2048)
+
+
+@cache
+def bitmap_passes(sparsity: float) -> float:
+    """Passes that shared memory takes for a weight of the bitmap's tensor-core kernel at one token.
+
+    Of a tile of 2048: the lanes' loads of values, of which the most that meet in a bank take one
+    pass each (simulated for random zeros), those of the words, the record's copy with half a line
+    more at each end, and four 16-byte loads of x, which is the same for all rows.
+    """
+    random = np.random.default_rng(0)
+    loads = size = 0.0
+    tiles = 64
+    for _ in range(tiles):
+        used = random.random((16, 32, 4)) >= sparsity  # block, step and u; lane; h and c
+        word = (used.reshape(-1).cumsum() - 1).reshape(used.shape) * 2 // 4
+        size += 256 + -(-int(used.sum()) // 8) * 16
+        for run in range(16):
+            for element in range(4):
+                words = np.unique(word[run, used[run, :, element], element])
+                loads += np.bincount(words % 32, minlength=1).max() if len(words) else 1
+    words, x = 4, 5
+    return float(loads / tiles + words + size / tiles / 128 + 1 + x) / 2048
 
 
 def linear(
@@ -171,12 +206,19 @@ def linear(
         return [Cost(packed24_bytes(N, K, itemsize) + dense), Cost(dense + ends, products)]
     if kind == "24 wgmma":
         return [Cost(packed24_bytes(N, K, itemsize) + ends, products / 2)]
-    if kind in ("bitmap", "bitmap triton"):
+    if kind == "bitmap triton":
         tile = next((t for t in (16, 32) if t >= M), 64)
-        name = f"portable/bf16/m{tile}" if kind == "bitmap triton" else f"mma/bf16/t{tokens}"
-        per_weight = slots_of(f"bitmap/{name}/split", f"bitmap/{name}", f"bitmap/{name[:-2]}16")
-        slots = per_weight * N * K * -(-M // 64)
+        name = f"bitmap/portable/bf16/m{tile}"
+        slots = slots_of(f"{name}/split", name, "bitmap/portable/bf16/m16") * N * K * -(-M // 64)
         return [Cost(bitmap_bytes(N, K, sparsity) + ends, mma_flop=padded, slots=slots)]
+    if kind == "bitmap":
+        # beyond 32 tokens the weight is expanded once for each 32
+        tile = min(tokens, 32)
+        blocks = -(-M // tile)
+        slots = slots_of(f"bitmap/mma/bf16/t{tile}") * N * K * blocks
+        passes = bitmap_passes(sparsity) * N * K * blocks
+        size = bitmap_bytes(N, K, sparsity) + ends
+        return [Cost(size, mma_flop=padded, slots=slots, passes=passes)]
     if kind == "bitmap expand":
         return [Cost(bitmap_bytes(N, K, sparsity) + dense), Cost(dense + ends, products)]
     weight = {"dense": dense, "int8": N * K, "csr": (itemsize + 4) * (1 - sparsity) * N * K}[kind]

@@ -281,21 +281,6 @@ def _spinfer(weight: Tensor, tokens: int) -> Layer:
     )
 
 
-def _adding_bytes(weight: Tensor, tokens: int) -> Layer:
-    """The bitmap's tensor-core kernel as Blackwell runs it, where counting bits may be slow."""
-    need_gpu(weight)
-    from prunekernels.sparse.bitmap import mma as mma_bitmap
-
-    packed = prunekernels.bitmap_pack(weight)
-    parts = packed.bitmap, packed.starts, packed.values, weight.shape[0], None, "none"
-
-    def apply(x: Tensor) -> Tensor:
-        config = mma_bitmap.configuration(x, weight.shape[0])
-        return mma_bitmap.launch(x, *parts, config._replace(count_bits=False))
-
-    return Layer(apply, packed.nbytes)
-
-
 def _ours(form: str, impls: Sequence[str], patterns: tuple[str, ...]) -> Iterator[LinearPeer]:
     """A peer per implementation of a format; the kernels are for few tokens."""
     for impl in impls:
@@ -315,7 +300,6 @@ LINEAR = (
     LinearPeer("torch.compile", "dense", _compiled, ("2:4",), few=True),
     *_ours("2:4", runtime.ops()["sparse24_linear"].impls, ("2:4",)),
     *_ours("bitmap", runtime.ops()["bitmap_linear"].impls, PATTERNS),
-    LinearPeer("bitmap mma adding bytes", "bitmap", _adding_bytes, ("unstructured",), 16),
     LinearPeer("cuSPARSELt", "24 wgmma", _semi("cusparselt"), ("2:4",)),
     LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),
     LinearPeer("CUTLASS 2:4", "24 wgmma", _semi("cutlass"), ("2:4",)),

@@ -6,7 +6,7 @@ import csv
 
 import pytest
 import torch
-from prunekernels import sparse24_pack
+from prunekernels import bitmap_pack, sparse24_pack
 from prunekernels.compilation import compile_case, discover
 
 from bench import bounds, timers
@@ -52,8 +52,24 @@ def test_bytes_per_weight_of_the_formats():
         packed = sparse24_pack(torch.zeros(33, 70, dtype=dtype))
         assert bounds.packed24_bytes(33, 70, dtype.itemsize) == packed.nbytes
     shares = [bounds.bitmap_bytes(4096, 4096, s) / size for s in (0.5, 0.6, 0.7)]
-    assert shares == pytest.approx([1.125, 0.925, 0.725])
-    assert [round(2 / share, 2) for share in shares] == [1.78, 2.16, 2.76]
+    for share, sparsity in zip(shares, (0.5, 0.6, 0.7), strict=True):
+        weight = torch.randn(256, 2048) * (torch.rand(256, 2048) >= sparsity)
+        packed = bitmap_pack(weight.bfloat16())
+        assert packed.nbytes / weight.numel() == pytest.approx(share, rel=0.005)
+    assert [round(2 / share, 2) for share in shares] == [1.77, 2.15, 2.74]
+
+
+def test_what_binds_the_bitmap_at_which_sparsity():
+    for sparsity, limit in ((0.5, "memory"), (0.7, "memory"), (0.8, "shared memory")):
+        assert bound(linear("bitmap", 1, 14336, 4096, sparsity), H200).limit == limit
+    # a load of a warp takes one pass at least, and as many as lanes meet in a bank
+    per_tile = [2048 * bounds.bitmap_passes(s) for s in (0.0, 0.5, 0.9)]
+    assert per_tile[0] > per_tile[1] > per_tile[2] > 64 + 4 + 5
+    # two values lie in a word: without zeros, run after run, 64 words are two for each bank
+    assert per_tile[0] == pytest.approx(64 * 2 + 4 + 5 + 4352 / 128 + 1)
+    # more than 32 tokens: the weight is expanded anew
+    few, many = (linear("bitmap", tokens, 14336, 4096, 0.8) for tokens in (8, 64))
+    assert many[0].passes == 2 * few[0].passes and many[0].slots > 2 * few[0].slots
 
 
 def test_dense_stays_bound_by_memory_to_about_184_tokens():

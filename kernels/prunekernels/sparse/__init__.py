@@ -1,7 +1,7 @@
 """Packed sparse weights and the matrix multiplications that read them."""
 
 from prunekernels.sparse.bitmap.format import BitmapSparse, bitmap_cat, bitmap_pack, bitmap_split
-from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_linear
+from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_gate_up, bitmap_linear
 from prunekernels.sparse.layer import PackedWeight
 from prunekernels.sparse.two_four.format import (
     Sparse24,
@@ -22,6 +22,7 @@ __all__ = [
     "Sparse24",
     "bitmap_cat",
     "bitmap_expected",
+    "bitmap_gate_up",
     "bitmap_linear",
     "bitmap_pack",
     "bitmap_split",

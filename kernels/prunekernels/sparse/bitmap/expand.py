@@ -63,8 +63,10 @@ def dense_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """First row and rows of the weight, some lines at a time."""
     for first, last, halves in _lines(records, starts, dtype, rows, columns):
-        # (line, h, g)
-        both = torch.stack([half.view(last - first, 8, -1) for half in halves], 1)
+        # (line, h, g); `stack` would ask autocast for a type
+        both = halves[0].new_empty((last - first, 2, 8, halves[0].shape[1]))
+        for h, half in enumerate(halves):
+            both[:, h] = half.view(last - first, 8, -1)
         yield first * ROWS, both.view((last - first) * ROWS, -1)[: rows - first * ROWS, :columns]
 
 
