@@ -27,7 +27,8 @@ from unittest import mock
 import prunekernels
 import torch
 import torch.nn.functional as F
-from prunekernels import launch, runtime
+from prunekernels import runtime
+from prunekernels.launch import calls as launch
 from prunekernels.runtime import Choice, Op
 
 #: Calls of the host may cost so many times what `F.linear` costs.

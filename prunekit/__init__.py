@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prunekit.data.calibration import Calibration
     from prunekit.divergence.result import Kld
     from prunekit.divergence.run import kld
+    from prunekit.packed.warming import warm_up_
     from prunekit.pruning import Drop, Magnitude, Recipe, SparseGPT, Wanda, drop_, prune_
     from prunekit.study.comparison import compare
     from prunekit.study.drop_sweep import sweep
@@ -51,6 +52,7 @@ __all__ = [
     "swap_",
     "sweep",
     "unswap_",
+    "warm_up_",
 ]
 
 _HOMES = {
@@ -66,6 +68,7 @@ _HOMES = {
         "prunekit.pruning",
     ),
     **dict.fromkeys(("SwapReport", "swap_", "unswap_"), "prunekit.swap"),
+    "warm_up_": "prunekit.packed.warming",
 }
 
 

@@ -31,6 +31,7 @@ from prunekit.packed.modules import (
     packed_layers,
     share_hooks_,
 )
+from prunekit.packed.warming import warm_up_
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
 from prunekit.pruning.report import align
@@ -171,6 +172,7 @@ def swap_(
     tokens: int = 1,
     formats: Sequence[str] | None = None,
     merge: bool = True,
+    warm_up: Sequence[int] = (),
     progress: bool = False,
 ) -> SwapReport:
     """Pack the linear layers of `model` whose weights fit a sparse format, in place.
@@ -187,6 +189,8 @@ def swap_(
         formats: Names of the formats to try, in order; None: all there are.
         merge: Whether to compute q/k/v together, and gate/up with their SiLU, where the
             architecture allows it.
+        warm_up: Numbers of tokens a call for which kernels are compiled and tested at once (see
+            `warm_up_`): needed before a CUDA graph is captured.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -196,8 +200,9 @@ def swap_(
         PrunekitError: An argument or the model's device does not fit; the model is unchanged.
     """
     chosen = _checked_formats(formats)
-    if tokens < 1:
-        raise PrunekitError(f"tokens is {tokens}: give the tokens per call, from 1")
+    if tokens < 1 or min(warm_up, default=1) < 1:
+        given = min(tokens, *warm_up)
+        raise PrunekitError(f"tokens is {given}: give the tokens per call, from 1")
     device = _device(model)
     least = min_speedup
     if least is None:
@@ -219,6 +224,8 @@ def swap_(
                 decisions[name] = _pack_(model, name, module, chosen, least, tokens)
         fused = merge_(model) if merge else {}
         refuse_save_pretrained_(model)
+        if warm_up:
+            warm_up_(model, warm_up, progress=progress)
     except BaseException:
         unswap_(model)
         raise

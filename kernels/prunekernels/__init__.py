@@ -1,5 +1,6 @@
 """Kernels for pruned language models: vocabulary statistics, mask selection, sparse products."""
 
+from prunekernels.launch import warm_up
 from prunekernels.metrics import (
     PairState,
     PairStats,
@@ -69,6 +70,7 @@ __all__ = [
     "sparsegpt_update",
     "summarize",
     "vector_stats",
+    "warm_up",
 ]
 
 keep_old_names(

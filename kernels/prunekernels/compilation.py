@@ -215,7 +215,6 @@ def compile_ptx(case: KernelCase, arch: int) -> tuple[str, int]:
 def _compile(case: KernelCase, arch: Arch) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
     from triton.runtime.jit import JITFunction
 
     kernel = case.kernel
@@ -229,17 +228,23 @@ def _compile(case: KernelCase, arch: Arch) -> Any:
     attributes = {
         (kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in case.divisible
     }
-    source_type: Any = ASTSource
-    if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource
-
-        source_type = GluonASTSource
-    source = source_type(kernel, signature, dict(case.constants), attributes)
+    source = source_type(kernel)(kernel, signature, dict(case.constants), attributes)
     kind = ("cuda", arch, 32) if isinstance(arch, int) else ("hip", arch, 64)
     options = {"num_warps": case.num_warps, **case.options}
     if not kernel.is_gluon():
         options["num_stages"] = case.num_stages
     return triton.compile(source, target=GPUTarget(*kind), options=options)
+
+
+def source_type(kernel: Any) -> Any:
+    """Triton's class of sources for a plain Triton or a Gluon kernel."""
+    from triton.compiler import ASTSource
+
+    if not kernel.is_gluon():
+        return ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def discover() -> list[KernelCase]:

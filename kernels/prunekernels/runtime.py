@@ -128,7 +128,7 @@ class Op:
         kept = self._choices.get((problem, impl))
         if kept is None:
             kept = self._select(problem, impl)
-            if problem.device.type == "cuda":
+            if problem.device.type == "cuda" and untested is None:
                 keep(self._choices, (problem, impl), kept)
         return kept
 
@@ -202,6 +202,9 @@ class Op:
         index = device.index if device.index is not None else torch.cuda.current_device()
         if (name, index) in self.tested:
             return self.tested[name, index]
+        if untested is not None:
+            untested.append((self.kernels[name], torch.device("cuda", index)))
+            return None
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"the kernel {name} of {self.name} is first needed inside the capture of a CUDA "
@@ -245,6 +248,10 @@ class Op:
 
 
 _OPS: dict[str, Op] = {}
+
+#: While launches are recorded instead of run, the kernels that still have to prove themselves and
+#: where, which are then chosen all the same; None otherwise.
+untested: list[tuple[Kernel, torch.device]] | None = None
 
 
 def register(*ops: Op) -> None:

@@ -126,6 +126,7 @@ def _measured(
 ) -> list[dict[str, Any]]:
     """One record per batch and variant, the variants in turns."""
     from prunekit.packed.modules import weight_bytes
+    from prunekit.packed.warming import warm_up_
     from prunekit.process.progress import track
     from prunekit.speed import decoding as speed
     from prunekit.speed import timing
@@ -133,6 +134,10 @@ def _measured(
     rows = []
     work = [(batch, op) for batch in args.batch for op in ("prefill", "decode")]
     times: dict[tuple[int, str], dict[str, Times]] = {}
+    for variant, _ in built:
+        # all kernels at once, in processes of their own
+        calls = [batch * count for batch in args.batch for count in (1, args.prompt)]
+        warm_up_(variant.model, calls, progress=not args.quiet)
     for batch, op in track(work, "timing", enabled=not args.quiet):
         samplers = {}
         for variant, _ in built:

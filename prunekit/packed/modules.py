@@ -96,6 +96,10 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x·Wᵀ + bias for all rows that are held, merged ones too."""
         return self._product(x, self.weight, self.bias)
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
@@ -365,29 +369,35 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., hidden) -> (..., hidden)."""
-        gate, up, down = (self._modules[name] for name in self._parts)
-        assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear) and down is not None
-        projected: Tensor = down(_gated(x, gate, up))
+        down: Any = self._modules[self._parts[2]]
+        projected: Tensor = down(self.gated(x))
         return projected
+
+    @property
+    def projections(self) -> tuple[PackedLinear, PackedLinear]:
+        """Gate and up."""
+        gate, up = (self._modules[name] for name in self._parts[:2])
+        assert isinstance(gate, PackedLinear) and isinstance(up, PackedLinear)
+        return gate, up
+
+    def gated(self, x: Tensor) -> Tensor:
+        """SiLU(gate(x))·up(x), in one kernel unless hooks want to see the two layers called."""
+        gate, up = self.projections
+        plan = None if _hooked(gate) or _hooked(up) else _plan(x, gate.dtype, gate.weight.dtype)
+        if plan is None:
+            return F.silu(gate(x)) * up(x)
+        compute, result = plan
+        fused = FORMATS[gate.format].gate_up
+        assert fused is not None
+        if compute == result == x.dtype:
+            return fused(x, gate.weight, up.weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return fused(x.to(compute), gate.weight, up.weight).to(result)
 
     @property
     def original(self) -> nn.Module:
         """The module that this replaced, which shares its projections."""
         return self._original[0]
-
-
-def _gated(x: Tensor, gate: PackedLinear, up: PackedLinear) -> Tensor:
-    """SiLU(gate(x))·up(x), in one kernel unless hooks want to see the two layers called."""
-    plan = None if _hooked(gate) or _hooked(up) else _plan(x, gate.dtype, gate.weight.dtype)
-    if plan is None:
-        return F.silu(gate(x)) * up(x)
-    compute, result = plan
-    fused = FORMATS[gate.format].gate_up
-    assert fused is not None
-    if compute == result == x.dtype:
-        return fused(x, gate.weight, up.weight)
-    with torch.autocast(x.device.type, enabled=False):
-        return fused(x.to(compute), gate.weight, up.weight).to(result)
 
 
 def _plan(

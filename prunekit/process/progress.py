@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from rich.console import Console
@@ -24,6 +24,24 @@ def track(items: Sequence[Item], label: str, *, enabled: bool = True) -> Iterato
     """
     console = Console(stderr=True)
     yield from _bar(items, label, console) if enabled and shown(console) else items
+
+
+@contextlib.contextmanager
+def counter(label: str, *, enabled: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """A progress bar that is told how many are done, and of how many; None where it is hidden.
+
+    Args:
+        label: What the bar says.
+        enabled: As for `track`.
+    """
+    console = Console(stderr=True)
+    if not enabled or not shown(console):
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(label, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def shown(console: Console) -> bool:

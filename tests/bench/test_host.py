@@ -9,7 +9,8 @@ from typing import Any
 import prunekernels
 import pytest
 import torch
-from prunekernels import launch, runtime
+from prunekernels import runtime
+from prunekernels.launch import calls as launch
 from prunekernels.sparse import launching
 
 from bench import bench_host

@@ -2,38 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import types
-from typing import Any
 
 import pytest
 import torch
 from interpreter import run_interpreted
-from prunekernels import launch as launches
-from prunekernels.launch import Launch, meta
+from prunekernels.launch import calls as launches
+from prunekernels.launch import meta
 from prunekernels.runtime import interpreting, triton_installed
+from small_kernel import gpu, jit_sees, scaled
 
+__all__ = ["gpu"]
 pytestmark = pytest.mark.skipif(not triton_installed(), reason="needs Triton")
 compiled_only = pytest.mark.skipif(interpreting(), reason="reads how kernels are compiled")
-
-if triton_installed():
-    import triton
-    import triton.language as tl
-
-    @triton.jit(do_not_specialize=["n"])
-    def _scaled(
-        x_ptr, extra_ptr, y_ptr, n, stride, wide: tl.int64, scale, BLOCK: tl.constexpr
-    ):  # fmt: skip
-        offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        value = tl.load(x_ptr + offs * stride, mask=offs < n, other=0.0) * scale
-        tl.store(y_ptr + offs, value + wide, mask=offs < n)
-
-
-def scaled(x: torch.Tensor, y: torch.Tensor, wide: int = 32, block: int = 8) -> Launch:
-    """y = 2·x + wide."""
-    n = y.numel()
-    grid = (-(-n // block),)
-    return Launch(_scaled, grid, (x, None, y, n, x.stride(0), wide, 2.0), {"BLOCK": block})
 
 
 def test_an_interpreted_launch_runs_the_kernel():
@@ -63,82 +44,18 @@ def test_a_case_has_what_the_arguments_have():
     assert case.divisible == ("x_ptr", "wide")
 
 
-class _Driver:
-    """As much of Triton's driver as the binding of a kernel asks for."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
-def _jit_sees(call: Launch) -> dict[str, Any]:
-    """Signature, constants and attributes that Triton's own launch path would compile."""
-    from triton import knobs
-    from triton.runtime.driver import driver
-
-    seen: dict[str, Any] = {}
-
-    def hook(**given: Any) -> bool:
-        seen.update(given["compile"])
-        return True  # nothing is compiled
-
-    before = driver._active
-    driver.set_active(_Driver())
-    knobs.runtime.jit_cache_hook = hook
-    try:
-        call.kernel.device_caches.clear()
-        call.kernel.run(*call.arguments, grid=call.grid, warmup=True, **call.constants)
-    finally:
-        knobs.runtime.jit_cache_hook = None
-        driver._active = before
-        call.kernel.device_caches.clear()
-    return seen
-
-
 @compiled_only
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("wide", [1, 7, 32, 1 << 40])
 def test_what_a_case_compiles_is_what_triton_would_launch(aligned: bool, wide: int):
     x = torch.ones(17)[0 if aligned else 1 :][:16]
     call = scaled(x, torch.ones(32)[::2], wide)
-    case, seen = call.case("c"), _jit_sees(call)
-    names = _scaled.arg_names
+    case, seen = call.case("c"), jit_sees(call)
+    names = call.kernel.arg_names
     assert {n: k for n, k in seen["signature"].items() if k != "constexpr"} == case.signature
     assert {names[p[0]]: v for p, v in seen["constants"].items()} == case.constants
     divisible = [names[p[0]] for p, attributes in seen["configs"][0].items() if attributes]
     assert divisible == list(case.divisible)
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
-    """A GPU whose kernels note what they are launched with."""
-    state = types.SimpleNamespace(launched=[], compiled=0, capturing=False, current=0)
-    compiled = types.SimpleNamespace(
-        function=11,
-        packed_metadata=(4, 1, 0),
-        run=lambda *given: state.launched.append(given),
-        _init_handles=lambda: None,
-    )
-
-    def run(*arguments: Any, **options: Any) -> Any:
-        state.compiled += 1
-        return compiled
-
-    monkeypatch.setattr(_scaled, "run", run)
-    monkeypatch.setattr(launches, "_compiled", {})
-    monkeypatch.setattr(launches, "_stream", lambda device: 5)
-    monkeypatch.setattr(launches, "_current", lambda: state.current)
-    monkeypatch.setattr(launches, "on", lambda tensor: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.current)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
-    return state
 
 
 @compiled_only
@@ -179,7 +96,7 @@ def test_a_bound_launch_takes_addresses_and_refuses_unaligned_ones(gpu: types.Si
     assert (gpu.compiled, gpu.launched) == (1, [])
     bound.launch(x.data_ptr() + 160, None, y.data_ptr())
     assert gpu.launched[0][9:12] == (x.data_ptr() + 160, None, y.data_ptr())
-    with pytest.raises(ValueError, match="_scaled was bound to tensors aligned to 16 bytes"):
+    with pytest.raises(ValueError, match="scaled_kernel was bound to tensors aligned to 16 bytes"):
         bound.launch(x.data_ptr() + 4, None, y.data_ptr())
 
 
@@ -188,7 +105,7 @@ def test_a_kernel_first_needed_inside_a_capture_is_named(gpu: types.SimpleNamesp
     x, y = torch.ones(16), torch.ones(16)
     gpu.capturing = True
     for use in (scaled(x, y).run, scaled(x, y).bind):
-        with pytest.raises(RuntimeError, match=r"_scaled is first needed .*warm_up"):
+        with pytest.raises(RuntimeError, match=r"scaled_kernel is first needed .*warm_up"):
             use()
     gpu.capturing = False
     scaled(x, y).run()

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunekernels import runtime
 from prunekernels.runtime import Op, Problem, capability, keep, on
 from prunekernels.sparse.tuning import packed_speedup
 
@@ -208,7 +209,8 @@ class Calls:
         kernel = self.op.kernels[choice.name]
         with on(x):
             prepare = getattr(kernel.load(), "prepared", None)
-            if key is not None and prepare is not None and x.is_contiguous():
+            prepares = key is not None and runtime.untested is None
+            if prepares and prepare is not None and x.is_contiguous():
                 call = prepare(x, *arguments)
                 if call is not None:
                     from prunekernels.sparse.launching import Prepared

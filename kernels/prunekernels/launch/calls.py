@@ -1,26 +1,4 @@
-"""A kernel call is written once: what is launched is what is compiled, checked and warmed up.
-
-A module that owns a kernel writes one function which builds the call, from tensors that are real
-or on the meta device, and uses it for both:
-
-    def product(x, packed, y, config) -> Launch:
-        return Launch(
-            _kernel, grid, (x, packed, y, x.stride(0), len(x)), {"BLOCK": config.block}, num_warps=4
-        )
-
-    product(x, packed, y, config).run()                                       # the launcher
-    product(*meta_tensors, config).case("name", opcodes=("HMMA",), archs=(90,))  # compile_cases()
-
-Signature, alignment and constants of a case are those that Triton derives from the same arguments.
-A tensor that may be unaligned at run time is given to a case as an unaligned view. Tensors (or
-None) come first among a kernel's parameters; `do_not_specialize` names its sizes, so that one
-compilation serves all of them, but not the strides whose divisibility makes loads wide.
-
-On an NVIDIA GPU `run` launches a compiled kernel by its handle: Triton's binder is asked for the
-specialisation, and nothing else of its launch path runs after the first launch. A caller on a hot
-path keeps `launch.bind()` under a key of its own (shapes, types, device) and calls it with
-addresses alone.
-"""
+"""Calls of kernels: run, bound to addresses, compiled as cases, or recorded."""
 
 from __future__ import annotations
 
@@ -33,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunekernels import runtime
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.runtime import interpreting, on
 
@@ -99,7 +78,7 @@ class Launch:
         if device.type == "cuda" and device.index == torch.cuda.current_device():
             self._run(device.index)
             return
-        with on(self._first):
+        with on(self.first):
             self._run(torch.cuda.current_device())
 
     def bind(self) -> Bound:
@@ -108,10 +87,10 @@ class Launch:
         Raises:
             RuntimeError: The kernel is not compiled yet, and a CUDA graph is being captured.
         """
-        with on(self._first):
+        with on(self.first):
             device = torch.cuda.current_device()
-            specialisation = self._specialisation()
-            compiled = self._compiled(device, specialisation)
+            specialisation = self.specialisation()
+            compiled = self.compiled(device, specialisation)
             if compiled is None:
                 compiled = self._compile(device, specialisation, warmup=True)
         return Bound(self, device, compiled, specialisation)
@@ -134,7 +113,7 @@ class Launch:
         signature, constants, divisible = {}, dict(self.constants), []
         if _is_compiled(self.kernel):
             constants = {}
-            kinds = self._specialisation()
+            kinds = self.specialisation()
             for parameter, (kind, detail) in zip(self.kernel.arg_names, kinds, strict=True):
                 if kind == "constexpr":
                     constants[parameter] = detail
@@ -161,14 +140,16 @@ class Launch:
     @property
     def device(self) -> torch.device:
         """Where its tensors are."""
-        return self._first.device
+        return self.first.device
 
     @property
-    def _first(self) -> Tensor:
+    def first(self) -> Tensor:
+        """Its first tensor, which says where it runs."""
         return next(value for value in self.arguments if isinstance(value, Tensor))
 
     @property
-    def _options(self) -> dict[str, Any]:
+    def compiler_options(self) -> dict[str, Any]:
+        """Warps, stages and further options, as Triton names them."""
         options = {"num_warps": self.num_warps, **(self.options or {})}
         if self.num_stages is not None:
             options["num_stages"] = self.num_stages
@@ -176,14 +157,14 @@ class Launch:
 
     def _call(self) -> Any:
         """Launch through Triton's own path."""
-        return self.kernel[self.grid](*self.arguments, **self.constants, **self._options)
+        return self.kernel[self.grid](*self.arguments, **self.constants, **self.compiler_options)
 
     def _run(self, device: int) -> None:
         if torch.version.hip is not None or _observed(self.kernel):
             self._call()
             return
-        specialisation = self._specialisation()
-        compiled = self._compiled(device, specialisation)
+        specialisation = self.specialisation()
+        compiled = self.compiled(device, specialisation)
         if compiled is None:
             self._compile(device, specialisation, warmup=False)
             return
@@ -194,20 +175,26 @@ class Launch:
             )
         )
 
-    def _specialisation(self) -> tuple[Any, ...]:
+    def specialisation(self) -> tuple[Any, ...]:
         """(type, detail) of every parameter, as Triton distinguishes compiled kernels by it."""
+        return tuple(self.binder(*self.arguments, **self.constants)[1])
+
+    @property
+    def binder(self) -> Callable[..., Any]:
+        """Triton's function from arguments to (parameters, specialisation, options)."""
         known = _binders.get(id(self.kernel))
         if known is None:
             known = _binders[id(self.kernel)] = (self.kernel, _binder(self.kernel))
-        _, specialisation, _ = known[1](*self.arguments, **self.constants)
-        return tuple(specialisation)
+        return known[1]
 
-    def _key(self, device: int) -> tuple[Any, ...]:
+    def key(self, device: int) -> tuple[Any, ...]:
+        """What a compiled kernel depends on beside the specialisation."""
         options = tuple((self.options or {}).items())
         return id(self.kernel), device, self.num_warps, self.num_stages, options
 
-    def _compiled(self, device: int, specialisation: tuple[Any, ...]) -> Any:
-        return _compiled.get(self._key(device), {}).get(specialisation)
+    def compiled(self, device: int, specialisation: tuple[Any, ...]) -> Any:
+        """The compiled kernel, or None if there is none yet on the device."""
+        return _compiled.get(self.key(device), {}).get(specialisation)
 
     def _compile(self, device: int, specialisation: tuple[Any, ...], *, warmup: bool) -> Any:
         """Compile, load and keep the kernel; without `warmup` this also launches it."""
@@ -219,14 +206,18 @@ class Launch:
             )
         if warmup:
             compiled = self.kernel.run(
-                *self.arguments, grid=self.grid, warmup=True, **self.constants, **self._options
+                *self.arguments,
+                grid=self.grid,
+                warmup=True,
+                **self.constants,
+                **self.compiler_options,
             )
         else:
             compiled = self._call()
         # an asynchronous compilation is waited for
         compiled = compiled.result() if hasattr(compiled, "result") else compiled
         compiled._init_handles()
-        _compiled.setdefault(self._key(device), {})[specialisation] = compiled
+        _compiled.setdefault(self.key(device), {})[specialisation] = compiled
         return compiled
 
 
@@ -305,13 +296,17 @@ def meta(shape: Sequence[int], dtype: torch.dtype, *, aligned: bool = True) -> T
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collect the launches of the block in a list instead of running them."""
+    """Collect the launches of the block in a list instead of running them.
+
+    Kernels that have not proven themselves yet count as proven; nothing that is chosen is kept.
+    """
     global _recorded
-    before, _recorded = _recorded, []
+    before = _recorded, runtime.untested
+    _recorded, runtime.untested = [], []
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, runtime.untested = before
 
 
 def _none(addresses: Sequence[Any]) -> tuple[int, ...]:
