@@ -32,7 +32,7 @@ from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout
 
 ROOT = Path(__file__).parent.parent
-COPIES = ("Q8_0", "Q4_0", "int4", "drop4", "wanda24")
+COPIES = ("Q8_0", "Q4_0", "int8", "int4", "drop4")
 IMAGE = ROOT / "docs" / "images" / "kld_against_size.png"
 # What the memory probe runs: the peak of the process's own (anonymous) memory, sampled.
 PROBE = """

@@ -9,8 +9,6 @@ from prunekit.errors import PrunekitError, one_line
 from prunekit.process import distributed
 
 T = TypeVar("T")
-# What a model, its files or a metric op may fail with; a bug in prunekit is none of these.
-FAILURES = (PrunekitError, OSError, RuntimeError, ValueError, MemoryError)
 
 
 def together(work: Callable[[], T]) -> T:
@@ -22,7 +20,7 @@ def together(work: Callable[[], T]) -> T:
     """
     try:
         result = work()
-    except FAILURES as error:
+    except Exception as error:  # whatever it is, the others must not wait for ever
         distributed.gather([one_line(error)])
         raise
     told = next((each for each in distributed.gather([""]) if each), "")
@@ -31,6 +29,6 @@ def together(work: Callable[[], T]) -> T:
     return result
 
 
-def by_main(work: Callable[[], None]) -> None:
+def by_main(work: Callable[[], object]) -> None:
     """Let process 0 do something, and the others wait for it."""
     together(lambda: work() if distributed.is_main() else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import re
@@ -20,12 +21,13 @@ from prunekit.divergence import windows as plans
 from prunekit.divergence.candidates import Side, floor_side, sides
 from prunekit.divergence.loading import load_any
 from prunekit.divergence.measuring import Compared, compared
-from prunekit.divergence.processes import FAILURES, by_main
+from prunekit.divergence.processes import by_main
 from prunekit.divergence.reference import Planner, Reference, cached, recorded
 from prunekit.divergence.result import Candidate, Kld
 from prunekit.divergence.rows import Options
 from prunekit.errors import PrunekitError, one_line
 from prunekit.evaluation.items import load_heldout
+from prunekit.files.locks import locked
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 
@@ -111,19 +113,17 @@ def kld(
             known, documents, kind=windows, context=context, stride=stride, limit=limit
         )
 
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as kept:
         folder = Path(temporary if output is None else output).expanduser()
         if distributed.world_size() > 1 and output is None:
             raise PrunekitError("several processes share their rows on disk: give an output folder")
-        held = _reference(
-            base,
-            plan,
-            Path(reference_cache or folder / "reference").expanduser(),
-            text is not None or dataset is not None,
-            options,
-            tokenizer,
-            limit,
-        )
+        cache = Path(reference_cache or folder / "reference").expanduser()
+        has_text = text is not None or dataset is not None
+        if output is not None:
+            by_main(lambda: kept.enter_context(locked(folder)))
+        with contextlib.ExitStack() as writing:
+            by_main(lambda: writing.enter_context(locked(cache)))
+            held = _reference(base, plan, cache, has_text, options, tokenizer, limit)
         extra = _floor(base, held, floor)
         rows = [*others, *([] if extra is None else [extra])]
         found = [
@@ -192,8 +192,9 @@ def _compared(
         found = compared(
             reference, side, folder / "candidates" / f"{slug}-{digest}", options, label
         )
-    except FAILURES as failed:
-        error = one_line(failed)
+    except Exception as failed:  # a model's own code may fail in any way; the others go on
+        known = isinstance(failed, PrunekitError)
+        error = one_line(failed) if known else f"{type(failed).__name__}: {one_line(failed)}"
     gc.collect()
     if cuda.is_available():
         cuda.empty_cache()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +15,7 @@ from safetensors import SafetensorError
 
 import prunekit as pk
 from prunekit.divergence import measuring, reference
-from prunekit.divergence.windows import of_text
+from prunekit.divergence.windows import Windows, of_text
 from prunekit.errors import PrunekitError
 
 CONTEXT = 16
@@ -276,6 +278,45 @@ def test_bad_calls_name_the_fix(tiny, saved, documents):
             pk.kld(here, [here], **arguments)
     with pytest.raises(PrunekitError, match="nothing to compare"):
         pk.kld(here, [], documents, floor="none")
+
+
+def test_a_failure_of_any_kind_half_way_is_a_row(
+    tiny, perturbed, saved, documents, tmp_path, monkeypatch
+):
+    base = tiny("llama")
+    here, noisy = saved(base, "base"), saved(perturbed(base, 0.02), "noisy")
+    groups = Windows.groups
+    monkeypatch.setattr(Windows, "groups", lambda self, positions=14: groups(self, positions))
+    ran, real = [], measuring.states_of
+
+    def failing(*rest):
+        ran.append(1)
+        if len(ran) == 5:
+            raise KeyError("a layer of the model's own code")
+        return real(*rest)
+
+    monkeypatch.setattr(measuring, "states_of", failing)
+    arguments = {"context": CONTEXT, "output": tmp_path / "out", "floor": "none"}
+    found = pk.kld(here, [noisy, here], documents, **arguments)
+    assert [row.name for row in found.rows] == ["base", "noisy"]
+    assert found.failed[0].error == 'KeyError: "a layer of the model\'s own code"'
+    ran.append(1)
+    again = pk.kld(here, [noisy, here], documents, **arguments)
+    count = len(again.held.windows.groups())
+    assert not again.failed and len(ran) == 5 + count + 1 + (count - 4)
+
+
+def test_one_writer_at_a_time(tiny, saved, documents, tmp_path):
+    here = saved(tiny("llama"), "base")
+    command = "import sys; from prunekit.files.locks import locked\n"
+    command += f"with locked({str(tmp_path / 'out')!r}): print('held', flush=True); input()"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", command], **pipes) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(PrunekitError, match="another run is writing"):
+            pk.kld(here, [here], documents, context=CONTEXT, output=tmp_path / "out")
+        other.communicate("\n")
+    assert not pk.kld(here, [here], documents, context=CONTEXT, output=tmp_path / "out").failed
 
 
 def test_a_full_disk_loses_nothing(tiny, perturbed, saved, documents, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import prunekit as pk
 from prunekit.divergence.two_models import kl_report
 from prunekit.errors import PrunekitError
 from prunekit.report.divergence import kl_table
@@ -86,6 +87,26 @@ def test_table_shows_what_llama_cpp_prints(tiny, perturbed, word_tokenizer):
         assert part in shown
     assert f"{found['kl_mean']:.6f} ± {found['kl_mean_stderr']:.6f}" in shown
     assert f"{100 * found['prob_delta_p95']:.6f} %" in shown
+
+
+def test_equals_kld_over_strided_windows(tiny, perturbed, word_tokenizer):
+    dense = tiny("llama")
+    pruned = perturbed(dense)
+    text = " ".join(f"w{token}" for token in IDS if token < 93)
+    both = kl_report(dense, pruned, word_tokenizer, text, context=CONTEXT, progress=False)
+    alone = pk.kld(
+        dense,
+        {"pruned": pruned},
+        [text],
+        context=CONTEXT,
+        windows="strided",
+        tokenizer=word_tokenizer,
+        floor="none",
+    )
+    summary = alone["pruned"]["summary"]
+    for name, value in summary.items():
+        assert value == pytest.approx(both[name], rel=1e-6, abs=1e-9), name
+    assert set(both) - set(summary) == {"estimate_valid"}
 
 
 def test_a_model_and_itself(tiny):
