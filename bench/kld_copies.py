@@ -79,7 +79,7 @@ def pruned(target: Path) -> None:
 def dropped(target: Path) -> None:
     """Save the model without four of its attentions."""
     model, tokenizer = pk.load("demo")
-    pk.drop_(model, pk.Drop(unit="attn", count=4), pk.Calibration())
+    pk.drop_(model, pk.Drop(unit="attn", count=4), pk.Calibration(samples=4, length=128))
     pk.save(model, tokenizer, target)
 
 
