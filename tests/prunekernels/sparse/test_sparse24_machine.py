@@ -62,6 +62,8 @@ MORE = [
     (torch.bfloat16, 9, 33, 2048, MmaConfig(2, 1, 4, 8), "none", False),
     (torch.float16, 33, 257, 832, MmaConfig(2, 4, 2, 1), "silu", False),
     (torch.bfloat16, 70, 40, 832, MmaConfig(2, 8, 2, 3), "none", True),
+    (torch.bfloat16, 64, 300, 832, MmaConfig(2, 8, 2, 2, warps=8), "relu", True),
+    (torch.float16, 16, 200, 1088, MmaConfig(1, 2, 2, 4), "none", True),
 ]
 PARAMETERS = [pytest.param(*c) for c in CASES]
 PARAMETERS += [pytest.param(*c, marks=pytest.mark.slow) for c in MORE]

@@ -163,11 +163,10 @@ def sparse24_wgmma(
         tokens 128 rows and two programs. Up to four share the columns, of which each has two units
         at least, while that fills the device.
     """
-    if tokens > 64:
-        chosen = WgmmaConfig(16, 16, 1, 8)
-    else:
-        chosen = WgmmaConfig(8, 8 if tokens > 32 else 4, 1, 0)
-    height = chosen.warps * (8 if gated else 16)
-    programs = -(-tokens // (8 * chosen.token_tiles)) * -(-rows // height)
-    slots = processors * (16 // chosen.warps)
-    return chosen._replace(splits=max(1, min(4, slots // programs, columns // 512)))
+    warps, token_tiles = (16, 16) if tokens > 64 else (8, 8 if tokens > 32 else 4)
+    height = warps * (8 if gated else 16)
+    token_blocks = -(-tokens // (8 * token_tiles))
+    programs = token_blocks * -(-rows // height)
+    slots = processors * (16 // warps)
+    splits = max(1, min(4, slots // programs, columns // 512))
+    return WgmmaConfig(warps, token_tiles, splits, 8 if splits == 1 < token_blocks else 0)

@@ -360,7 +360,7 @@ def product(
             "SPLIT": splits > 1,
             "NW": config.warps,
             "NT": config.token_tiles,
-            "GROUP": 0 if splits > 1 or token_blocks == 1 else config.group,
+            "GROUP": config.group,
             "TAILS": tails > 0,
             "STAGES": STAGES,
             "LAG": LAG,
@@ -435,7 +435,8 @@ def _case(kind: str, config: WgmmaConfig, gated: bool = False, tails: bool = Fal
         + "/tails" * tails
         + f"/split{config.splits}" * (config.splits > 1),
         opcodes=(f"HGMMA.SP.64x{8 * config.token_tiles}x32.F32", "UTMALDG"),
-        elements_per_iteration=ROWS * 256,
+        # without tails the epilogue stands between the loop and the branch back
+        elements_per_iteration=ROWS * 256 if tails else 0,
         per_iteration=("HGMMA.SP", 8),
         archs=(90,),
     )
