@@ -127,8 +127,5 @@ def test_states_that_do_not_fit_are_refused(form):
 @every_format
 def test_repr_names_shape_bytes_and_type(form):
     packed = form.kind.pack(form.values(16, 64, torch.bfloat16))
-    assert packed.nbytes == sum(
-        tensor.nbytes for name, tensor in packed.state_dict().items() if name != "header"
-    )
     text = repr(packed)
     assert "shape=(16, 64)" in text and f"nbytes={packed.nbytes}" in text and "bfloat16" in text
