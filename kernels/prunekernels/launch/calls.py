@@ -290,7 +290,7 @@ def current_stream(device: int) -> int:
 def meta(shape: Sequence[int], dtype: torch.dtype, *, aligned: bool = True) -> Tensor:
     """A contiguous tensor without memory, for a case; not `aligned`, one element past 16 bytes."""
     if aligned:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(tuple(shape), dtype=dtype, device="meta")
     return torch.empty(math.prod(shape) + 1, dtype=dtype, device="meta")[1:].view(*shape)
 
 

@@ -13,6 +13,8 @@ Of the keys equal to t the first #{key ≤ t} − prune stay. N:M ranks a group 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -20,8 +22,8 @@ from torch import Tensor
 
 from prunekernels import checks
 from prunekernels.compilation import KernelCase
+from prunekernels.launch import Launch, meta
 from prunekernels.pruning import tuning
-from prunekernels.runtime import on
 
 #: Above every key of a finite score.
 LAST = tl.constexpr(0x7FFFFFFF)
@@ -304,31 +306,41 @@ def nm_mask(
     mask = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
     if mask.numel() == 0:
         return mask
-    rows = _rows(scores, inplace)
-    levels, groups_each, warps = tuning.nm_tile(of)
-    groups = scores.numel() // of
     bad = torch.zeros((), dtype=torch.int32, device=scores.device)
-    with on(scores):
-        _nm_kernel[(triton.cdiv(groups, groups_each),)](
-            rows,
-            norms,
-            mask.view(torch.int8),
-            bad,
-            groups,
-            scores.shape[-1] // of,
-            rows.stride(0),
-            rows.stride(1),
-            KEEP=keep,
-            M=of,
-            LEVELS=levels,
-            ABS=absolute,
-            SCALED=norms is not None,
-            INPLACE=inplace,
-            G=groups_each,
-            num_warps=warps,
-        )
+    parts = _rows(scores, inplace), norms, mask.view(torch.int8), bad
+    _groups_call(*parts, keep, of, absolute, inplace).run()
     checks.no_flag("nm_mask", bad, scores, norms)
     return mask
+
+
+def _groups_call(
+    rows: Tensor,
+    norms: Tensor | None,
+    mask: Tensor,
+    bad: Tensor,
+    keep: int,
+    of: int,
+    absolute: bool,
+    inplace: bool,
+) -> Launch:
+    """N:M selection in rows (N, K), real or on the meta device."""
+    levels, groups_each, warps = tuning.nm_tile(of)
+    groups = rows.numel() // of
+    return Launch(
+        _nm_kernel,
+        (triton.cdiv(groups, groups_each),),
+        (rows, norms, mask, bad, groups, rows.shape[1] // of, *rows.stride()),
+        {
+            "KEEP": keep,
+            "M": of,
+            "LEVELS": levels,
+            "ABS": absolute,
+            "SCALED": norms is not None,
+            "INPLACE": inplace,
+            "G": groups_each,
+        },
+        num_warps=warps,
+    )
 
 
 def rowwise_mask(
@@ -342,37 +354,65 @@ def rowwise_mask(
         checks.finite("rowwise_mask", scores, norms)
         return mask.fill_(True)
     rows = _rows(scores, inplace)
-    count, width = rows.shape
     bad = torch.zeros((), dtype=torch.int32, device=scores.device)
-    modes = {"ABS": absolute, "SCALED": norms is not None}
-    shape = (width, prune, rows.stride(0), rows.stride(1))
-    as_int = mask.view(torch.int8)
-    with on(scores):
-        if width <= tuning.ROW_ON_CHIP:
-            block, warps = tuning.row_tile(width)
-            _row_kernel[(count,)](
-                *(rows, norms, as_int, bad, *shape),
-                **modes,
-                INPLACE=inplace,
-                BLOCK=block,
-                num_warps=warps,
-            )
-        else:
-            block, warps = tuning.LONG_ROW
-            grid = (triton.cdiv(width, block), count)
-            counts = torch.zeros(4, count, 256, dtype=torch.int32, device=scores.device)
-            ties = torch.empty(count, grid[0], dtype=torch.int32, device=scores.device)
-            options = {**modes, "BLOCK": block, "num_warps": warps}
-            for level in range(4):
-                _histogram_kernel[grid](
-                    rows, norms, counts, bad, count, *shape, LEVEL=level, **options
-                )
-            _ties_kernel[grid](rows, norms, counts, ties, count, *shape, **options)
-            _long_kernel[grid](
-                rows, norms, counts, ties, as_int, count, *shape, INPLACE=inplace, **options
-            )
+    if rows.shape[1] <= tuning.ROW_ON_CHIP:
+        calls = [_row_call(rows, norms, mask.view(torch.int8), bad, prune, absolute, inplace)]
+    else:
+        calls = _long_calls(rows, norms, mask.view(torch.int8), bad, prune, absolute, inplace)
+    for call in calls:
+        call.run()
     checks.no_flag("rowwise_mask", bad, scores, norms)
     return mask
+
+
+def _row_call(
+    rows: Tensor,
+    norms: Tensor | None,
+    mask: Tensor,
+    bad: Tensor,
+    prune: int,
+    absolute: bool,
+    inplace: bool,
+) -> Launch:
+    """Selection in rows (N, K) that fit a program, real or on the meta device."""
+    count, width = rows.shape
+    block, warps = tuning.row_tile(width)
+    return Launch(
+        _row_kernel,
+        (count,),
+        (rows, norms, mask, bad, width, prune, *rows.stride()),
+        {"ABS": absolute, "SCALED": norms is not None, "INPLACE": inplace, "BLOCK": block},
+        num_warps=warps,
+    )
+
+
+def _long_calls(
+    rows: Tensor,
+    norms: Tensor | None,
+    mask: Tensor,
+    bad: Tensor,
+    prune: int,
+    absolute: bool,
+    inplace: bool,
+) -> list[Launch]:
+    """Selection in longer rows: four histograms of digits, ties at the cut, then the mask."""
+    count, width = rows.shape
+    block, warps = tuning.LONG_ROW
+    grid = (triton.cdiv(width, block), count)
+    counts = torch.zeros(4, count, 256, dtype=torch.int32, device=rows.device)
+    ties = torch.empty(count, grid[0], dtype=torch.int32, device=rows.device)
+    sizes = (count, width, prune, *rows.stride())
+    modes = {"ABS": absolute, "SCALED": norms is not None, "BLOCK": block}
+
+    def call(kernel: Any, tensors: tuple[Tensor, ...], **constants: Any) -> Launch:
+        given = (rows, norms, counts, *tensors, *sizes)
+        return Launch(kernel, grid, given, {**modes, **constants}, num_warps=warps)
+
+    return [
+        *(call(_histogram_kernel, (bad,), LEVEL=level) for level in range(4)),
+        call(_ties_kernel, (ties,)),
+        call(_long_kernel, (ties, mask), INPLACE=inplace),
+    ]
 
 
 def _rows(scores: Tensor, inplace: bool) -> Tensor:
@@ -384,67 +424,28 @@ def _rows(scores: Tensor, inplace: bool) -> Tensor:
 
 def compile_cases() -> list[KernelCase]:
     """Wanda's selection in bfloat16 weights of 4096 and 14336 inputs, long rows, and N:M."""
-    strides = {"stride_xn": "i32"}
-    norms = {"norms_ptr": "*fp32"}
+
+    def parts(
+        count: int, width: int, dtype: torch.dtype, scaled: bool = True
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        norms = meta((width,), torch.float32) if scaled else None
+        shape = (count, width)
+        return meta(shape, dtype), norms, meta(shape, torch.int8), meta((), torch.int32)
+
     cases = []
     for width in (4096, 14336):
-        block, warps = tuning.row_tile(width)
-        cases.append(
-            KernelCase(
-                name=f"rowwise_mask/{width}/bf16",
-                kernel=_row_kernel,
-                signature={
-                    **{"x_ptr": "*bf16", **norms, "mask_ptr": "*i8", "bad_ptr": "*i32"},
-                    **{"K": "i32", "prune": "i32", **strides},
-                },
-                constants={
-                    **{"stride_xk": 1, "ABS": True, "SCALED": True},
-                    **{"INPLACE": False, "BLOCK": block},
-                },
-                num_warps=warps,
-                divisible=("x_ptr", "norms_ptr", "mask_ptr", "K", *strides),
-                opcodes=("LDG.E.128",),
-            )
-        )
-    block, warps = tuning.LONG_ROW
-    common = {"x_ptr": "*fp32", "counts_ptr": "*i32", "N": "i32", "K": "i32", "prune": "i32"}
-    common |= strides
-    fixed = {"norms_ptr": None, "stride_xk": 1, "ABS": True, "SCALED": False, "BLOCK": block}
-    ties = {"ties_ptr": "*i32"}
-    for kernel, name, more, constants in (
-        (_histogram_kernel, "first digit", {"bad_ptr": "*i32"}, {"LEVEL": 0}),
-        (_histogram_kernel, "last digit", {"bad_ptr": "*i32"}, {"LEVEL": 3}),
-        (_ties_kernel, "ties", ties, {}),
-        (_long_kernel, "mask", {**ties, "mask_ptr": "*i8"}, {"INPLACE": True}),
+        call = _row_call(*parts(4096, width, torch.bfloat16), width // 2, True, False)
+        cases.append(call.case(f"rowwise_mask/{width}/bf16", opcodes=("LDG.E.128",)))
+    long = parts(16, 1 << 20, torch.float32, False)
+    first, _, _, last, ties, mask = _long_calls(*long, 1 << 19, True, True)
+    for call, name in (
+        (first, "first digit"),
+        (last, "last digit"),
+        (ties, "ties"),
+        (mask, "mask"),
     ):
-        cases.append(
-            KernelCase(
-                name=f"rowwise_mask/long/{name}",
-                kernel=kernel,
-                signature={**common, **more},
-                constants={**fixed, **constants},
-                num_warps=warps,
-                divisible=("x_ptr", "counts_ptr", "K", *strides),
-                opcodes=("LDG.E.128",),
-            )
-        )
+        cases.append(call.case(f"rowwise_mask/long/{name}", opcodes=("LDG.E.128",)))
     for keep, of in ((2, 4), (4, 8), (16, 32)):
-        levels, groups, warps = tuning.nm_tile(of)
-        cases.append(
-            KernelCase(
-                name=f"nm_mask/{keep}:{of}/bf16",
-                kernel=_nm_kernel,
-                signature={
-                    **{"x_ptr": "*bf16", **norms, "mask_ptr": "*i8", "bad_ptr": "*i32"},
-                    **{"GROUPS": "i32", "per_row": "i32", **strides},
-                },
-                constants={
-                    **{"stride_xk": 1, "KEEP": keep, "M": of, "LEVELS": levels, "G": groups},
-                    **{"ABS": True, "SCALED": True, "INPLACE": False},
-                },
-                num_warps=warps,
-                divisible=("x_ptr", "norms_ptr", "mask_ptr", *strides),
-                opcodes=("LDG",),
-            )
-        )
+        call = _groups_call(*parts(4096, 4096, torch.bfloat16), keep, of, True, False)
+        cases.append(call.case(f"nm_mask/{keep}:{of}/bf16", opcodes=("LDG",)))
     return cases

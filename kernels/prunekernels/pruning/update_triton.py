@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from prunekernels.compilation import KernelCase
+from prunekernels.launch import Launch, meta
 from prunekernels.pruning import tuning
-from prunekernels.runtime import on
 
 
 @triton.jit(do_not_specialize=["R", "C"])
@@ -94,69 +94,56 @@ def sparsegpt_update(
         stop = min(start + step, width)
         part = slice(start, stop)
         chosen = None if mask is None else mask[:, part]
-        _launch(
-            (weight[:, part], upper[part, part], chosen, keep, of),
-            (pruned[part], errors[part], kept[part]),
-        )
+        inputs = weight[:, part], upper[part, part], chosen, keep, of
+        if weight.numel():
+            _call(inputs, (pruned[part], errors[part], kept[part])).run()
         if stop < width:
             weight[:, stop:].addmm_(errors[part].t(), upper[part, stop:], alpha=-1)
     return pruned.t(), errors.t(), kept.t()
 
 
-def _launch(
+def _call(
     inputs: tuple[Tensor, Tensor, Tensor | None, int, int], outputs: tuple[Tensor, Tensor, Tensor]
-) -> None:
+) -> Launch:
+    """The update of one block of columns, real or on the meta device."""
     weight, upper, mask, keep, of = inputs
     pruned, errors, kept = outputs
-    rows, width = weight.shape
-    if weight.numel() == 0:
-        return
-    tile = tuning.update_tile(rows, width)
-    with on(weight):
-        _update_kernel[(triton.cdiv(rows, tile.rows),)](
+    tile = tuning.update_tile(*weight.shape)
+    return Launch(
+        _update_kernel,
+        (triton.cdiv(weight.shape[0], tile.rows),),
+        (
             weight,
             upper,
             None if mask is None else mask.view(torch.int8),
             pruned,
             errors,
             kept.view(torch.int8),
-            rows,
-            width,
-            weight.stride(0),
-            weight.stride(1),
+            *weight.shape,
+            *weight.stride(),
             upper.stride(0),
-            0 if mask is None else mask.stride(0),
-            0 if mask is None else mask.stride(1),
-            KEEP=keep,
-            M=of if mask is None else 0,
-            ROWS=tile.rows,
-            COLUMNS=tile.columns,
-            num_warps=tile.num_warps,
-        )
+            *((0, 0) if mask is None else mask.stride()),
+        ),
+        {
+            "KEEP": keep,
+            "M": of if mask is None else 0,
+            "ROWS": tile.rows,
+            "COLUMNS": tile.columns,
+        },
+        num_warps=tile.num_warps,
+    )
 
 
 def compile_cases() -> list[KernelCase]:
     """A whole block of 128 columns: the mask given, and 2:4 and 16:32 chosen inside."""
-    tile = tuning.update_tile(4096, tuning.UPDATE_COLUMNS)
-    strides = dict.fromkeys(("stride_wc", "stride_u", "stride_mc"), "i32")
+    rows, width = 4096, tuning.UPDATE_COLUMNS
+    out = meta((width, rows), torch.float32)
+    # weight and mask are column-major, as pruning has them
+    weight, upper = out.t(), meta((width, width), torch.float32)
+    mask = meta((width, rows), torch.bool)
     cases = []
     for name, keep, of in (("unstructured", 0, 0), ("2:4", 2, 4), ("16:32", 16, 32)):
-        pointers = {"weight_ptr": "*fp32", "upper_ptr": "*fp32", "pruned_ptr": "*fp32"}
-        pointers |= {"errors_ptr": "*fp32", "mask_ptr": "*i8"}
-        pointers |= {} if of else {"chosen_ptr": "*i8"}
-        cases.append(
-            KernelCase(
-                name=f"sparsegpt_update/{name}",
-                kernel=_update_kernel,
-                signature={**pointers, "R": "i32", "C": "i32", **strides},
-                constants={
-                    **({"chosen_ptr": None} if of else {}),
-                    **{"stride_wr": 1, "stride_mr": 1, "KEEP": keep, "M": of},
-                    **{"ROWS": tile.rows, "COLUMNS": tile.columns},
-                },
-                num_warps=tile.num_warps,
-                divisible=(*pointers, *strides),
-                opcodes=("FFMA",),
-            )
-        )
+        inputs = weight, upper, None if of else mask.t(), keep, of
+        call = _call(inputs, (out, out, mask))
+        cases.append(call.case(f"sparsegpt_update/{name}", opcodes=("FFMA",)))
     return cases
