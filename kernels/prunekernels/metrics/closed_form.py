@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from prunekernels.metrics.options import PairOptions
+from prunekernels.metrics.result_rows import LABEL_FLOATS
 
 SUMS = (
     *("W0", "W1", "W2", "Wy", "V0", "V1", "V2", "Vy", "R0", "R1", "R2", "S0", "S1", "S2"),
@@ -37,14 +38,14 @@ def pair_fields(
     *,
     full: bool,
 ) -> dict[str, Tensor]:
-    """Evaluate the fields that need no single token, from `SUMS`.
+    """Evaluate the fields asked for that need no single token, from `SUMS`.
 
     Args:
         sums: one float64 `(N,)` tensor per name in `SUMS`; the KLs come from `PHI_SUMS` if given.
-            Of sums that were left out (zeros), the fields that need them mean nothing.
+            Sums that no field needs may be left out; without counts nothing was excluded.
         alpha: `(N,)` float64, the reference of base (its maximum).
         beta: `(N,)` float64, the reference of other.
-        options: T, and whose distribution weighs the second-order estimates.
+        options: T, whose distribution weighs the second-order estimates, and what is asked for.
         full: whether the second-pass sums are there.
 
     Returns:
@@ -53,71 +54,87 @@ def pair_fields(
     t = options.temperature
     inv_2t2 = 1.0 / (2.0 * t * t)
     w0, v0 = sums["W0"], sums["V0"]
-    w1, v1 = sums["W1"] / w0, sums["V1"] / v0
-    c = torch.log(v0 / w0)
-    kl_pq, kl_qp = c - w1 / t, v1 / t - c
-    if "A" in sums:
-        mean = sums["A"] / w0
-        bend = torch.log1p(mean)
-        # Where the masses differ much, the φ form cancels; where references moved far (a KL above 1
-        # then), its sums have cancelled already.
-        alike = (mean.abs() < 0.5) & (kl_pq < 1.0) & (kl_qp < 1.0)
-        kl_pq = torch.where(alike, sums["Fp"] / w0 - (mean - bend), kl_pq)
-        kl_qp = torch.where(alike, sums["Fq"] / v0 + mean / (1.0 + mean) - bend, kl_qp)
-    # −inf in base alone makes x = +inf where q > 0; in other alone x = −inf where p > 0.
-    only_base, only_other = sums["only_base"] > 0, sums["only_other"] > 0
-    one_sided = only_base | only_other
     inf, nan = float("inf"), float("nan")
+    # −inf in base alone makes x = +inf where q > 0; in other alone x = −inf where p > 0.
+    only_base, only_other, one_sided = None, None, None
+    if "only_base" in sums:
+        only_base, only_other = sums["only_base"] > 0, sums["only_other"] > 0
+        one_sided = only_base | only_other
+    fields: dict[str, Tensor] = {}
 
-    var_p = (sums["W2"] / w0 - w1 * w1).clamp_min(0.0).masked_fill(only_other, inf)
-    if not options.by_other:
-        kl_estimate = var_p * inv_2t2
-        squared, lost = ("R0", "R1", "R2"), only_other
-    else:
-        var_q = (sums["V2"] / v0 - v1 * v1).clamp_min(0.0).masked_fill(only_base, inf)
-        kl_estimate = var_q * inv_2t2
-        squared, lost = ("S0", "S1", "S2"), only_base
-    s0, s1, s2 = (sums[name] for name in squared)
-    var_r = (s2 / s0 - (s1 / s0) ** 2).clamp_min(0.0).masked_fill(lost, inf)
+    def wants(*names: str) -> bool:
+        return not options.asked.isdisjoint(names)
 
-    cos_prob = (sums["C0"] / torch.sqrt(sums["R0"] * sums["S0"])).clamp_max(1.0)
-    apart = (sums["P2"] - sums["Pw"] ** 2 / sums["R0"]).clamp_min(0.0)
-    # The residual v−w is worth its rounding where it is shorter than v; else 1−cos itself is.
-    one_minus_cos_prob = torch.where(
-        sums["P2"] < sums["S0"], apart / (sums["S0"] * (1.0 + cos_prob)), 1.0 - cos_prob
-    )
-    logit = angle_fields(*(sums[name] for name in ("Z2", "Zd", "D2", "ZZ", "B2")))
-    n = sums["n"]
-    # d = x + β − α: subtract the smaller mean's square. x has the large one where the top token
-    # moved and the rest did not, d where the whole row moved.
-    mean_x = sums["U1"] / n
-    mean_d = mean_x + (beta - alpha)
-    uniform = torch.where(
-        mean_d.abs() < mean_x.abs(), sums["D2"] / n - mean_d**2, sums["U2"] / n - mean_x**2
-    )
-    fields = {
-        "kl_base_other": kl_pq.clamp_min(0.0).masked_fill(only_other, inf),
-        "kl_other_base": kl_qp.clamp_min(0.0).masked_fill(only_base, inf),
-        "entropy_base": (torch.log(w0) - sums["Wy"] / w0 / t).clamp_min(0.0),
-        "entropy_other": (torch.log(v0) - sums["Vy"] / v0 / t).clamp_min(0.0),
-        "lse_base": alpha / t + torch.log(w0),
-        "lse_other": beta / t + torch.log(v0),
-        "cos_prob": cos_prob,
-        "one_minus_cos_prob": one_minus_cos_prob,
-        "cos_logit": logit["cosine"].masked_fill(one_sided, nan),
-        "one_minus_cos_logit": logit["one_minus_cosine"].masked_fill(one_sided, nan),
-        "alpha": logit["alpha"].masked_fill(one_sided, nan),
-        "parallel_ratio": logit["parallel_ratio"].masked_fill(one_sided, nan),
-        "orthogonal_ratio": logit["orthogonal_ratio"].masked_fill(one_sided, nan),
-        "kl_estimate": kl_estimate,
-        "one_minus_cos_prob_estimate": var_r * inv_2t2,
-        "uniform_variance": uniform.clamp_min(0.0).masked_fill(one_sided, inf),
-        "delta_l1": sums["L1"].masked_fill(one_sided, inf),
-        "delta_l2": sums["D2"].masked_fill(one_sided, inf),
-    }
-    fields["estimate_valid"] = ~one_sided & estimate_applies(
-        2.0 * kl_estimate, fields["kl_base_other"] + fields["kl_other_base"]
-    )
+    def put(lost: Tensor | None, value: float, **named: Tensor) -> None:
+        """Take fields, which are `value` where elements were `lost`."""
+        for name, field in named.items():
+            fields[name] = field if lost is None else field.masked_fill(lost, value)
+
+    if wants("kl_base_other", "kl_other_base", "estimate_valid"):
+        c = torch.log(v0 / w0)
+        kl_pq, kl_qp = c - sums["W1"] / w0 / t, sums["V1"] / v0 / t - c
+        if "A" in sums:
+            mean = sums["A"] / w0
+            bend = torch.log1p(mean)
+            # Where the masses differ much, the φ form cancels; where references moved far (a KL
+            # above 1 then), its sums have cancelled already.
+            alike = (mean.abs() < 0.5) & (kl_pq < 1.0) & (kl_qp < 1.0)
+            kl_pq = torch.where(alike, sums["Fp"] / w0 - (mean - bend), kl_pq)
+            kl_qp = torch.where(alike, sums["Fq"] / v0 + mean / (1.0 + mean) - bend, kl_qp)
+        put(only_other, inf, kl_base_other=kl_pq.clamp_min(0.0))
+        put(only_base, inf, kl_other_base=kl_qp.clamp_min(0.0))
+    if wants("entropy_base", "entropy_other"):
+        fields["entropy_base"] = (torch.log(w0) - sums["Wy"] / w0 / t).clamp_min(0.0)
+        fields["entropy_other"] = (torch.log(v0) - sums["Vy"] / v0 / t).clamp_min(0.0)
+    if wants("lse_base", "lse_other", *LABEL_FLOATS):
+        fields["lse_base"] = alpha / t + torch.log(w0)
+        fields["lse_other"] = beta / t + torch.log(v0)
+    if wants("kl_estimate", "estimate_valid"):
+        side, lost = ("V", only_base) if options.by_other else ("W", only_other)
+        mass, first, second = (sums[f"{side}{power}"] for power in range(3))
+        variance = (second / mass - (first / mass) ** 2).clamp_min(0.0)
+        put(lost, inf, kl_estimate=variance * inv_2t2)
+    if wants("estimate_valid"):
+        valid = estimate_applies(
+            2.0 * fields["kl_estimate"], fields["kl_base_other"] + fields["kl_other_base"]
+        )
+        fields["estimate_valid"] = valid if one_sided is None else valid & ~one_sided
+    if wants("one_minus_cos_prob_estimate"):
+        squared, lost = ("S", only_base) if options.by_other else ("R", only_other)
+        s0, s1, s2 = (sums[f"{squared}{power}"] for power in range(3))
+        var_r = (s2 / s0 - (s1 / s0) ** 2).clamp_min(0.0)
+        put(lost, inf, one_minus_cos_prob_estimate=var_r * inv_2t2)
+    if wants("cos_prob", "one_minus_cos_prob"):
+        cos_prob = (sums["C0"] / torch.sqrt(sums["R0"] * sums["S0"])).clamp_max(1.0)
+        apart = (sums["P2"] - sums["Pw"] ** 2 / sums["R0"]).clamp_min(0.0)
+        fields["cos_prob"] = cos_prob
+        # The residual v−w is worth its rounding where it is shorter than v; else 1−cos itself is.
+        fields["one_minus_cos_prob"] = torch.where(
+            sums["P2"] < sums["S0"], apart / (sums["S0"] * (1.0 + cos_prob)), 1.0 - cos_prob
+        )
+    if wants("cos_logit", "one_minus_cos_logit", "alpha", "parallel_ratio", "orthogonal_ratio"):
+        logit = angle_fields(*(sums[name] for name in ("Z2", "Zd", "D2", "ZZ", "B2")))
+        put(
+            one_sided,
+            nan,
+            cos_logit=logit["cosine"],
+            one_minus_cos_logit=logit["one_minus_cosine"],
+            alpha=logit["alpha"],
+            parallel_ratio=logit["parallel_ratio"],
+            orthogonal_ratio=logit["orthogonal_ratio"],
+        )
+    if wants("uniform_variance"):
+        n = sums["n"]
+        # d = x + β − α: subtract the smaller mean's square. x has the large one where the top token
+        # moved and the rest did not, d where the whole row moved.
+        mean_x = sums["U1"] / n
+        mean_d = mean_x + (beta - alpha)
+        uniform = torch.where(
+            mean_d.abs() < mean_x.abs(), sums["D2"] / n - mean_d**2, sums["U2"] / n - mean_x**2
+        )
+        put(one_sided, inf, uniform_variance=uniform.clamp_min(0.0))
+    if wants("delta_l1", "delta_l2"):
+        put(one_sided, inf, delta_l1=sums["L1"], delta_l2=sums["D2"])
     if full:
         fields["js"] = (0.5 * sums["JS"]).clamp_min(0.0)
         fields["total_variation"] = 0.5 * sums["TV"]
@@ -171,7 +188,7 @@ def pack(
         Floats, ids and flags; NaN, −1 and False where a row is broken.
     """
     fields["margin_base"], fields["margin_other"] = margins
-    if label_logits is not None:
+    if label_logits is not None and not options.asked.isdisjoint(LABEL_FLOATS):
         nll_base = fields["lse_base"] - label_logits[0] / options.temperature
         nll_other = fields["lse_other"] - label_logits[1] / options.temperature
         fields["nll_base"], fields["nll_other"] = nll_base, nll_other
@@ -184,7 +201,8 @@ def pack(
         row.copy_(fields[name])
     floats.masked_fill_(any_broken, float("nan"))
     ids = ids.masked_fill(broken, -1)
-    flags = torch.stack([ids[0] != ids[1], (margins == 0).any(0), fields["estimate_valid"]])
+    valid = fields.get("estimate_valid", any_broken)  # any will do where it is not asked for
+    flags = torch.stack([ids[0] != ids[1], (margins == 0).any(0), valid])
     return [floats, ids, flags & ~any_broken]
 
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from prunekernels.metrics.closed_form import angle_fields
 from prunekernels.metrics.options import OutputHead, PairOptions
 from prunekernels.metrics.result_rows import VECTOR_FLOATS
+from prunekernels.metrics.sums import light
 from prunekernels.metrics.sums.eager import GROUP_ROWS, PairSums
+from prunekernels.metrics.sums.light import LightSums
 from prunekernels.rows import flattens, take_rows
 
 
@@ -27,6 +29,11 @@ def pair_stats(
     options: PairOptions,
 ) -> list[Tensor]:
     """Packed statistics of `(…, V)` logits."""
+    vocab = base.shape[-1]
+    if light.suffices(options, vocab, base.device, subset is not None):
+        sums = LightSums(base.numel() // vocab, vocab, base.dtype, labels, options)
+        _take(sums, base, other)
+        return sums.result()
     return _pair_sums(base, other, labels, subset, options).result()
 
 
@@ -54,11 +61,17 @@ def _pair_sums(
     vocab = base.shape[-1]
     rows = base.numel() // vocab
     sums = PairSums(rows, vocab, base.device, base.dtype, labels, subset, options)
+    _take(sums, base, other)
+    return sums
+
+
+def _take(sums: PairSums | LightSums, base: Tensor, other: Tensor) -> None:
+    """Give all rows of `(…, V)` logits to sums."""
+    rows = base.numel() // base.shape[-1]
     step = sums.group_rows if flattens(base) and flattens(other) else sums.block_rows
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         sums.add(start, take_rows(base, start, stop), take_rows(other, start, stop))
-    return sums
 
 
 def head_pair_stats(
@@ -73,7 +86,11 @@ def head_pair_stats(
     vocab, width = head.weight.shape
     rows = base_hidden.numel() // width
     device = base_hidden.device
-    sums = PairSums(rows, vocab, device, torch.float32, labels, subset, options)
+    sums: PairSums | LightSums
+    if light.suffices(options, vocab, device, subset is not None):
+        sums = LightSums(rows, vocab, torch.float32, labels, options)
+    else:
+        sums = PairSums(rows, vocab, device, torch.float32, labels, subset, options)
     for start, a, b in logit_blocks((base_hidden, other_hidden), head):
         sums.add(start, a, b)
     return sums.result()

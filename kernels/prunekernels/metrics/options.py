@@ -20,6 +20,7 @@ from prunekernels.metrics.result_rows import (
     LABEL_FLOATS,
     LEVELS,
     PAIR_FLAGS,
+    PAIR_IDS,
     WEIGHTS,
     chosen,
     pair_floats,
@@ -96,9 +97,20 @@ class PairOptions:
         return pair_floats(self.level, self.labels, self.fields)
 
     @property
+    def asked(self) -> frozenset[str]:
+        """Names of the float fields and flags asked for: what sums must be there for."""
+        return frozenset((*self.floats, *chosen(PAIR_FLAGS, self.fields)))
+
+    @property
     def second_pass(self) -> tuple[str, ...]:
         """Those of the float fields for which the logits are read a second time."""
         return tuple(name for name in FULL_FLOATS if name in self.floats)
+
+    @property
+    def names_tokens(self) -> bool:
+        """Whether a field needs the id of a largest logit, or its lead."""
+        of_tokens = (*PAIR_IDS, "flipped", "tie", "margin_base", "margin_other")
+        return len(chosen(of_tokens, self.fields)) > 0
 
     @property
     def of_subset(self) -> PairOptions:
@@ -111,8 +123,7 @@ class PairOptions:
         Args:
             float32: whether they are summed in float32, where the precise level needs φ sums too.
         """
-        names = (*self.floats, *chosen(PAIR_FLAGS, self.fields))
-        return needed_sums.sums(names, weights=self.weights, precise=float32 and self.precise)
+        return needed_sums.sums(self.asked, weights=self.weights, precise=float32 and self.precise)
 
 
 @dataclass(frozen=True, eq=False)

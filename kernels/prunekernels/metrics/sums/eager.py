@@ -4,6 +4,8 @@ Rows are taken a few at a time and summed in buffers that stay in cache and are 
 extra memory does not grow with the vocabulary, and by some hundred bytes per row. "core" sums in
 float32; "precise" and "full" run the same sums in float64, which leaves nothing to cancel.
 b'−a' would have the roundings of both, which are large against a small x: hence x = (b−a)−(β−α).
+Weights are cut off where they would vanish only if a row reaches that far down. Where masses and
+divergences alone are asked for, `light` has less to do.
 Mathematics: the module docstring of `closed_form`.
 """
 
@@ -14,7 +16,7 @@ import math
 import torch
 from torch import Tensor
 
-from prunekernels.metrics import result_rows, top_tokens
+from prunekernels.metrics import needed_sums, result_rows, top_tokens
 from prunekernels.metrics.closed_form import PHI_SUMS, SUMS, pack, pair_fields
 from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.partial import SUM_FIELDS
@@ -38,6 +40,14 @@ _MOMENTS = tuple(
 # squares would be subnormal numbers, on which a CPU is many times slower.
 _NEGLIGIBLE = 2.0**-62
 _UNDERFLOW = -44.0  # its exponential is negligible, and exp itself is slow where it underflows
+# How far below its maximum a row may reach before weights are cut off: where squares of weights
+# are summed, and where they are not.
+_REACH = {True: 42.0, False: 80.0}
+_SQUARES = ("R0", "S0", "C0", "R1", "S1", "Pw")
+_OF_ONE_ROW = frozenset((*needed_sums.MASSES, "Wy", "Vy"))  # these need no x
+# A row's dot product by the library reads it once, where a product and its sum take three passes;
+# pieces this long round no more than torch's own sums. Shorter rows cost more calls than that.
+DOT_PIECE, DOT_ROW = 1 << 15, 1 << 12
 
 
 class PairSums:
@@ -68,22 +78,25 @@ class PairSums:
         self.work = torch.float64 if options.precise else torch.float32
         self.needed = options.sums(float32=False)
         self.full = bool(options.second_pass)
-        tile = _tile_elements(rows * vocab, self.work, dtype, device)
-        self.columns = min(vocab, tile)
+        self.reach = _REACH[not self.needed.isdisjoint(_SQUARES)] * self.temperature
+        self.dots = device.type == "cpu" and vocab >= DOT_ROW
+        buffers = 5 + 2 * (dtype != self.work) + (not self.dots) + self.full
+        tile = tile_elements(rows * vocab, buffers, self.work, dtype, device)
+        self.columns = -(-vocab // -(-vocab // tile))  # as many in each tile of a row
         self.block_rows = min(max(1, tile // vocab), max(rows, 1))
         # Finding the maxima takes few bytes per row but many small launches: more rows at once.
         self.group_rows = max(self.block_rows, GROUP_ROWS)
         self.masked = False
+        self.wide = True  # whether weights are cut off
         self.buffers: dict[str, Tensor] = {}
         self.views: dict[tuple[str, torch.Size], Tensor] = {}
+        self.pieces: dict[int, list[tuple[Tensor, ...]]] = {}  # by the id of a view
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
 
         self.sums = zeros(len(SUMS), rows)
         self.references = zeros(2, rows)  # α, β
-        # Only second moments lose digits by the roundings of b'−a', which costs an operation less.
-        self.centred = not self.needed.isdisjoint(("W2", "V2", "R1", "S1", "U1"))
         self.gaps = zeros(3, rows, dtype=self.work)  # of K: see `_split_gaps`
         self.apart = False
         self.maxima = zeros(2, rows)
@@ -117,13 +130,11 @@ class PairSums:
             index = self.labels[rows, None]
             self.label_logits[0, rows] = base.gather(1, index).squeeze(1).double()
             self.label_logits[1, rows] = other.gather(1, index).squeeze(1).double()
-        if self.centred:
-            self._split_gaps(rows)
+        self._split_gaps(rows)
         for row in range(0, base.shape[0], self.block_rows):
             block = slice(row, row + self.block_rows)
             self._add_block(start + row, base[block], other[block])
-        if self.centred:
-            self._centre(rows)
+        self._centre(rows)
         if self.inner is not None and self.subset is not None:
             self.inner.add(
                 start, base.index_select(1, self.subset), other.index_select(1, self.subset)
@@ -156,6 +167,7 @@ class PairSums:
 
     def _add_block(self, start: int, base: Tensor, other: Tensor) -> None:
         rows = slice(start, start + base.shape[0])
+        self.wide = self._is_wide(rows, base, other)
         total = self._first_pass(rows, base, other)
         if not self.masked and not bool(torch.isfinite(total).all()):
             # A −inf makes x infinite or undefined. Do the block again and look at each element;
@@ -168,6 +180,15 @@ class PairSums:
         if self.topk:
             self._top_tokens(rows, base, other)
 
+    def _is_wide(self, rows: slice, base: Tensor, other: Tensor) -> bool:
+        """Whether some logit lies so far below its row's reference that weights are cut off."""
+        if self.work == torch.float64 or base.device.type != "cpu":
+            return True
+        tops = self.references[:, rows].amax(-1).tolist()
+        lows = base.amin().item(), other.amin().item()
+        # NaN compares as False
+        return not all(top - low < self.reach for top, low in zip(tops, lows, strict=True))
+
     def _buffer(self, name: str, shape: torch.Size) -> Tensor:
         view = self.views.get((name, shape))
         if view is None:
@@ -177,31 +198,43 @@ class PairSums:
                 )
             view = self.buffers[name][: shape.numel()].view(shape)
             self.views[name, shape] = view
+            if self.dots:
+                self.pieces[id(view)] = cut_rows(view)
         return view
 
     def _load(self, name: str, tile: Tensor) -> Tensor:
         return tile if tile.dtype == self.work else self._buffer(name, tile.shape).copy_(tile)
 
     def _powers(self, rows: slice, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a', b', w, v of one tile, in buffers of these names."""
-        shift = self.references[:, rows].to(self.work).unsqueeze(-1)
-        xa = torch.sub(a, shift[0], out=self._buffer("xa", a.shape))
-        xb = torch.sub(b, shift[1], out=self._buffer("xb", a.shape))
-        return xa, xb, self._power(xa, "w"), self._power(xb, "v")
+        """a', b', w, v of one tile, in buffers of these names (a', b' only if they are summed)."""
+        found = []
+        for logits, side, shifted, weight, total in (
+            (a, 0, "xa", "w", "Wy"),
+            (b, 1, "xb", "v", "Vy"),
+        ):
+            reference = self.references[side, rows, None].to(self.work)
+            out = self._buffer(weight, a.shape)
+            x = self._buffer(shifted, a.shape) if total in self.needed else out
+            torch.sub(logits, reference, out=x)
+            found += [x, self._power(x, out)]
+        return found[0], found[2], found[1], found[3]
 
-    def _power(self, x: Tensor, name: str) -> Tensor:
+    def _power(self, x: Tensor, out: Tensor) -> Tensor:
         """e^{x/T}: in float32 without the rounding of x·log2(e), in float64 the faster 2^x."""
-        out = self._buffer(name, x.shape)
         if self.work == torch.float64:
             return torch.mul(x, _LOG2E / self.temperature, out=out).exp2_()
-        torch.mul(x, 1.0 / self.temperature, out=out).clamp_min_(_UNDERFLOW).exp_()
+        if self.temperature != 1.0:
+            x = torch.mul(x, 1.0 / self.temperature, out=out)
+        if not self.wide:
+            return torch.exp(x, out=out)
+        torch.clamp_min(x, _UNDERFLOW, out=out).exp_()
         return torch.nn.functional.threshold(out, _NEGLIGIBLE, 0.0, inplace=True)
 
     def _first_pass(self, rows: slice, base: Tensor, other: Tensor) -> Tensor:
         total = torch.zeros(len(SUMS), base.shape[0], dtype=torch.float64, device=base.device)
         part = total.to(self.work, copy=True)
         slots = dict(zip(SUMS, part, strict=True))
-        product: Tensor
+        found: dict[str, list[float]] = {}
 
         def needs(*names: str) -> bool:
             return not self.needed.isdisjoint(names)
@@ -210,65 +243,83 @@ class PairSums:
             if name in self.needed:
                 torch.sum(value, -1, out=slots[name])
 
+        def pieces(tensor: Tensor) -> list[tuple[Tensor, ...]]:
+            known = self.pieces.get(id(tensor)) or of_inputs.get(id(tensor))
+            if known is None:
+                known = of_inputs[id(tensor)] = cut_rows(tensor)
+            return known
+
         def dot(name: str, left: Tensor, right: Tensor) -> None:
-            if name in self.needed:
-                torch.sum(torch.mul(left, right, out=product), -1, out=slots[name])
+            if name not in self.needed:
+                return
+            if not self.dots:
+                product = torch.mul(left, right, out=self._buffer("product", left.shape))
+                torch.sum(product, -1, out=slots[name])
+                return
+            both = zip(pieces(left), pieces(right), strict=True)
+            so_far = found.get(name)
+            found[name] = [
+                sum(torch.dot(x, y).item() for x, y in zip(*row, strict=True)) for row in both
+            ]
+            if so_far is not None:
+                found[name] = [x + y for x, y in zip(so_far, found[name], strict=True)]
 
         of_a, of_b, gap = self.gaps[:, rows, None]
         for tile_a, tile_b in zip(
             torch.split(base, self.columns, 1), torch.split(other, self.columns, 1), strict=True
         ):
             a, b = self._load("a", tile_a), self._load("b", tile_b)
-            product = self._buffer("product", a.shape)
+            of_inputs: dict[int, list[tuple[Tensor, ...]]] = {}
             xa, xb, w, v = self._powers(rows, a, b)
             slots["n"].fill_(a.shape[1])
             holes = None
             if self.masked:
                 a, b, holes = self._without_holes(a, b, xa, xb, slots)
-            x = self._buffer("x", a.shape)
-            if self.centred or needs("Z2", "D2", "L1"):
-                torch.sub(b, a, out=x)
-            if needs("Z2", "D2", "L1"):
-                dot("Z2", a, a)
-                dot("ZZ", a, b)
-                dot("B2", b, b)
-                dot("Zd", a, x)
-                dot("D2", x, x)
-                add("L1", torch.abs(x, out=product))
-            if self.apart:
-                torch.sub(b, of_b, out=x).sub_(torch.sub(a, of_a, out=product))
-            if self.centred:
-                x.sub_(gap)
-            elif needs("V1", "W1"):
-                torch.sub(xb, xa, out=x)
-            if holes is not None:
-                x.masked_fill_(holes, 0.0)
-            add("U1", x)
-            dot("U2", x, x)
             add("W0", w)
             add("V0", v)
             dot("Wy", w, xa)
             dot("Vy", v, xb)
+            if self.needed <= _OF_ONE_ROW:
+                total += part
+                continue
+            # From here on the buffers of a' and b' hold what is short-lived.
+            x = torch.sub(b, a, out=self._buffer("x", a.shape))
+            dot("Z2", a, a)
+            dot("ZZ", a, b)
+            dot("B2", b, b)
+            dot("Zd", a, x)
+            dot("D2", x, x)
+            if needs("L1"):
+                add("L1", torch.abs(x, out=self._buffer("xa", a.shape)))
+            if self.apart:
+                torch.sub(b, of_b, out=x).sub_(torch.sub(a, of_a, out=self._buffer("xa", a.shape)))
+            x.sub_(gap)
+            if holes is not None:
+                x.masked_fill_(holes, 0.0)
+            add("U1", x)
+            dot("U2", x, x)
+            dot("W1", w, x)
             dot("V1", v, x)
             dot("R0", w, w)
             dot("S0", v, v)
             dot("C0", w, v)
-            if needs("W1", "W2", "R1"):
-                weighted = torch.mul(w, x, out=xa)
-                add("W1", weighted)
+            if needs("W2", "R1", "R2"):
+                weighted = torch.mul(w, x, out=self._buffer("xa", a.shape))
                 dot("W2", weighted, x)
                 dot("R1", weighted, w)
                 dot("R2", weighted, weighted)
-            if needs("V2", "S1"):
-                weighted = torch.mul(v, x, out=xa)
+            if needs("V2", "S1", "S2"):
+                weighted = torch.mul(v, x, out=self._buffer("xa", a.shape))
                 dot("V2", weighted, x)
                 dot("S1", weighted, v)
                 dot("S2", weighted, weighted)
-            if needs("Pw"):
-                rho = torch.sub(v, w, out=xb)
+            if needs("Pw", "P2"):
+                rho = torch.sub(v, w, out=self._buffer("xb", a.shape))
                 dot("Pw", w, rho)
                 dot("P2", rho, rho)
             total += part
+        for name, values in found.items():
+            total[_INDEX[name]] = torch.tensor(values, dtype=torch.float64)
         return total
 
     def _without_holes(
@@ -276,8 +327,9 @@ class PairSums:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Zero what is −inf in a', b' (in place), a and b (copies); count the kinds of holes."""
         hole_a, hole_b = a == _NEG_INF, b == _NEG_INF
-        xa.masked_fill_(hole_a, 0.0)
-        xb.masked_fill_(hole_b, 0.0)
+        for x, hole, name in ((xa, hole_a, "Wy"), (xb, hole_b, "Vy")):
+            if name in self.needed:  # else x is w or v, which is 0 there
+                x.masked_fill_(hole, 0.0)
         holes = hole_a | hole_b
         slots["only_base"].copy_((hole_a > hole_b).sum(-1))
         slots["only_other"].copy_((hole_b > hole_a).sum(-1))
@@ -299,7 +351,8 @@ class PairSums:
             torch.split(base, self.columns, 1), torch.split(other, self.columns, 1), strict=True
         ):
             a, b = self._load("a", tile_a), self._load("b", tile_b)
-            s, log, p, q = self._powers(rows, a, b)
+            _, _, p, q = self._powers(rows, a, b)
+            s, log = self._buffer("xa", a.shape), self._buffer("xb", a.shape)
             p.div_(w0)
             q.div_(v0)
             torch.sub(q, p, out=s)
@@ -363,14 +416,19 @@ class PairSums:
         return packed
 
 
-def _tile_elements(total: int, work: torch.dtype, dtype: torch.dtype, device: torch.device) -> int:
+def cut_rows(tile: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each row of a tile, cut into pieces for dot products."""
+    return [torch.split(row, DOT_PIECE) for row in tile.unbind(0)]
+
+
+def tile_elements(
+    total: int, buffers: int, work: torch.dtype, dtype: torch.dtype, device: torch.device
+) -> int:
     """Elements per buffer, so that all of them take about 5 % of the bytes of the logits.
 
-    The upper bound keeps a tile's buffers in the last-level cache, the lower one keeps the cost of
-    a launch small against its work. (Measured on two CPU cores at 64 × 49152, float32, core: 47 ms
-    with tiles of 2¹⁶ elements, which fit the second-level cache, 22 ms with 2¹⁸.)
+    The upper bound keeps a tile's buffers in the second-level cache, the lower one keeps the cost
+    of a call small against its work where there are few logits.
     """
-    buffers = 6 if dtype == work else 8
     share = int(0.05 * 2 * dtype.itemsize * total) // (buffers * work.itemsize)
-    low, high = (1 << 14, 1 << 18) if device.type == "cpu" else (1 << 20, 1 << 24)
+    low, high = (1 << 17, 1 << 18) if device.type == "cpu" else (1 << 20, 1 << 24)
     return max(low, min(high, share))

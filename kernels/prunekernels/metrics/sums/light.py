@@ -1,0 +1,168 @@
+"""Masses and divergences alone, of long rows on a CPU: what a KL, a log-normaliser or an NLL needs.
+
+`PairSums` has eighteen sums to serve and finds ids, margins and excluded elements on its way; at
+the sizes of one decoding step that bookkeeping takes longer than the four sums Σw, Σwx, Σv, Σvx.
+Here a block of rows takes eleven passes in two buffers. Rows that hold −inf, NaN or +inf, or reach
+so far down that their weights would underflow, are left to `PairSums`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from prunekernels.metrics import needed_sums
+from prunekernels.metrics.closed_form import pack, pair_fields
+from prunekernels.metrics.options import PairOptions
+from prunekernels.metrics.sums.eager import DOT_ROW, PairSums, cut_rows, tile_elements
+
+_SUMS = frozenset((*needed_sums.MASSES, *needed_sums.DIVERGENCES))
+#: e^{−80} is far above the smallest normal number, near which a CPU's exponential is slow.
+_REACH = 80.0
+# b−a is summed as it is where max b and max a are this close: it costs no digit of a KL.
+_CLOSE = 2.0
+
+
+def suffices(options: PairOptions, vocab: int, device: torch.device, subset: bool) -> bool:
+    """Whether `LightSums` can take what is asked for."""
+    return (
+        device.type == "cpu"
+        and vocab >= DOT_ROW
+        and not (subset or options.precise or options.topk or options.names_tokens)
+        and options.sums(float32=False) <= _SUMS
+    )
+
+
+class LightSums:
+    """The four sums of all rows, filled group by group; the interface of `PairSums`.
+
+    Args:
+        rows: N, rows in all.
+        vocab: V.
+        dtype: of the logits.
+        labels: N ids or None.
+        options: what is asked for.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        vocab: int,
+        dtype: torch.dtype,
+        labels: Tensor | None,
+        options: PairOptions,
+    ) -> None:
+        self.shape, self.dtype, self.options = (rows, vocab), dtype, options
+        self.labels = None if labels is None else labels.reshape(-1)
+        self.divergences = not options.sums(float32=False).isdisjoint(needed_sums.DIVERGENCES)
+        buffers = 2 + 2 * (dtype != torch.float32)
+        tile = tile_elements(rows * vocab, buffers, torch.float32, dtype, torch.device("cpu"))
+        self.columns = -(-vocab // -(-vocab // tile))
+        self.block_rows = self.group_rows = min(max(1, tile // vocab), max(rows, 1))
+        self.buffers = torch.empty(buffers, self.block_rows * self.columns)
+        self.views: dict[torch.Size, list[Tensor]] = {}
+        # α, β, Σw, Σv, Σwx, Σvx per row; what rows that are left to `general` hold is overwritten
+        self.found = torch.ones(6, rows, dtype=torch.float64)
+        self.label_logits = torch.zeros(2, rows if labels is not None else 0, dtype=torch.float64)
+        self.general: PairSums | None = None
+        self.left: list[int] = []
+
+    def add(self, start: int, base: Tensor, other: Tensor) -> None:
+        """Take rows `start …` from two `(R, V)` logit blocks."""
+        for row in range(0, base.shape[0], self.block_rows):
+            stop = min(row + self.block_rows, base.shape[0])
+            self._add_block(start + row, base[row:stop], other[row:stop])
+
+    def _add_block(self, start: int, base: Tensor, other: Tensor) -> None:
+        rows = slice(start, start + base.shape[0])
+        tops = base.amax(-1).tolist(), other.amax(-1).tolist()
+        lows = base.amin().item(), other.amin().item()
+        reach = _REACH * self.options.temperature
+        # a comparison with NaN is False, and so is one of an infinite difference
+        if not all(max(top) - low < reach for top, low in zip(tops, lows, strict=True)):
+            self._leave(rows, base, other)
+            return
+        if self.labels is not None:
+            index = self.labels[rows, None]
+            self.label_logits[0, rows] = base.gather(1, index).squeeze(1).double()
+            self.label_logits[1, rows] = other.gather(1, index).squeeze(1).double()
+        gaps = [beta - alpha for alpha, beta in zip(*tops, strict=True)]
+        offsets = [0.0 if abs(gap) <= _CLOSE else gap for gap in gaps]
+        references = torch.tensor(tops).unsqueeze(-1)
+        offset = torch.tensor(offsets).unsqueeze(-1) if any(offsets) else None
+        total = [[0.0] * base.shape[0] for _ in range(4)]
+        for tile_a, tile_b in zip(
+            base.split(self.columns, 1),  # type: ignore[no-untyped-call]
+            other.split(self.columns, 1),  # type: ignore[no-untyped-call]
+            strict=True,
+        ):
+            for sums, more in zip(
+                total, self._tile(tile_a, tile_b, references, offset), strict=True
+            ):
+                sums[:] = [x + y for x, y in zip(sums, more, strict=True)]
+        masses, moments = total[:2], total[2:]
+        for mass, moment in zip(masses, moments, strict=True):  # x relative to β−α
+            for i, (gap, exact) in enumerate(zip(gaps, offsets, strict=True)):
+                moment[i] -= (gap - exact) * mass[i]
+        self.found[:, rows] = torch.tensor([*tops, *masses, *moments], dtype=torch.float64)
+
+    def _tile(
+        self, a: Tensor, b: Tensor, references: Tensor, offset: Tensor | None
+    ) -> list[list[float]]:
+        """Σw, Σv, Σwx and Σvx of each row of a tile."""
+        weight, x, *copies = self._views(a.shape)
+        if copies:
+            a, b = copies[0].copy_(a), copies[1].copy_(b)
+        pieces: list[tuple[Tensor, ...]] = []
+        if self.divergences:
+            torch.sub(b, a, out=x)
+            if offset is not None:
+                x -= offset
+            pieces = cut_rows(x)
+        masses, moments = [], []
+        for logits, reference in ((a, references[0]), (b, references[1])):
+            torch.sub(logits, reference, out=weight)
+            if self.options.temperature != 1.0:
+                weight *= 1.0 / self.options.temperature
+            torch.exp(weight, out=weight)
+            masses.append(weight.sum(-1).tolist())
+            moments.append(
+                [
+                    sum(torch.dot(w, d).item() for w, d in zip(*row, strict=True))
+                    for row in zip(cut_rows(weight), pieces, strict=True)
+                ]
+                if pieces
+                else [0.0] * len(masses[0])
+            )
+        return masses + moments
+
+    def _views(self, shape: torch.Size) -> list[Tensor]:
+        views = self.views.get(shape)
+        if views is None:
+            views = self.views[shape] = [
+                buffer[: shape.numel()].view(shape) for buffer in self.buffers
+            ]
+        return views
+
+    def _leave(self, rows: slice, base: Tensor, other: Tensor) -> None:
+        if self.general is None:
+            device = torch.device("cpu")
+            self.general = PairSums(
+                *self.shape, device, self.dtype, self.labels, None, self.options
+            )
+        self.general.add(rows.start, base, other)
+        self.left += range(rows.start, rows.stop)
+
+    def result(self) -> list[Tensor]:
+        """Floats, ids and flags; ids and flags were not asked for and mean nothing."""
+        alpha, beta, w0, v0, w1, v1 = self.found
+        named = {"W0": w0, "V0": v0, "W1": w1, "V1": v1}
+        fields = pair_fields(named, alpha, beta, self.options, full=False)
+        tops = self.found[:2]
+        ids = torch.zeros(2, self.shape[0], dtype=torch.int64)
+        labels = None if self.labels is None else self.label_logits
+        packed = pack(fields, tops, tops, ids, labels, self.options)
+        if self.general is not None:
+            for whole, part in zip(packed, self.general.result(), strict=True):
+                whole[:, self.left] = part[:, self.left]
+        return packed
