@@ -2,6 +2,7 @@
 
 from prunekernels.metrics.fields import PairStats, TopKStats, VectorStats
 from prunekernels.metrics.head import head_pair_stats
+from prunekernels.metrics.head_loss import head_pair_loss
 from prunekernels.metrics.pair import pair_stats
 from prunekernels.metrics.state import PairState, merge, pair_state
 from prunekernels.metrics.summary import summarize
@@ -13,6 +14,7 @@ __all__ = [
     "PairStats",
     "TopKStats",
     "VectorStats",
+    "head_pair_loss",
     "head_pair_stats",
     "merge",
     "pair_state",

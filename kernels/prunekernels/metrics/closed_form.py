@@ -61,9 +61,10 @@ def pair_fields(
         only_base, only_other = sums["only_base"] > 0, sums["only_other"] > 0
         one_sided = only_base | only_other
     fields: dict[str, Tensor] = {}
+    asked = options.asked
 
     def wants(*names: str) -> bool:
-        return not options.asked.isdisjoint(names)
+        return not asked.isdisjoint(names)
 
     def put(lost: Tensor | None, value: float, **named: Tensor) -> None:
         """Take fields, which are `value` where elements were `lost`."""
@@ -188,11 +189,8 @@ def pack(
         Floats, ids and flags; NaN, −1 and False where a row is broken.
     """
     fields["margin_base"], fields["margin_other"] = margins
-    if label_logits is not None and not options.asked.isdisjoint(LABEL_FLOATS):
-        nll_base = fields["lse_base"] - label_logits[0] / options.temperature
-        nll_other = fields["lse_other"] - label_logits[1] / options.temperature
-        fields["nll_base"], fields["nll_other"] = nll_base, nll_other
-        fields["prob_delta"] = torch.exp(-nll_other) - torch.exp(-nll_base)
+    if label_logits is not None:
+        fields |= label_fields(fields, label_logits, options)
     names = options.floats
     broken = ~torch.isfinite(tops)  # NaN, +inf, or nothing but −inf
     any_broken = broken.any(0)
@@ -204,6 +202,18 @@ def pack(
     valid = fields.get("estimate_valid", any_broken)  # any will do where it is not asked for
     flags = torch.stack([ids[0] != ids[1], (margins == 0).any(0), valid])
     return [floats, ids, flags & ~any_broken]
+
+
+def label_fields(
+    fields: dict[str, Tensor], label_logits: Tensor, options: PairOptions
+) -> dict[str, Tensor]:
+    """NLLs and the change of probability of labels with these logits `(2, N)`, if asked for."""
+    if options.asked.isdisjoint(LABEL_FLOATS):
+        return {}
+    nll_base = fields["lse_base"] - label_logits[0] / options.temperature
+    nll_other = fields["lse_other"] - label_logits[1] / options.temperature
+    prob_delta = torch.exp(-nll_other) - torch.exp(-nll_base)
+    return dict(zip(LABEL_FLOATS, (nll_base, nll_other, prob_delta), strict=True))
 
 
 def angle_fields(z2: Tensor, zd: Tensor, d2: Tensor, zz: Tensor, b2: Tensor) -> dict[str, Tensor]:

@@ -7,11 +7,12 @@ proportion to the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from prunekernels.metrics import needed_sums
 from prunekernels.metrics.closed_form import angle_fields
 from prunekernels.metrics.options import OutputHead, PairOptions
 from prunekernels.metrics.result_rows import VECTOR_FLOATS
@@ -201,19 +202,34 @@ def _product(states: Tensor, weight: Tensor, out: Tensor) -> None:
 _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent without oneDNN
 
 
-def vector_stats(base: Tensor, other: Tensor) -> Tensor:
-    """Packed `(fields, N)` statistics of `(…, D)` vectors, summed in float64."""
-    width = base.shape[-1]
+def vector_stats(base: Tensor, other: Tensor, fields: Sequence[str]) -> Tensor:
+    """Packed `(8, N)` statistics of `(…, D)` vectors, summed in float64; rows asked for alone."""
+    width, device = base.shape[-1], base.device
     rows = base.numel() // width
-    sums = torch.zeros(5, rows, dtype=torch.float64, device=base.device)
-    step = max(1, ((1 << 16) if base.device.type == "cpu" else (1 << 22)) // width)
+    needed = needed_sums.vector_sums(fields)
+    names = ("Z2", "Zd", "D2", "ZZ", "B2")
+    sums = torch.zeros(len(names), rows, dtype=torch.float64, device=device)
+    slots = dict(zip(names, sums, strict=True))
+    step = max(1, ((1 << 16) if device.type == "cpu" else (1 << 22)) // width)
+    shape = (4, min(step, max(rows, 1)), width)
+    buffers = torch.empty(shape, dtype=torch.float64, device=device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        a = take_rows(base, start, stop).double()
-        b = take_rows(other, start, stop).double()
-        d = b - a
-        for row, pair in enumerate(((a, a), (a, d), (d, d), (a, b), (b, b))):
-            sums[row, start:stop] = torch.mul(*pair).sum(-1)
-    fields = angle_fields(*sums)
-    fields["one_minus_cosine_estimate"] = 0.5 * fields["orthogonal_ratio"].square()
-    return torch.stack([fields[name] for name in VECTOR_FLOATS]).float()
+        a, b, d, product = buffers[:, : stop - start]
+        a.copy_(take_rows(base, start, stop))
+        b.copy_(take_rows(other, start, stop))
+        if not needed.isdisjoint(("Zd", "D2")):
+            torch.sub(b, a, out=d)
+        for name, left, right in zip(names, (a, a, d, a, b), (a, d, d, b, b), strict=True):
+            if name in needed:
+                torch.sum(torch.mul(left, right, out=product), -1, out=slots[name][start:stop])
+    z2, zd, d2, zz, b2 = sums
+    if "D2" not in needed:  # equal vectors have equal sums
+        d2 = ((z2 != zz) | (zz != b2)).double()
+    found = angle_fields(z2, zd, d2, zz, b2)
+    found["one_minus_cosine_estimate"] = 0.5 * found["orthogonal_ratio"].square()
+    packed = torch.zeros(len(VECTOR_FLOATS), rows, device=device)
+    for row, name in zip(packed, VECTOR_FLOATS, strict=True):
+        if name in fields:
+            row.copy_(found[name])
+    return packed

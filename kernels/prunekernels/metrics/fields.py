@@ -288,10 +288,11 @@ def unpack_pair(
 
 
 def _name_pair(packed: list[Tensor], lead: torch.Size, options: PairOptions) -> dict[str, Any]:
-    floats, *rest = packed
-    named = {name: row.reshape(lead) for name, row in zip(options.floats, floats, strict=True)}
-    for names, block in zip((result_rows.PAIR_IDS, result_rows.PAIR_FLAGS), rest, strict=True):
-        asked = result_rows.chosen(names, options.fields)
-        rows = zip(names, block, strict=True)
-        named |= {name: row.reshape(lead) for name, row in rows if name in asked}
+    named: dict[str, Any] = {}
+    kinds = (options.floats, result_rows.PAIR_IDS, result_rows.PAIR_FLAGS)
+    for names, block in zip(kinds, packed, strict=True):
+        asked = names if names is options.floats else result_rows.chosen(names, options.fields)
+        if asked:
+            rows = zip(names, block.view(len(names), *lead).unbind(0), strict=True)
+            named |= {name: row for name, row in rows if name in asked}
     return named

@@ -39,14 +39,27 @@ def _head_pair_stats_op(
     fields: str,
     impl: str,
 ) -> list[Tensor]:
-    checks.token_ids("head_pair_stats", head_weight.shape[0], labels, subset)
-    tensors = (base_hidden, other_hidden, head_weight)
-    run = runtime.run("head_pair_stats", eager.head_pair_stats, tensors, impl)
     head = OutputHead(
         head_weight, other_head_weight, bias, norm_weight, norm_eps, softcap, logit_scale
     )
     options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
-    return run(base_hidden, other_hidden, head, labels, subset, options)
+    return _head_pair_stats(base_hidden, other_hidden, head, labels, subset, options, impl)
+
+
+def _head_pair_stats(
+    base_hidden: Tensor,
+    other_hidden: Tensor,
+    head: OutputHead,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    options: PairOptions,
+    impl: str,
+) -> list[Tensor]:
+    checks.token_ids("head_pair_stats", head.weight.shape[0], labels, subset)
+    tensors = (base_hidden, other_hidden, head.weight)
+    run = runtime.run("head_pair_stats", eager.head_pair_stats, tensors, impl)
+    packed: list[Tensor] = run(base_hidden, other_hidden, head, labels, subset, options)
+    return packed
 
 
 @_head_pair_stats_op.register_fake
@@ -181,19 +194,13 @@ def head_pair_stats(
     )
     labels = checked_labels(op, labels, lead, base_hidden.device)
     subset = checked_subset(op, subset, base_hidden.device)
-    packed = _head_pair_stats_op(
-        base_hidden,
-        other_hidden,
-        head_weight,
-        other_head_weight,
-        bias,
-        norm_weight,
-        labels,
-        subset,
-        float(norm_eps),
-        softcap,
-        logit_scale,
-        *options.scalars,
-        impl,
+    head = OutputHead(
+        head_weight, other_head_weight, bias, norm_weight, float(norm_eps), softcap, logit_scale
     )
+    given = (base_hidden, other_hidden, *head.tensors)
+    if runtime.plain(*given, labels, subset):
+        packed = _head_pair_stats(base_hidden, other_hidden, head, labels, subset, options, impl)
+    else:
+        scalars = (head.norm_eps, softcap, logit_scale, *options.scalars)
+        packed = _head_pair_stats_op(*given, labels, subset, *scalars, impl)
     return unpack_pair(packed, lead, options, subset is not None)

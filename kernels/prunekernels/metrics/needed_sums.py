@@ -59,3 +59,18 @@ def sums(fields: Iterable[str], *, weights: str, precise: bool) -> frozenset[str
         if precise and field in ("kl_base_other", "kl_other_base", "estimate_valid"):
             needed.update(PHI)
     return frozenset(needed)
+
+
+#: The sums of `closed_form.angle_fields` that a field of two vectors needs, if not all five.
+_VECTOR_SUMS = {
+    "cosine": ("Z2", "ZZ", "B2"),
+    "alpha": ("Z2", "Zd", "D2"),
+    "parallel_ratio": ("Z2", "Zd", "D2"),
+    "norm_base": ("Z2",),
+    "norm_other": ("B2",),
+}
+
+
+def vector_sums(fields: Iterable[str]) -> frozenset[str]:
+    """Names of the sums that these fields of `VectorStats` need."""
+    return frozenset(name for field in fields for name in _VECTOR_SUMS.get(field, _LOGITS))

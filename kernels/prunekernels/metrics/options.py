@@ -7,8 +7,9 @@ operator has no other arguments; tensors (labels, a subset of ids) never are par
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from prunekernels.metrics.result_rows import (
     chosen,
     pair_floats,
 )
+from prunekernels.runtime import keep
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,12 @@ class PairOptions:
             ValueError: for an unknown level, weighting or field, a field that the level or the
                 missing labels rule out, a temperature that is not above 0, or k above V.
         """
+        key: tuple[Any, ...] | None = None
+        if not torch.compiler.is_compiling():
+            names = fields if fields is None or isinstance(fields, str) else tuple(fields)
+            key = (op, vocab, labels, temperature, topk, level, weights, names)
+            if (known := _checked.get(key)) is not None:
+                return known
         if level not in LEVELS:
             raise ValueError(f"{op}: level must be one of {', '.join(LEVELS)}, got {level!r}")
         if weights not in WEIGHTS:
@@ -74,7 +84,10 @@ class PairOptions:
         if not 0 <= topk <= vocab:
             raise ValueError(f"{op}: topk must lie in 0..{vocab} (the vocabulary), got {topk}")
         asked = _field_names(op, fields, level, labels)
-        return cls(float(temperature), topk, level, weights, asked, labels)
+        made = cls(float(temperature), topk, level, weights, asked, labels)
+        if key is not None:
+            keep(_checked, key, made)
+        return made
 
     @property
     def scalars(self) -> tuple[float, int, str, str, str]:
@@ -94,12 +107,14 @@ class PairOptions:
     @property
     def floats(self) -> tuple[str, ...]:
         """Names of the float fields asked for, in packed order."""
-        return pair_floats(self.level, self.labels, self.fields)
+        return self._kept("_floats", lambda: pair_floats(self.level, self.labels, self.fields))
 
     @property
     def asked(self) -> frozenset[str]:
         """Names of the float fields and flags asked for: what sums must be there for."""
-        return frozenset((*self.floats, *chosen(PAIR_FLAGS, self.fields)))
+        return self._kept(
+            "_asked", lambda: frozenset((*self.floats, *chosen(PAIR_FLAGS, self.fields)))
+        )
 
     @property
     def second_pass(self) -> tuple[str, ...]:
@@ -117,6 +132,15 @@ class PairOptions:
         """The options of the softmax over a subset of the tokens: no labels, no top tokens."""
         return replace(self, labels=False, topk=0)
 
+    def _kept(self, name: str, make: Callable[[], _T]) -> _T:
+        """What `make` returns, made once (`functools.cached_property` cannot be traced)."""
+        if torch.compiler.is_compiling():
+            return make()
+        if name not in self.__dict__:
+            self.__dict__[name] = make()
+        kept: _T = self.__dict__[name]
+        return kept
+
     def sums(self, *, float32: bool) -> frozenset[str]:
         """Names of the sums that the fields need.
 
@@ -124,6 +148,10 @@ class PairOptions:
             float32: whether they are summed in float32, where the precise level needs φ sums too.
         """
         return needed_sums.sums(self.asked, weights=self.weights, precise=float32 and self.precise)
+
+
+#: What was found good, by the arguments of `PairOptions.checked`.
+_checked: dict[tuple[Any, ...], PairOptions] = {}
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +180,11 @@ class OutputHead:
     def weights(self) -> tuple[Tensor, Tensor]:
         """The heads of base and of other: one tensor twice if there is no other head."""
         return self.weight, self.weight if self.other_weight is None else self.other_weight
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Weight, other weight, bias and norm weight, as the custom op takes them."""
+        return self.weight, self.other_weight, self.bias, self.norm_weight
 
     def only(self, tokens: Tensor) -> OutputHead:
         """The head of a subset of the tokens."""

@@ -26,10 +26,22 @@ def _pair_stats_op(
     fields: str,
     impl: str,
 ) -> list[Tensor]:
-    checks.token_ids("pair_stats", base.shape[-1], labels, subset)
     options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
+    return _pair_stats(base, other, labels, subset, options, impl)
+
+
+def _pair_stats(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    subset: Tensor | None,
+    options: PairOptions,
+    impl: str,
+) -> list[Tensor]:
+    checks.token_ids("pair_stats", base.shape[-1], labels, subset)
     run = runtime.run("pair_stats", eager.pair_stats, (base, other), impl)
-    return run(base, other, labels, subset, options)
+    packed: list[Tensor] = run(base, other, labels, subset, options)
+    return packed
 
 
 @_pair_stats_op.register_fake
@@ -114,5 +126,8 @@ def pair_stats(
     )
     labels = checked_labels("pair_stats", labels, lead, base.device)
     subset = checked_subset("pair_stats", subset, base.device)
-    packed = _pair_stats_op(base, other, labels, subset, *options.scalars, impl)
+    if runtime.plain(base, other, labels, subset):
+        packed = _pair_stats(base, other, labels, subset, options, impl)
+    else:
+        packed = _pair_stats_op(base, other, labels, subset, *options.scalars, impl)
     return unpack_pair(packed, lead, options, subset is not None)

@@ -55,6 +55,7 @@ TOPK_ROWS = (
 )  # (7, N)
 TOPK_IDS = ("ids_base", "ids_other")  # (2, N, k)
 
+#: The rows of a vector result; of a choice of fields, the others are not written.
 VECTOR_FLOATS = (
     "cosine",
     "one_minus_cosine",

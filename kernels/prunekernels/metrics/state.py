@@ -26,8 +26,8 @@ def _pair_state_op(
     fields: str,
     impl: str,
 ) -> Tensor:
-    run = runtime.run("pair_state", eager.pair_state, (base, other), impl)
     options = PairOptions(temperature, 0, level, weights, fields, labels is not None)
+    run = runtime.run("pair_state", eager.pair_state, (base, other), impl)
     state: Tensor = run(base, other, labels, offset, options)
     if labels is not None:
         here = labels.reshape(-1) - offset

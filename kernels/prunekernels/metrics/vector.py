@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from prunekernels import checks, runtime
 from prunekernels.metrics import eager
 from prunekernels.metrics.fields import VectorStats
-from prunekernels.metrics.result_rows import VECTOR_FLOATS
+from prunekernels.metrics.result_rows import VECTOR_FLOATS, chosen
 
 
 @torch.library.custom_op("prunekernels::vector_stats", mutates_args=())
-def _vector_stats_op(base: Tensor, other: Tensor, impl: str) -> Tensor:
+def _vector_stats_op(base: Tensor, other: Tensor, impl: str, fields: str = "") -> Tensor:
+    return _vector_stats(base, other, chosen(VECTOR_FLOATS, fields), impl)
+
+
+def _vector_stats(base: Tensor, other: Tensor, fields: Sequence[str], impl: str) -> Tensor:
     run = runtime.run("vector_stats", eager.vector_stats, (base, other), impl)
-    return run(base, other)
+    packed: Tensor = run(base, other, fields) if run is eager.vector_stats else run(base, other)
+    return packed
 
 
 @_vector_stats_op.register_fake
-def _(base: Tensor, other: Tensor, impl: str) -> Tensor:
+def _(base: Tensor, other: Tensor, impl: str, fields: str = "") -> Tensor:
     rows = base.numel() // base.shape[-1]
     return base.new_empty(len(VECTOR_FLOATS), rows, dtype=torch.float32)
 
 
-def vector_stats(base: Tensor, other: Tensor, *, impl: str = "auto") -> VectorStats:
+def vector_stats(
+    base: Tensor, other: Tensor, *, fields: Sequence[str] | None = None, impl: str = "auto"
+) -> VectorStats:
     """Compare pairs of vectors: angle, and the part of the difference along and across the first.
 
     Its `cosine` is equivalent to `F.cosine_similarity(base.double(), other.double(), dim=-1)`
@@ -32,6 +41,8 @@ def vector_stats(base: Tensor, other: Tensor, *, impl: str = "auto") -> VectorSt
     Args:
         base: `(…, D)` float32, bfloat16 or float16, any strides.
         other: vectors of the same shape, dtype and device.
+        fields: names of the fields to report, None for all. On a CPU, the cosine alone takes
+            three of the five sums. Other fields are then not there, and say so when asked.
         impl: "auto", "triton" or "eager".
 
     Returns:
@@ -39,13 +50,33 @@ def vector_stats(base: Tensor, other: Tensor, *, impl: str = "auto") -> VectorSt
         differences exactly 0; where base is zero and other is not, cosine is 0 and the ratios NaN.
 
     Raises:
-        ValueError: for mismatched or unsupported tensors, or an `impl` that cannot run here.
+        ValueError: for mismatched or unsupported tensors, unknown fields, or an `impl` that
+            cannot run here.
     """
     checks.floats("vector_stats", base=base, other=other)
     checks.alike("vector_stats", base=base, other=other)
     runtime.check_impl(impl)
-    packed = _vector_stats_op(base, other, impl)
-    lead = base.shape[:-1]
-    return VectorStats(
-        **{name: row.reshape(lead) for name, row in zip(VECTOR_FLOATS, packed, strict=True)}
-    )
+    asked = VECTOR_FLOATS if fields is None else _checked_fields(fields)
+    if runtime.plain(base, other):
+        packed = _vector_stats(base, other, asked, impl)
+    else:
+        packed = _vector_stats_op(base, other, impl, ",".join(asked))
+    rows = packed.view(len(VECTOR_FLOATS), *base.shape[:-1]).unbind(0)
+    named = dict(zip(VECTOR_FLOATS, rows, strict=True))
+    return VectorStats.of(named if fields is None else {name: named[name] for name in asked})
+
+
+def _checked_fields(fields: Sequence[str]) -> tuple[str, ...]:
+    """The names in the order of a result."""
+    if isinstance(fields, str) or not fields:
+        raise ValueError(
+            f"vector_stats: fields must be a sequence of names, got {fields!r}; "
+            "leave it out for all"
+        )
+    for name in fields:
+        if name not in VECTOR_FLOATS:
+            raise ValueError(
+                f"vector_stats: fields holds {name!r}, which is not one of "
+                f"{', '.join(VECTOR_FLOATS)}"
+            )
+    return tuple(name for name in VECTOR_FLOATS if name in fields)

@@ -66,3 +66,20 @@ def test_identical_zero_and_opposite_vectors() -> None:
     assert float(gone.orthogonal_ratio) == pytest.approx(0.0, abs=1e-7)
     born = vector_stats(torch.zeros(1, 50), base[:1])
     assert float(born.cosine) == 0.0 and math.isnan(float(born.alpha))
+
+
+def test_a_choice_of_fields_gives_the_same_and_nothing_else() -> None:
+    base = torch.randn(2, 300, 70)
+    other = base + 0.1 * torch.randn_like(base)
+    other[0, :5], base[0, 5:9] = base[0, :5], 0.0
+    whole = vector_stats(base, other).as_dict()
+    for fields in (("cosine",), ("norm_other", "alpha"), ("orthogonal_ratio",), tuple(whole)):
+        found = vector_stats(base, other, fields=fields).as_dict()
+        assert set(found) == set(fields)
+        for name, value in found.items():
+            torch.testing.assert_close(value, whole[name], rtol=0, atol=0, equal_nan=True, msg=name)
+    with pytest.raises(AttributeError, match="fields="):
+        _ = vector_stats(base, other, fields=("cosine",)).alpha
+    for wrong in ((), "cosine", ("angle",)):
+        with pytest.raises(ValueError, match="fields"):
+            vector_stats(base, other, fields=wrong)

@@ -45,8 +45,10 @@ _UNDERFLOW = -44.0  # its exponential is negligible, and exp itself is slow wher
 _REACH = {True: 42.0, False: 80.0}
 _SQUARES = ("R0", "S0", "C0", "R1", "S1", "Pw")
 _OF_ONE_ROW = frozenset((*needed_sums.MASSES, "Wy", "Vy"))  # these need no x
-# A row's dot product by the library reads it once, where a product and its sum take three passes;
-# pieces this long round no more than torch's own sums. Shorter rows cost more calls than that.
+# A row's dot product by the library reads it once, where a product and its sum take three passes.
+# Torch's own sums cascade, the library's do not: in float32 it takes the second moments, of which
+# figures with a relative error of millionths are made. Shorter rows cost more calls than that.
+_BY_DOT = frozenset(("W2", "V2", "R1", "S1", "R2", "S2", "U2"))
 DOT_PIECE, DOT_ROW = 1 << 15, 1 << 12
 
 
@@ -80,7 +82,7 @@ class PairSums:
         self.full = bool(options.second_pass)
         self.reach = _REACH[not self.needed.isdisjoint(_SQUARES)] * self.temperature
         self.dots = device.type == "cpu" and vocab >= DOT_ROW
-        buffers = 5 + 2 * (dtype != self.work) + (not self.dots) + self.full
+        buffers = 6 + 2 * (dtype != self.work) + self.full
         tile = tile_elements(rows * vocab, buffers, self.work, dtype, device)
         self.columns = -(-vocab // -(-vocab // tile))  # as many in each tile of a row
         self.block_rows = min(max(1, tile // vocab), max(rows, 1))
@@ -252,7 +254,7 @@ class PairSums:
         def dot(name: str, left: Tensor, right: Tensor) -> None:
             if name not in self.needed:
                 return
-            if not self.dots:
+            if not (self.dots and (name in _BY_DOT or self.work == torch.float64)):
                 product = torch.mul(left, right, out=self._buffer("product", left.shape))
                 torch.sum(product, -1, out=slots[name])
                 return
@@ -418,7 +420,8 @@ class PairSums:
 
 def cut_rows(tile: Tensor) -> list[tuple[Tensor, ...]]:
     """Each row of a tile, cut into pieces for dot products."""
-    return [torch.split(row, DOT_PIECE) for row in tile.unbind(0)]
+    pieces = -(-tile.shape[1] // DOT_PIECE)
+    return [row.chunk(pieces) for row in tile.unbind(0)]
 
 
 def tile_elements(
@@ -426,9 +429,10 @@ def tile_elements(
 ) -> int:
     """Elements per buffer, so that all of them take about 5 % of the bytes of the logits.
 
-    The upper bound keeps a tile's buffers in the second-level cache, the lower one keeps the cost
-    of a call small against its work where there are few logits.
+    The upper bound keeps a tile's buffers in the second-level cache. Where there are few logits
+    buffers take a megabyte, so that the cost of a call stays small against its work.
     """
     share = int(0.05 * 2 * dtype.itemsize * total) // (buffers * work.itemsize)
-    low, high = (1 << 17, 1 << 18) if device.type == "cpu" else (1 << 20, 1 << 24)
-    return max(low, min(high, share))
+    if device.type == "cpu":
+        return max((1 << 20) // (buffers * work.itemsize), min(1 << 18, share))
+    return max(1 << 20, min(1 << 24, share))

@@ -12,13 +12,22 @@ import torch
 from torch import Tensor
 
 from prunekernels.metrics import needed_sums
-from prunekernels.metrics.closed_form import pack, pair_fields
+from prunekernels.metrics.closed_form import label_fields, pair_fields
 from prunekernels.metrics.options import PairOptions
-from prunekernels.metrics.sums.eager import DOT_ROW, PairSums, cut_rows, tile_elements
+from prunekernels.metrics.result_rows import PAIR_FLAGS, PAIR_IDS
+from prunekernels.metrics.sums.eager import (
+    DOT_ROW,
+    GROUP_ROWS,
+    PairSums,
+    cut_rows,
+    tile_elements,
+)
 
 _SUMS = frozenset((*needed_sums.MASSES, *needed_sums.DIVERGENCES))
 #: e^{−80} is far above the smallest normal number, near which a CPU's exponential is slow.
 _REACH = 80.0
+# Rows up to this long are summed in one tile: two would take twice the calls.
+_ONE_TILE = 1 << 18
 # b−a is summed as it is where max b and max a are this close: it costs no digit of a KL.
 _CLOSE = 2.0
 
@@ -57,8 +66,10 @@ class LightSums:
         self.divergences = not options.sums(float32=False).isdisjoint(needed_sums.DIVERGENCES)
         buffers = 2 + 2 * (dtype != torch.float32)
         tile = tile_elements(rows * vocab, buffers, torch.float32, dtype, torch.device("cpu"))
+        tile = max(tile, min(vocab, _ONE_TILE))
         self.columns = -(-vocab // -(-vocab // tile))
-        self.block_rows = self.group_rows = min(max(1, tile // vocab), max(rows, 1))
+        self.block_rows = min(max(1, tile // vocab), max(rows, 1))
+        self.group_rows = max(self.block_rows, GROUP_ROWS)
         self.buffers = torch.empty(buffers, self.block_rows * self.columns)
         self.views: dict[torch.Size, list[Tensor]] = {}
         # α, β, Σw, Σv, Σwx, Σvx per row; what rows that are left to `general` hold is overwritten
@@ -91,14 +102,10 @@ class LightSums:
         references = torch.tensor(tops).unsqueeze(-1)
         offset = torch.tensor(offsets).unsqueeze(-1) if any(offsets) else None
         total = [[0.0] * base.shape[0] for _ in range(4)]
-        for tile_a, tile_b in zip(
-            base.split(self.columns, 1),  # type: ignore[no-untyped-call]
-            other.split(self.columns, 1),  # type: ignore[no-untyped-call]
-            strict=True,
-        ):
-            for sums, more in zip(
-                total, self._tile(tile_a, tile_b, references, offset), strict=True
-            ):
+        for column in range(0, self.shape[1], self.columns):
+            tile = slice(column, column + self.columns)
+            found = self._tile(base[:, tile], other[:, tile], references, offset)
+            for sums, more in zip(total, found, strict=True):
                 sums[:] = [x + y for x, y in zip(sums, more, strict=True)]
         masses, moments = total[:2], total[2:]
         for mass, moment in zip(masses, moments, strict=True):  # x relative to β−α
@@ -158,10 +165,12 @@ class LightSums:
         alpha, beta, w0, v0, w1, v1 = self.found
         named = {"W0": w0, "V0": v0, "W1": w1, "V1": v1}
         fields = pair_fields(named, alpha, beta, self.options, full=False)
-        tops = self.found[:2]
-        ids = torch.zeros(2, self.shape[0], dtype=torch.int64)
-        labels = None if self.labels is None else self.label_logits
-        packed = pack(fields, tops, tops, ids, labels, self.options)
+        if self.labels is not None:
+            fields |= label_fields(fields, self.label_logits, self.options)
+        floats = torch.stack([fields[name] for name in self.options.floats]).float()
+        ids = torch.zeros(len(PAIR_IDS), self.shape[0], dtype=torch.int64)
+        flags = torch.zeros(len(PAIR_FLAGS), self.shape[0], dtype=torch.bool)
+        packed = [floats, ids, flags]
         if self.general is not None:
             for whole, part in zip(packed, self.general.result(), strict=True):
                 whole[:, self.left] = part[:, self.left]

@@ -1,0 +1,168 @@
+"""head_pair_loss: values and gradients of divergences whose logits are never whole."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from allocations import Allocations
+from prunekernels import head_pair_loss, head_pair_stats
+from prunekernels.metrics import head_loss
+from torch import Tensor
+
+KINDS = ("kl", "reverse_kl", "js")
+FORMS = {
+    "plain": {},
+    "capped": {"softcap": 1.5, "logit_scale": -0.7, "temperature": 0.6},
+}
+
+
+def states(rows: int = 5, width: int = 4, vocab: int = 11, **kind: Any) -> tuple[Tensor, ...]:
+    torch.manual_seed(rows)
+    return (
+        torch.randn(rows, width, **kind).requires_grad_(),
+        torch.randn(rows, width, **kind),
+        torch.randn(vocab, width, **kind).requires_grad_(),
+    )
+
+
+def whole(
+    student: Tensor,
+    teacher: Tensor,
+    head: Tensor,
+    teacher_head: Tensor,
+    kind: str,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The textbook's loss per row, by autograd through all logits."""
+
+    def log_softmax(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = logit_scale * hidden @ weight.T
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return F.log_softmax(logits / temperature, -1)
+
+    log_q, log_p = log_softmax(student, head), log_softmax(teacher, teacher_head.detach())
+    if kind == "reverse_kl":
+        log_p, log_q = log_q, log_p
+    if kind != "js":
+        return (log_p.exp() * (log_p - log_q)).sum(-1)
+    log_m = torch.log((log_p.exp() + log_q.exp()) / 2)
+    halves = [(x.exp() * (x - log_m)).sum(-1) for x in (log_p, log_q)]
+    return 0.5 * (halves[0] + halves[1])
+
+
+@pytest.fixture
+def two_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "_LIVE", (128 << 20) // (8 * 11 * 2))
+
+
+@pytest.mark.usefixtures("two_rows_at_a_time")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(kind: str, form: str, reduction: str) -> None:
+    student, teacher, head = states(dtype=torch.float64)
+    options = {"kind": kind, "reduction": reduction, **FORMS[form]}
+    # a head of the teacher's own: the default is the student's as it is now, without a gradient
+    fixed = head.detach().clone()
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        return head_pair_loss(hidden, teacher, weight, teacher_head_weight=fixed, **options)
+
+    assert torch.autograd.gradcheck(loss, (student, head))
+
+
+@pytest.mark.usefixtures("two_rows_at_a_time")
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_gradients_are_those_of_whole_logits(kind: str, form: str) -> None:
+    student, teacher, head = states(dtype=torch.float64)
+    wide, wide_head = torch.randn(5, 7).double(), torch.randn(11, 7).double()
+    for teacher_states, teacher_head in ((teacher, None), (wide, wide_head)):
+        known = head if teacher_head is None else teacher_head
+        expected = whole(student, teacher_states, head, known, kind, **FORMS[form])
+        weights = torch.arange(1.0, 6.0).double()
+        wanted = torch.autograd.grad((weights * expected).sum(), (student, head))
+        options = {"teacher_head_weight": teacher_head, "kind": kind, **FORMS[form]}
+        found = head_pair_loss(student, teacher_states, head, reduction="none", **options)
+        torch.testing.assert_close(found, expected)
+        got = torch.autograd.grad((weights * found).sum(), (student, head))
+        torch.testing.assert_close(got, wanted)
+        mean = 3 * head_pair_loss(student, teacher_states, head, **options)
+        torch.testing.assert_close(mean, 3 * expected.mean())
+        expected = whole(student, teacher_states, head, known, kind, **FORMS[form])
+        torch.testing.assert_close(
+            torch.autograd.grad(mean, (student, head)),
+            torch.autograd.grad(3 * expected.mean(), (student, head)),
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_types_agree_with_the_statistics(dtype: torch.dtype) -> None:
+    student, teacher, head = states(7, 32, 3000, dtype=dtype)
+    kinds = {"kl": "kl_base_other", "reverse_kl": "kl_other_base", "js": "js"}
+    stats = head_pair_stats(teacher, student.detach(), head.detach(), level="full")
+    for kind, field in kinds.items():
+        found = head_pair_loss(student, teacher, head, kind=kind, reduction="none")
+        torch.testing.assert_close(found, getattr(stats, field), rtol=2e-5, atol=2e-6)
+    loss = head_pair_loss(student[None], teacher[None], head)
+    loss.backward()
+    assert student.grad is not None and student.grad.dtype == dtype
+    exact = [x.detach().double().requires_grad_() for x in (student, head)]
+    expected = whole(exact[0], teacher.double(), exact[1], exact[1], "kl").mean()
+    expected.backward()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for got, wanted in ((student.grad, exact[0].grad), (head.grad, exact[1].grad)):
+        assert got is not None and wanted is not None
+        assert float((got.double() - wanted).norm() / wanted.norm()) < tolerance
+
+
+def test_a_student_that_is_the_teacher_has_no_loss_and_no_gradient() -> None:
+    student, _, head = states()
+    for kind in KINDS:
+        loss = head_pair_loss(student, student.detach(), head, kind=kind)
+        assert abs(loss.item()) < 1e-6
+        (grad,) = torch.autograd.grad(loss, student)
+        assert float(grad.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_memory_does_not_grow_with_rows(reduction: str) -> None:
+    peaks = []
+    for rows in (600, 1200):
+        student, teacher, head = states(rows, 8, 40_000)
+        with Allocations() as memory:
+            head_pair_loss(student, teacher, head, reduction=reduction).sum().backward()
+        peaks.append(memory.peak)
+    logits = 2 * 1200 * 40_000 * 4
+    assert peaks[1] < peaks[0] + 600 * 200
+    assert peaks[1] < 0.5 * logits
+
+
+def test_what_needs_no_gradient_gets_none() -> None:
+    student, teacher, head = states()
+    (grad,) = torch.autograd.grad(head_pair_loss(student, teacher, head.detach()), student)
+    assert grad.shape == student.shape
+    assert not head_pair_loss(student.detach(), teacher, head.detach()).requires_grad
+    empty = head_pair_loss(student[:0], teacher[:0], head, reduction="none")
+    assert empty.shape == (0,)
+
+
+def test_wrong_arguments_name_both_values() -> None:
+    student, teacher, head = states()
+    for message, arguments, options in (
+        ("11 and 12 tokens", (student, teacher, head), {"teacher_head_weight": torch.ones(12, 4)}),
+        (r"\(5,\) and \(4,\)", (student, teacher[:4], head), {}),
+        (r"\(V, 3\), got \(11, 4\)", (student, teacher[:, :3], head), {}),
+        ("kl, reverse_kl, js, got 'mse'", (student, teacher, head), {"kind": "mse"}),
+        ("mean, sum, none, got 'max'", (student, teacher, head), {"reduction": "max"}),
+        ("temperature .* got 0", (student, teacher, head), {"temperature": 0}),
+        ("logit_scale .* got 0", (student, teacher, head), {"logit_scale": 0.0}),
+        ("int64", (student.long(), teacher, head), {}),
+    ):
+        with pytest.raises(ValueError, match=message):
+            head_pair_loss(*arguments, **options)  # type: ignore[arg-type]
