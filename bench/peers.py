@@ -260,7 +260,8 @@ def need_16_bit_sparse(weight: Tensor) -> None:
 def _macko(weight: Tensor, tokens: int) -> Layer:
     """MACKO's sparse matrix × vector in float16, the one type it has.
 
-    Written against its sources; it has never run here.
+    Written against its published interface: `compress` of a contiguous matrix, `multiply` with a
+    contiguous vector. It has never run here.
     """
     need_gpu(weight)
     from torch.utils import cpp_extension
@@ -268,10 +269,16 @@ def _macko(weight: Tensor, tokens: int) -> Layer:
     # importing it compiles it, and fails unless it is told where
     os.environ.setdefault("MACKO_SPMV_BUILD_DIRECTORY", cpp_extension.get_default_build_root())
     macko = package("macko_spmv", "build it from its authors' repository (vlejd/macko_spmv)")
-    exact = weight.half()
+    exact = weight.half().contiguous()
     packed = macko.compress(exact)
     held = size(*(part for part in packed if isinstance(part, Tensor)))
     return Layer(lambda x: macko.multiply(packed, x[0])[None], held, exact, takes=torch.float16)
+
+
+def _two_four(weight: Tensor, tokens: int) -> Layer:
+    """The layer pruned 2:4 instead, whatever its sparsity; judged by the weight it then has."""
+    pruned = weight * prunekernels.nm_mask(weight.abs(), 2, 4)
+    return _packed("2:4", "auto", pruned, tokens)._replace(exact=pruned)
 
 
 def _spinfer(weight: Tensor, tokens: int) -> Layer:
@@ -306,7 +313,8 @@ LINEAR = (
     LinearPeer("TileLang gemm_sp", "24 wgmma", _tilelang, ("2:4",), few=True),
     LinearPeer("torch CSR", "csr", _csr, most_tokens=256),
     LinearPeer("torch BSR", "dense", _bsr, most_tokens=256),
-    LinearPeer("int8 weight-only", "int8", _int8, ("2:4",), few=True),
+    LinearPeer("int8 weight-only", "int8", _int8, PATTERNS, few=True),
+    LinearPeer("2:4 instead", "dense", _two_four, ("unstructured",)),
     LinearPeer("MACKO", "bitmap", _macko, ("unstructured",), 1),
     LinearPeer("SpInfer", "bitmap", _spinfer, ("unstructured",), 64),
 )

@@ -174,6 +174,12 @@ class PackedLinear(nn.Module):
         """
         tensors = {n: getattr(self, n) for n in self.tensor_names}
         if any(tensor.is_meta for tensor in tensors.values()):
+            try:
+                FORMATS[self.format].from_tensors(
+                    tensors, (self.out_features, self.in_features), self._held_dtype
+                )
+            except ValueError as error:
+                raise PrunekitError(f"{name} cannot be used offloaded: {error}") from error
             return
         try:
             held = FORMATS[self.format].from_state_dict(tensors)

@@ -104,10 +104,21 @@ def test_cusparselt_splits_k_as_found_where_torch_tells(cusparselt):
 
 
 def test_macko_multiplies_float16_and_is_judged_by_its_own_weight(monkeypatch):
-    macko = types.SimpleNamespace(
-        compress=lambda weight: (weight.to(torch.float16, copy=True),),
-        multiply=lambda packed, x: packed[0] @ x,  # fails unless both have one type
-    )
+    # its published interface: values, deltas, row indices, rows, columns; all contiguous
+
+    def compress(weight):
+        assert weight.is_contiguous() and weight.dtype == torch.float16
+        rows, columns = weight.shape
+        indices = torch.zeros(rows + 1, dtype=torch.int32)
+        deltas = torch.zeros(columns, dtype=torch.uint8)
+        return weight.clone(), deltas, indices, rows, columns
+
+    def multiply(packed, x):
+        values, _, _, rows, columns = packed
+        assert x.is_contiguous() and x.shape == (columns,) and values.shape == (rows, columns)
+        return values @ x  # fails unless both have one type
+
+    macko = types.SimpleNamespace(compress=compress, multiply=multiply)
     monkeypatch.setitem(sys.modules, "macko_spmv", macko)
     monkeypatch.setattr(peers, "need_gpu", lambda weight: None)
     monkeypatch.setenv("MACKO_SPMV_BUILD_DIRECTORY", "")  # so that it is taken away afterwards
@@ -123,6 +134,14 @@ def test_macko_multiplies_float16_and_is_judged_by_its_own_weight(monkeypatch):
         assert run().dtype == torch.float16
     assert prepared.check(prepared.runs[0]()).right
     assert not prepared.check(functools.reduce(torch.add, [run() for run in prepared.runs])).right
+
+
+def test_2_of_4_instead_is_judged_by_the_weight_it_has():
+    weight, x = torch.randn(32, 64).bfloat16(), torch.randn(4, 64).bfloat16()
+    layer = peers._two_four(weight, 4)
+    assert layer.held < 0.6 * peers.size(weight)
+    assert bench_sparse.check(layer, weight, x)(layer.apply(x)).right
+    assert not bench_sparse.check(layer._replace(exact=None), weight, x)(layer.apply(x)).right
 
 
 def test_tilelang_is_absent_where_it_cannot_run(monkeypatch):

@@ -30,11 +30,12 @@ _LAUNCH_BYTES = 17e6
 # predicted.
 _PORTABLE_SPEEDUP = {"2:4": 0.15, "bitmap": 0.3}
 
-# Time of the bitmap's tensor-core kernel over that of a dense layer, at 1 token: what expanding
-# takes, and what reading does for each dense byte. A line through 50 to 80 % zeros, measured on an
-# H200 (14336 × 4096; 4096 × 4096 is better by a fifth). At 16 tokens it reaches so much of that; in
-# between, and beyond, interpolated over log M (predicted).
-_BITMAP_TIME, _BITMAP_AT_16 = (0.77, 0.61), 0.71
+# Predicted, not measured: what the bitmap's tensor-core kernel (format 3) takes at 1 token on an
+# H200, in bytes that a GPU reads meanwhile: for each byte of the dense weight, and of the packed
+# one. A 14336 × 4096 layer is 1.4, 1.6 and 1.8 times faster at 50, 60 and 70 % zeros, the low ends
+# of what is expected (docs/bitmap.md). At 16 tokens it reaches so much of that; in between, and
+# beyond, interpolated over log M. The weight is expanded anew for each 32 tokens.
+_BITMAP_TIME, _BITMAP_AT_16, _BITMAP_TOKENS = (0.155, 0.91), 0.82, 32
 
 # Tokens from which a dense layer is bound by its products and not by reading the weight: dense rate
 # over bandwidth, measured on an H200 (830 TFLOP/s, 4.2 TB/s), else from data sheets (A100, RTX
@@ -59,8 +60,9 @@ def packed_speedup(
 ) -> float:
     """Time of a dense layer over that of the packed one.
 
-    Layers on an H200 are interpolated between measurements. On other GPUs tokens count by
-    where a dense layer stops being bound by memory (predicted); so do expanded weights, by bytes.
+    2:4 layers on an H200 are interpolated between measurements; bitmaps are predicted. On other
+    GPUs tokens count by where a dense layer stops being bound by memory (predicted); so do expanded
+    weights, by bytes.
 
     Args:
         impl: The implementation that runs: "mma_sp" (2:4), "mma" (bitmap), "triton" or "eager".
@@ -76,9 +78,9 @@ def packed_speedup(
         return gain * _reached(tokens * _RIDGE[(9, 0)] / ridge, dense)
     if impl == "mma" and capability == (9, 0):
         fixed, per_byte = _BITMAP_TIME
-        return _BITMAP_AT_16 ** (math.log(max(tokens, 1)) / math.log(16)) / (
-            fixed + per_byte * packed / dense
-        )
+        reached = _BITMAP_AT_16 ** (math.log(max(tokens, 1)) / math.log(16))
+        time = fixed * dense + per_byte * packed + _LAUNCH_BYTES
+        return reached / -(-tokens // _BITMAP_TOKENS) * (dense + _LAUNCH_BYTES) / time
     if impl == "mma" and tokens <= 64:
         # predicted: expanding a bitmap in registers costs about half of what reading less gains
         return (1 + gain) / 2

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
+from former_bitmaps import version_2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -205,6 +206,37 @@ def test_bitmaps_come_back_exactly(tiny, tokenizer, tmp_path, token_ids, name):
     edit_weights(folder, **{f"{named}.starts": starts})
     with pytest.raises(PrunekitError, match=f"{named} is no valid packed weight"):
         pk.load(folder)
+
+
+def test_bitmaps_of_version_2_are_converted(tiny, tokenizer, tmp_path, token_ids):
+    model = tiny("llama", hidden_size=64)
+    pk.prune_(model, pk.Magnitude(sparsity=0.7))
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    pk.swap_(model)
+    want = logits(model, token_ids)
+    folder = pk.save(model, tokenizer, tmp_path / "saved")
+    config = json.loads((folder / "config.json").read_text())
+    changes = {}
+    for name, described in config["packed_layers"]["modules"].items():
+        if described["format"] == "bitmap":
+            former = version_2(weights[f"{name}.weight"])
+            changes |= {f"{name}.{part}": None for part in described["tensors"]}
+            changes |= {f"{name}.{part}": tensor for part, tensor in former.items()}
+            described["tensors"] = {
+                part: [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+                for part, tensor in former.items()
+            }
+    assert changes
+    edit_weights(folder, **changes)
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded, _ = pk.load(folder)
+    assert torch.equal(logits(loaded, token_ids), want)
+    state, now = loaded.state_dict(), model.state_dict()
+    assert set(state) == set(now)
+    assert all(torch.equal(state[name], tensor) for name, tensor in now.items())
+    # what is written is version 3
+    again, _ = pk.load(pk.save(loaded, tokenizer, tmp_path / "again"))
+    assert torch.equal(logits(again, token_ids), want)
 
 
 def test_spread_over_devices_and_offloaded(saved, token_ids, tmp_path):

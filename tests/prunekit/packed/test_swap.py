@@ -299,7 +299,9 @@ def test_small_and_wide_layers_gain_what_bytes_predict():
     small, large = speedup("mma_sp", 1, 576 * 1536), speedup("mma_sp", 1, 14336 * 4096)
     assert 1 < small < 1.1 < 1.5 < large < 16 / 9
     half, seventy = speedup("mma", 1, 14336 * 4096), speedup("mma", 1, 14336 * 4096, 0.725)
-    assert half < 1 < seventy < 1.1
+    # predicted: the low ends of what is expected
+    assert 1.3 < half < 1.5 < seventy < 1.9
+    assert 1 < speedup("mma", 1, 576 * 1536) < 1.1
     # without the tensor cores a bitmap takes more instructions than the dense layer has time for
     assert packed_speedup("triton", 1, 2 * 4096 * 4096, 9 * 4096 * 512, "bitmap") < 1
     assert speedup("eager", 1, 4096 * 4096) < 0.5
