@@ -71,6 +71,7 @@ def check(layer: Layer, weight: Tensor, x: Tensor) -> Callable[[Tensor], Verdict
             return Verdict(False, f"shape {tuple(found.shape)}")
         error = (found[:32].double() - exact).abs().max()
         note = f"error {float(error):.2g}, allowed {float(allowed):.2g}"
+        note += f", {layer.note}" * bool(layer.note)
         return Verdict(bool(error <= allowed) and bool(found.isfinite().all()), note)
 
     return judge

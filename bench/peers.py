@@ -33,6 +33,7 @@ class Layer(NamedTuple):
         exact: The weight it really multiplies with, where it rounds values (int8).
         kind: Its cost at given activations, where that depends on them (else its peer's).
         takes: Type of its activations, where it takes one alone.
+        note: What the results should say about it, such as a library's version.
     """
 
     apply: Callable[[Tensor], Tensor]
@@ -40,6 +41,7 @@ class Layer(NamedTuple):
     exact: Tensor | None = None
     kind: Callable[[Tensor], str] | None = None
     takes: torch.dtype | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,13 @@ def _semi_structured(backend: str, weight: Tensor, tokens: int) -> Layer:
     }
     packed = kinds[backend].from_dense(weight)
     inner = [t for t in (packed.packed, packed.meta) if t is not None]
-    return Layer(lambda x: F.linear(x, packed), size(*inner))
+    note = _cusparselt_version() if backend == "cusparselt" else ""
+    return Layer(lambda x: F.linear(x, packed), size(*inner), note=note)
+
+
+def _cusparselt_version() -> str:
+    """The library that torch loaded: its wheel's, or what LD_LIBRARY_PATH names first."""
+    return f"cuSPARSELt {torch.backends.cusparselt.version()}"
 
 
 #: What cuSPARSELt's search chose for a shape (N, K, M, dtype): searching takes long.
@@ -222,7 +230,7 @@ def _cusparselt_best(weight: Tensor, tokens: int) -> Layer:
         out = torch._cslt_sparse_mm(packed, wide.t(), None, None, None, True, *_searched[key])
         return out[: x.shape[0]]
 
-    return Layer(apply, size(packed))
+    return Layer(apply, size(packed), note=_cusparselt_version())
 
 
 def _tilelang(weight: Tensor, tokens: int) -> Layer:

@@ -77,6 +77,7 @@ def cusparselt(monkeypatch):
 
     monkeypatch.setattr(peers, "need_gpu", lambda weight: None)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: 801)
     monkeypatch.setattr(torch, "_cslt_compress", lambda weight: weight)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
@@ -91,7 +92,8 @@ def test_cusparselt_searches_once_for_all_copies_of_a_shape(cusparselt):
     for tokens in (3, 16, 100, 3):
         x = torch.randn(tokens, 64).bfloat16()
         for layer, copy in zip(layers, copies, strict=True):
-            assert bench_sparse.check(layer, copy, x)(layer.apply(x)).right
+            verdict = bench_sparse.check(layer, copy, x)(layer.apply(x))
+            assert verdict.right and verdict.note.endswith(", cuSPARSELt 801")
     assert cusparselt.searches == [(64, 16), (64, 104)]
     assert set(cusparselt.products) == {(7,)}
 

@@ -102,8 +102,8 @@ def difference(got: Tensor, x: Tensor, weight: Tensor, power: int = 1) -> str | 
 
     With a `power`, each sum to that power, which float32 must hold.
     """
-    wanted = (x.cpu().double() @ weight.cpu().double().T).pow(power).to(got.dtype)
-    wrong = int((got.cpu() != wanted).sum())
+    wanted = (x.double() @ weight.double().T).pow(power).to(got.dtype)
+    wrong = int((got != wanted).sum())
     if not wrong:
         return None
     return f"{wrong} of {wanted.numel()} results differ ({got.dtype}, {len(x)} tokens)"

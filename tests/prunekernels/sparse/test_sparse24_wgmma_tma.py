@@ -319,9 +319,9 @@ def test_its_self_test_passes_and_notices(monkeypatch, tma, broken):
     monkeypatch.setattr(
         launching, "counters", lambda count, device: torch.zeros(count, dtype=torch.int32)
     )
-    # every case once: the machine repeats itself
-    once = tuple((*test[:-1], 1) for test in tma._SELF_TESTS)
-    monkeypatch.setattr(tma, "_SELF_TESTS", once)
+    # few rows, and once: the machine repeats itself
+    monkeypatch.setattr(tma, "_SELF_TEST_ROWS", 200)
+    monkeypatch.setattr(tma, "_SELF_TEST_REPEATS", 0)
     ptx.Machine(90).take_over(monkeypatch)
     if broken:
         real = ptx.tensor_cores.mma_sp_m16n8k32
@@ -332,6 +332,20 @@ def test_its_self_test_passes_and_notices(monkeypatch, tma, broken):
         monkeypatch.setattr(ptx.tensor_cores, "mma_sp_m16n8k32", swapped)
     problem = tma.self_test(torch.device("cpu"))
     assert (problem is not None and "differ" in problem) if broken else problem is None
+
+
+def test_its_self_test_notices_what_differs_between_calls(monkeypatch, tma):
+    answers = iter(range(1, 9))
+
+    def launch(x, packed, up, rows, *_):
+        y = torch.zeros(len(x), rows, dtype=x.dtype)
+        y[0, 0] = next(answers)
+        return y
+
+    monkeypatch.setattr(tma, "_SELF_TEST_ROWS", 16)
+    monkeypatch.setattr(tma, "launch", launch)
+    monkeypatch.setattr(tma, "difference", lambda *_: None)
+    assert "results differ between calls" in tma.self_test(torch.device("cpu"))
 
 
 # Choice.

@@ -373,8 +373,8 @@ def product(
 def self_test(device: torch.device) -> str | None:
     """Compare with the expanded weight on small integers, where every sum is exact.
 
-    Every shape of tile that `sparse24_wgmma` chooses is tried, with tails, splits and the gated
-    form, and each several times: a race need not show the first time.
+    Every tile that `sparse24_wgmma` chooses is tried with tails and in both forms, on a weight
+    whose programs keep a device busy, and each several times: a race need not show at once.
 
     Args:
         device: The CUDA device to test.
@@ -383,29 +383,32 @@ def self_test(device: torch.device) -> str | None:
         None if all results are equal, else what differed.
     """
     random = torch.Generator().manual_seed(0)
-    for config, dtype, tokens, columns, repeats in _SELF_TESTS:
-        weight = torch.randint(-2, 3, (200, columns), generator=random)
-        weight *= torch.rand(200, columns // 4, 4, generator=random).argsort(2).view(200, -1) < 2
+    for config, dtype, tokens, columns in _SELF_TESTS:
+        groups = torch.randint(-2, 3, (_SELF_TEST_ROWS, columns // 4, 4), generator=random)
+        kept = torch.rand(groups.shape, generator=random).argsort(2) < 2
+        weight = (groups * kept).view(_SELF_TEST_ROWS, -1).to(device, dtype)
         x = torch.randint(-3, 4, (tokens, columns), generator=random).to(device, dtype)
-        packed = sparse24_pack(weight.to(device, dtype)).packed
-        dense = sparse24_unpack(packed, 200, columns, dtype)
-        for _ in range(repeats):
-            got = launch(x, packed, None, 200, None, "none", config)
-            if problem := difference(got, x, dense):
-                return f"{config}: {problem}"
+        packed = sparse24_pack(weight).packed
+        dense = sparse24_unpack(packed, _SELF_TEST_ROWS, columns, dtype)
         # without activation, gate and up of one weight make squares
-        square = launch(x, packed, packed, 200, None, "none", config)
-        if problem := difference(square, x, dense, power=2):
-            return f"{config}, gated: {problem}"
+        for up, power in ((None, 1), (packed, 2)):
+            got = launch(x, packed, up, _SELF_TEST_ROWS, None, "none", config)
+            if problem := difference(got, x, dense, power):
+                return f"{config}, gated {up is not None}: {problem}"
+            for _ in range(_SELF_TEST_REPEATS):
+                again = launch(x, packed, up, _SELF_TEST_ROWS, None, "none", config)
+                if not torch.equal(got, again):
+                    return f"{config}, gated {up is not None}: results differ between calls"
     return None
 
 
 _SELF_TESTS = (
-    (WgmmaConfig(16, 16, 1, 8), torch.bfloat16, 300, 2112, 8),
-    (WgmmaConfig(16, 16, 2, 0), torch.bfloat16, 131, 1024, 8),
-    (WgmmaConfig(8, 8, 2, 0), torch.float16, 60, 1088, 8),
-    (WgmmaConfig(8, 4, 4, 0), torch.bfloat16, 20, 2048, 8),
+    (WgmmaConfig(16, 16, 1, 8), torch.bfloat16, 300, 2112),
+    (WgmmaConfig(16, 16, 2, 0), torch.bfloat16, 131, 1024),
+    (WgmmaConfig(8, 8, 2, 0), torch.float16, 60, 1088),
+    (WgmmaConfig(8, 4, 4, 0), torch.bfloat16, 20, 2048),
 )
+_SELF_TEST_ROWS, _SELF_TEST_REPEATS = 4008, 20
 
 
 def compile_cases() -> list[KernelCase]:
