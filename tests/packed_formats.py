@@ -36,11 +36,13 @@ class PackedFormat:
     Attributes:
         kind: Its weight class.
         name: The prefix of its public functions.
+        tensor_cores: The implementation by inline assembly, for 16-bit values.
         mask: Makes a random mask of the weights that may differ from zero.
     """
 
     kind: Any
     name: str
+    tensor_cores: str
     mask: Callable[..., Tensor]
 
     def function(self, name: str) -> Callable[..., Any]:
@@ -48,9 +50,12 @@ class PackedFormat:
         found: Callable[..., Any] = getattr(prunekernels, f"{self.name}_{name}")
         return found
 
-    def values(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    def values(
+        self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+    ) -> Tensor:
         """A weight of normal numbers that fits."""
-        return (torch.randn(rows, columns) * self.mask(rows, columns)).to(dtype)
+        numbers = torch.randn(rows, columns, device=device)
+        return (numbers * self.mask(rows, columns, device)).to(dtype)
 
     def bits(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A weight of random bits that fits: NaN, infinities, subnormals and −0.0 included."""
@@ -62,8 +67,8 @@ class PackedFormat:
 
 
 FORMATS = [
-    PackedFormat(Sparse24, "sparse24", two_of_four),
-    PackedFormat(BitmapSparse, "bitmap", of_any_density),
+    PackedFormat(Sparse24, "sparse24", "mma_sp", two_of_four),
+    PackedFormat(BitmapSparse, "bitmap", "mma", of_any_density),
 ]
 every_format = pytest.mark.parametrize("form", FORMATS, ids=lambda form: str(form.name))
 
