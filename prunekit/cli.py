@@ -148,7 +148,10 @@ def explain(error: BaseException) -> tuple[int, str]:
     if isinstance(error, SystemExit):  # argparse, after --help
         return (error.code if isinstance(error.code, int) else 0), ""
     if isinstance(error, KeyboardInterrupt):
-        return 130, "interrupted (nothing half-written was left behind; run it again to redo it)"
+        return 130, (
+            "interrupted (nothing half-written was left behind; run it again: prune and kld go on "
+            "where they stopped)"
+        )
     if isinstance(error, BrokenPipeError):  # `prunekit inspect … | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)
         return 141, ""

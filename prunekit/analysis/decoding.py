@@ -169,7 +169,7 @@ def teacher_forced(
     tops: dict[int, tuple[Tops, Tops]] = {}
     topk = min(TOP_TOKENS, ours.head.weight.shape[0])
     batches = step_batches(ours, rollouts, batch_size)
-    for batch in track(batches, "teacher-forced", enabled=progress):
+    for batch in track(batches, "teacher-forced", enabled=progress, count=len):
         mine = final_states(ours, batch)
         states = mine, mine if pruned is dense else final_states(theirs, batch)
         reading = reader.read(*states, labels=batch.labels, normed=True, topk=topk)

@@ -80,7 +80,7 @@ def layerwise(
     labels: dict[str, list[Any]] = {"layer": list(range(len(twins))), "sublayer": list(SUBLAYERS)}
     found = []
     batches = step_batches(ours, sequences, batch_size, positions)
-    for batch in track(batches, "layerwise", enabled=progress):
+    for batch in track(batches, "layerwise", enabled=progress, count=len):
         states = _States(reader, batch)
         inputs = blocks.capture(ours, batch.input_ids)
         hidden = inputs.hidden
@@ -142,7 +142,7 @@ def accumulated(
     labels = {"layer": list(range(len(ours.layers)))}
     found = []
     batches = step_batches(ours, sequences, batch_size, positions)
-    for batch in track(batches, "accumulated", enabled=progress):
+    for batch in track(batches, "accumulated", enabled=progress, count=len):
         states = _States(reader, batch)
         dense_inputs = blocks.capture(ours, batch.input_ids)
         pruned_inputs = blocks.capture(theirs, batch.input_ids)

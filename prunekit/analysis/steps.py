@@ -41,6 +41,10 @@ class StepBatch:
     steps: Tensor
     labels: Tensor
 
+    def __len__(self) -> int:
+        """How many rollouts it holds."""
+        return len(self.prompts)
+
     def pick(self, hidden: Tensor) -> Tensor:
         """The rows of the steps, (N, hidden), of states (rollouts, tokens, hidden)."""
         return hidden[self.rows.to(hidden.device), self.columns.to(hidden.device)]

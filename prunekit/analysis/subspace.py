@@ -201,7 +201,7 @@ def subspace(
             for index in group
         ]
         batches = step_batches(ours, rollouts, batch_size)
-        for batch in track(batches, "subspace", enabled=progress):
+        for batch in track(batches, "subspace", enabled=progress, count=len):
             batch = replace(batch, prompts=[group[row] for row in batch.prompts])
             metrics, seen = _measure(reader, batch, ids, tokenizer, choices)
             grid = batch.grid(metrics)

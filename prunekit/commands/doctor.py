@@ -9,6 +9,7 @@ import platform
 from typing import Any, TextIO
 
 from prunekit.commands import options
+from prunekit.errors import install
 
 SUMMARY = "say what runs on this machine, and why"
 DESCRIPTION = """\
@@ -24,9 +25,9 @@ EXAMPLE = "prunekit doctor --kernels --arch 80,90"
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "safetensors", "tokenizers")
 # package -> what it is for, and the extra that brings it
 _EXTRAS = {
-    "datasets": "calibration from Hub data sets: pip install 'prunekit[datasets]'",
-    "pyarrow": "calibration from .parquet files: pip install 'prunekit[parquet]'",
-    "lm_eval": "lm-eval tasks: pip install 'prunekit[eval]'",
+    "datasets": f"calibration from Hub data sets: {install('datasets')}",
+    "pyarrow": f"calibration from .parquet files: {install('parquet')}",
+    "lm_eval": f"lm-eval tasks: {install('eval')}",
 }
 
 

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 SUMMARY = "score models on tasks of the lm-evaluation-harness"
 DESCRIPTION = """\
-Run tasks of EleutherAI's lm-evaluation-harness (pip install 'prunekit[eval]') on one model, or on a
-dense model and its pruned copy side by side. Take one task that is answered in a single step and
-one that is generated to see what pruning keeps and what it loses.
+Run tasks of EleutherAI's lm-evaluation-harness on one model, or on a dense model and its pruned
+copy side by side. Take one task that is answered in a single step and one that is generated to see
+what pruning keeps and what it loses. Where the harness is not installed, the command says how.
 
 A task may download its data set: naming it asks for that.
 """

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from prunekit.errors import PrunekitError
+from prunekit.errors import PrunekitError, install
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
@@ -125,7 +125,7 @@ def _parquet(path: Path, text_field: str) -> list[str]:
         from pyarrow import parquet
     except ImportError:
         raise PrunekitError(
-            f"'{path}' needs pyarrow: pip install 'prunekit[parquet]', or give a .jsonl file"
+            f"'{path}' needs pyarrow: give a .jsonl file, or run {install('parquet')}"
         ) from None
     try:
         names = parquet.read_schema(path).names
@@ -147,8 +147,8 @@ def _stream_hub(source: str, text_field: str, seed: int) -> Iterator[str]:
         import datasets
     except ImportError:
         raise PrunekitError(
-            f"'{source}' names a Hub dataset, which needs the datasets package: "
-            "pip install 'prunekit[datasets]', or give a local file"
+            f"'{source}' names a Hub dataset, which needs the datasets package: give a local file, "
+            f"or run {install('datasets')}"
         ) from None
     name, _, configuration = source.partition(":")
     try:

@@ -67,7 +67,7 @@ def sequence_token_nlls(
     scored.sort(key=lambda i: -len(fed[i]))  # longest first: memory trouble shows at once
 
     batches = list(_batches(scored, [len(ids) for ids in fed], batch_tokens))
-    for batch in track(batches, label, enabled=progress):
+    for batch in track(batches, label, enabled=progress, count=len):
         ids, _ = right_padded([fed[i] for i in batch], input_device(model))
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         rows, columns, targets = [], [], []
@@ -127,7 +127,7 @@ def continuation_nlls(
         batches += [members[start : start + size] for start in range(0, len(members), size)]
 
     results: list[list[float]] = [[]] * len(prefixes)
-    for batch in track(batches, label, enabled=progress):
+    for batch in track(batches, label, enabled=progress, count=len):
         nlls = _batch_continuation_nlls(
             model, [prefixes[i] for i in batch], [continuations[i] for i in batch]
         )

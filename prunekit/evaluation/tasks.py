@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prunekit.errors import PrunekitError, one_line
+from prunekit.errors import PrunekitError, install, one_line
 from prunekit.process import distributed
 
 
@@ -75,7 +75,7 @@ def run_tasks(
             there are several processes.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise PrunekitError("lm-eval is not installed: pip install 'prunekit[eval]'")
+        raise PrunekitError(f"lm-eval is not installed: run {install('eval')}")
     if distributed.world_size() > 1:
         raise PrunekitError(
             "lm-eval tasks run in one process: start prunekit eval without launcher"

@@ -135,7 +135,9 @@ def generate(
     found: dict[int, Rollout] = {}
     with _own_defaults_set_aside(model), torch.random.fork_rng(enabled=temperature > 0):
         torch.manual_seed(seed) if temperature > 0 else None
-        for indices in track(batches_by_length(prompts, batch_size), label, enabled=progress):
+        for indices in track(
+            batches_by_length(prompts, batch_size), label, enabled=progress, count=len
+        ):
             ids, mask = left_padded([prompts[index] for index in indices], config.pad_token_id)
             output = model.generate(
                 input_ids=ids.to(device),
