@@ -26,7 +26,8 @@ import torch
 
 import prunekit as pk
 from bench import kld_copies
-from bench.harness import RESULTS, provenance, write_csv
+from bench.bounds import RESULTS
+from bench.result_rows import provenance, write_csv
 from prunekit.divergence.loading import bytes_in_memory
 from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout

@@ -30,7 +30,7 @@ from prunekit.process import distributed
 from prunekit.process.progress import track
 
 VERSION = 1  # of the rows on disk
-WORST = 8  # positions of each group whose top tokens are kept
+WORST = 20  # positions of each group whose top tokens are kept: all that a page shows
 SHOWN = 5  # their tokens
 _DONE, _FACTS = "done.json", "candidate.json"
 

@@ -17,7 +17,7 @@ import numpy as np
 
 import prunekit
 from prunekit.divergence.bootstrap import BlockBootstrap
-from prunekit.divergence.measuring import Compared
+from prunekit.divergence.measuring import WORST, Compared
 from prunekit.divergence.ranking import ranked, remarks
 from prunekit.divergence.reference import Reference
 from prunekit.divergence.row_statistics import by_place, described, percentiles
@@ -27,7 +27,6 @@ from prunekit.files.atomic import replaced_file
 
 FORMAT, VERSION = "prunekit-kld", 1
 FILES = ("kld.json", "kld.csv", "blocks.csv", "index.html")
-SHOWN_WORST = 20
 
 
 @dataclass(frozen=True)
@@ -198,7 +197,7 @@ class Kld:
             for name, found in self.compared
         ]
 
-    def worst(self, count: int = SHOWN_WORST) -> dict[str, list[dict[str, Any]]]:
+    def worst(self, count: int = WORST) -> dict[str, list[dict[str, Any]]]:
         """Per candidate the positions with the largest KL, with their text and top tokens."""
         return {
             name: [self._worded(place) for place in found.worst[:count]]

@@ -209,7 +209,7 @@ def _of_states(
     targets = torch.tensor(labels, device=device)
     step = len(labels)
     if device.type == "cpu":  # where the op holds as many logits as it is given rows for
-        step = max(_FEWEST_ROWS, 2 * _LOGITS_PER_CHUNK // vocabulary)
+        step = max(_FEWEST_ROWS, _LOGITS_PER_CHUNK // vocabulary)
     parts = []
     for start in range(0, len(labels), step):
         rows = slice(start, start + step)

@@ -184,6 +184,16 @@ def test_what_prunekit_itself_cannot_prune_is_measured(tiny, saved, documents, w
         checkpoint.load(str(found.held.source))
 
 
+def test_a_model_spread_over_devices(tiny, perturbed, saved, documents):
+    base = tiny("llama")
+    here, there = saved(base, "base"), saved(perturbed(base, 0.02), "other")
+    spread = pk.kld(here, [there], documents, context=CONTEXT, device="auto", floor="none")
+    whole = pk.kld(here, [there], documents, context=CONTEXT, floor="none")
+    assert spread["other"]["means"]["kl"]["mean"] == pytest.approx(
+        whole["other"]["means"]["kl"]["mean"], rel=1e-5
+    )
+
+
 def test_pickled_weights_are_never_opened(tiny, saved, documents, tmp_path):
     here, there = saved(tiny("llama"), "base"), saved(tiny("llama"), "pickled")
     folder = tmp_path / "models/pickled"

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from allocations import cpu_peak
 from safetensors import SafetensorError
 
 import prunekit as pk
@@ -257,6 +258,26 @@ def test_models_in_memory_and_types(tiny, perturbed, saved, documents, word_toke
     assert held.reference["bytes_in_memory"] - half["base in float16"]["bytes_in_memory"] == (
         weights // 2  # rotary frequencies stay in float32
     )
+
+
+def test_logits_never_exist_as_a_whole(tiny, saved, documents):
+    vocabulary = 49152
+    base = tiny("llama", vocab_size=vocabulary, max_position_embeddings=256)
+    other = tiny("llama", vocab_size=vocabulary, max_position_embeddings=256)
+    other.lm_head.weight.data.mul_(1.01)
+    here, there = saved(base, "base"), saved(other, "other")
+    model = sum(p.nbytes for p in base.parameters())
+    found = []
+
+    def run():
+        found.append(pk.kld(here, [there], documents * 2, context=128, floor="none", topk=3))
+
+    peak = cpu_peak(run)
+    assert not found[0].failed
+    positions = found[0].plan["positions"]
+    allowed = 1.15 * (model + 64e6)
+    assert 4 * positions * vocabulary > 0.5 * allowed  # one side's logits alone, beside the model
+    assert peak <= allowed
 
 
 def test_a_reference_of_nan_is_named(tiny, saved, documents):
