@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import random
 import re
+import types
 import weakref
 
 import ptx
@@ -237,6 +238,33 @@ def test_a_descriptor_is_kept_by_address_and_keeps_no_memory(tma):
     del x
     gc.collect()
     assert freed() is None
+
+
+def test_tritons_launcher_takes_the_descriptor(monkeypatch, tma):
+    """The tensor map that the driver is asked for has the tiles and the swizzle of the kernel."""
+    import triton
+    from prunekernels import compilation
+    from triton.backends.nvidia import driver
+
+    case = tma.compile_cases()[2]
+    (meta,) = compilation._compile(case, 90).metadata.tensordesc_meta
+    asked = []
+
+    def fill(*arguments):
+        asked.append(arguments)
+        return "map"
+
+    utils = types.SimpleNamespace(fill_tma_descriptor_tiled=fill, fill_tma_descriptor=fill)
+    active = types.SimpleNamespace(active=types.SimpleNamespace(utils=utils))
+    monkeypatch.setattr(triton.runtime, "driver", active)
+    descriptor = tma.x_descriptor(1 << 20, (300, 4160), 4168, torch.float16, MANY.token_tiles)
+    arguments = driver.make_tensordesc_arg(descriptor, meta)
+    # itself, sizes and strides: five parameters, as `warpgroup_asm` counts
+    assert arguments == ["map", 300, 4160, 4168, 1]
+    ((address, swizzle, size, _, box, shape, strides, padding),) = asked
+    # swizzle 3 is CU_TENSOR_MAP_SWIZZLE_128B
+    assert (address, swizzle, size, list(box)) == (1 << 20, 3, 2, [128, 64])
+    assert (list(shape), list(strides), padding) == ([300, 4160], [4168, 1], 0)
 
 
 # What goes wrong is seen.
