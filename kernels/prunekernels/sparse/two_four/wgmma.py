@@ -25,12 +25,12 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from prunekernels.compilation import KernelCase
-from prunekernels.launch import Launch
+from prunekernels.launch import Launch, meta
 from prunekernels.sparse.fragments import finish
 from prunekernels.sparse.gluon_compat import barrier
-from prunekernels.sparse.launching import difference
+from prunekernels.sparse.launching import difference, padded_rows
 from prunekernels.sparse.two_four.format import sparse24_pack
-from prunekernels.sparse.two_four.layout import ROWS, line_blocks
+from prunekernels.sparse.two_four.layout import ROWS, line_blocks, packed_shape
 
 #: Compute capabilities that have the instruction.
 CAPABILITIES = ((9, 0),)
@@ -69,7 +69,7 @@ def _wgmma_constraints(tokens):
     return ",".join(["=f"] * count + tied + ["r"] * (3 * count) + ["l"] * (2 * count))
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "N", "lines", "units", "blocks"])
 def _wgmma24_fwd_kernel(
     x_ptr,  # (M, columns padded to 64), rows stride_xm apart
     packed_ptr,  # int32 (lines, words)
@@ -169,19 +169,19 @@ def forward(
     if up is not None:
         gate = forward(x, packed, None, rows, None, activation)
         return gate * forward(x, up, None, rows, None, "none")
-    tokens, columns = x.shape
-    lines, units, tails = line_blocks(rows, columns)
-    padded = 256 * units + 64 * tails
-    if columns != padded:
-        x = torch.nn.functional.pad(x, (0, padded - columns))
-    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
-        # rows are copied in chunks of 16 bytes
-        x = x.clone(memory_format=torch.contiguous_format)
-    y = torch.empty((tokens, rows), dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(tokens, TOKENS), triton.cdiv(lines, WARPS), 1)
-    Launch(
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    product(x, packed, bias, y, activation).run()
+    return y
+
+
+def product(x: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor, activation: str) -> Launch:
+    """The kernel's call for x (M, K) and y (M, N), real or on the meta device."""
+    tokens, rows = y.shape
+    lines, units, tails = line_blocks(rows, x.shape[1])
+    x = padded_rows(x, 256 * units + 64 * tails)
+    return Launch(
         _wgmma24_fwd_kernel,
-        grid,
+        (triton.cdiv(tokens, TOKENS), triton.cdiv(lines, WARPS)),
         (
             x,
             packed,
@@ -204,8 +204,7 @@ def forward(
             "STAGES": STAGES,
         },
         num_warps=WARPS,
-    ).run()
-    return y
+    )
 
 
 def self_test(device: torch.device) -> str | None:
@@ -231,30 +230,23 @@ def self_test(device: torch.device) -> str | None:
 
 def compile_cases() -> list[KernelCase]:
     """The specialisations that tests compile without a GPU."""
-    sizes = ("stride_xm", "M", "N", "lines", "words", "units", "blocks")
-    return [
-        KernelCase(
-            name=f"sparse24/wgmma_sp/{kind}/t{TOKENS}",
-            kernel=_wgmma24_fwd_kernel,
-            signature={
-                **dict.fromkeys(("x_ptr", "bias_ptr", "y_ptr"), pointer),
-                "packed_ptr": "*i32",
-                **dict.fromkeys(sizes, "i32"),
-            },
-            constants={
-                "KIND": kind,
-                "ACTIVATION": "none",
-                "HAS_BIAS": True,
-                "NW": WARPS,
-                "NT": TOKENS // 8,
-                "STAGES": STAGES,
-            },
-            num_warps=WARPS,
-            divisible=("x_ptr", "packed_ptr", "y_ptr", "stride_xm", "words"),
-            opcodes=(f"HGMMA.SP.64x{TOKENS}x32.F32", "LDGSTS"),
-            elements_per_iteration=ROWS * 64,
-            per_iteration=("HGMMA.SP", 2),
-            archs=(90,),
+    tokens, rows, columns = 1024, 14336, 4096
+    cases = []
+    for kind, dtype in (("bf16", torch.bfloat16), ("f16", torch.float16)):
+        call = product(
+            meta((tokens, columns), dtype),
+            meta(packed_shape(rows, columns, dtype), torch.int32),
+            meta((rows,), dtype, aligned=False),
+            meta((tokens, rows), dtype),
+            "none",
         )
-        for kind, pointer in (("bf16", "*bf16"), ("f16", "*fp16"))
-    ]
+        cases.append(
+            call.case(
+                f"sparse24/wgmma_sp/{kind}/t{TOKENS}",
+                opcodes=(f"HGMMA.SP.64x{TOKENS}x32.F32", "LDGSTS"),
+                elements_per_iteration=ROWS * 64,
+                per_iteration=("HGMMA.SP", 2),
+                archs=(90,),
+            )
+        )
+    return cases
