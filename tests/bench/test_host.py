@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
     not runtime.triton_installed() or runtime.interpreting(), reason="binds compiled kernels"
 )
 
-#: Calls of functions in one call of a packed layer: 23 to 36 when this was written, 500 before.
-LIMIT = 40
+#: Calls of functions in one call of a packed layer: 29 to 32 when this was written, of a module 50.
+LIMITS = {"sparse24_linear": 40, "sparse24_gate_up": 40, "bitmap_linear": 40, "PackedLinear": 60}
 
 
 @pytest.fixture
@@ -33,10 +33,10 @@ def idle() -> Iterator[pytest.MonkeyPatch]:
         yield patch
 
 
-@pytest.mark.parametrize("name", ["sparse24_linear", "sparse24_gate_up", "bitmap_linear"])
+@pytest.mark.parametrize("name", LIMITS)
 def test_a_call_of_a_known_shape_makes_few_calls(idle: pytest.MonkeyPatch, name: str) -> None:
     calls = bench_host.count_calls(bench_host.cases(torch.device("cpu"))[name])
-    assert 10 < calls <= LIMIT
+    assert 10 < calls <= LIMITS[name]
 
 
 def test_a_known_shape_is_checked_no_more_and_every_other_one_is(idle: pytest.MonkeyPatch) -> None:

@@ -95,6 +95,7 @@ def test_the_first_call_of_a_process_may_be_in_cuda_graphs(pair, monkeypatch):
         # what a first call allocates for good must not come from the graphs' memory
         monkeypatch.setattr(launching, "_arenas", {})
         monkeypatch.setattr(launching, "_by_stream", {})
+        monkeypatch.setattr(launching, "_rooms", {})
         torch._dynamo.reset()
         step = torch.compile(swapped.forward, fullgraph=True, mode="reduce-overhead")
         for _ in range(4):
