@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedModel
 
 TOKENS = [
@@ -24,6 +26,9 @@ def write_gguf(
     *,
     pre: str = "smollm",
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    skip: tuple[str, ...] = (),
+    extra: Mapping[str, Tensor] | None = None,
+    shard_tensors: int = 0,
 ) -> None:
     """Write a tiny Llama as llama.cpp's converter does: queries and keys in pair order.
 
@@ -32,9 +37,12 @@ def write_gguf(
         model: With a vocabulary of `VOCABULARY`'s length.
         pre: What the file says of its tokenizer.
         kind: Type of the matrices whose rows it divides; all else is float32.
+        skip: Beginnings of the names of tensors that are left out.
+        extra: Tensors that no Llama has.
+        shard_tensors: Tensors per file, numbered as llama.cpp does; 0: one file.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=shard_tensors)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -68,7 +76,11 @@ def write_gguf(
         held = gguf.GGMLQuantizationType.F32
         if data.ndim == 2 and data.shape[1] % gguf.GGML_QUANT_SIZES[kind][0] == 0:
             held, data = kind, gguf.quantize(data, kind)
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), data, raw_dtype=held)
+        called = names.get_name(name, try_suffixes=(".weight",))
+        if not called.startswith(skip or "no name begins so"):
+            writer.add_tensor(called, data, raw_dtype=held)
+    for name, tensor in (extra or {}).items():
+        writer.add_tensor(name, tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -1,5 +1,8 @@
 """Read GGUF files: the embedded demo model, and any other that transformers can dequantise.
 
+Whoever reads it, every tensor of the model must come from the file, and every tensor of the file
+must reach the model (`gguf_accounts.py`); a split file is read whole.
+
 Files of the SmolLM family (Llama layers, byte-level BPE) are read here, because transformers parses
 a file's metadata several times over, which makes loading several times slower, and, depending on
 its version, gives the tokenizer a wrong end token.
@@ -10,6 +13,8 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,11 +34,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prunekit.checkpoint.gguf_accounts import check_accounts
 from prunekit.errors import PrunekitError, one_line
 
 if TYPE_CHECKING:
     import gguf
 
+_PART = re.compile(r"(?P<stem>.+)-\d{5}-of-\d{5}\.gguf")
 _CONTROL, _USER_DEFINED = 3, 4  # token types
 _LAYER_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -93,9 +100,16 @@ def read_gguf(
         raise PrunekitError(f"{path} doesn't exist: check the file name")
     try:
         contents = _Contents.read(path)
-        if contents.is_smollm:
-            return contents.model(dtype), contents.tokenizer()
-        return _through_transformers(path, dtype)
+        own = contents.is_smollm
+        if own:
+            contents = contents.with_all_parts(path)
+            model, missing = contents.model(dtype)
+            tokenizer = contents.tokenizer()
+        else:
+            contents.refuse_parts(path)
+            model, missing, tokenizer = _through_transformers(path, dtype)
+        check_accounts(path, model, missing, contents.tensors, contents.metadata)
+        return model, tokenizer
     except PrunekitError:
         raise
     except (ValueError, LookupError, OSError, RuntimeError) as error:
@@ -106,23 +120,26 @@ def read_gguf(
 
 def _through_transformers(
     path: Path, dtype: torch.dtype
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    model = AutoModelForCausalLM.from_pretrained(
+) -> tuple[PreTrainedModel, Collection[str], PreTrainedTokenizerBase]:
+    """The model, the names of its tensors that the file did not give, and the tokenizer."""
+    model, found = AutoModelForCausalLM.from_pretrained(
         path.parent,
         gguf_file=path.name,
         dtype=dtype,
         quantization_config=GgufConfig(dequantize=True),
+        output_loading_info=True,
     )
+    missing = found["missing_keys"]
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     if getattr(model.config, "quantization_config", None) is None:
-        return model, tokenizer
+        return model, missing, tokenizer
     # A model that transformers calls quantised can't be saved: make a plain one of its tensors.
     config = copy.deepcopy(model.config)
     del config.quantization_config
-    state = model.state_dict()
-    return type(model).from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype
-    ), tokenizer
+    plain = type(model).from_pretrained(
+        None, config=config, state_dict=model.state_dict(), dtype=dtype
+    )
+    return plain, missing, tokenizer
 
 
 @dataclass
@@ -141,6 +158,41 @@ class _Contents:
         metadata = {key: field.contents() for key, field in reader.fields.items()}
         return cls(metadata, {tensor.name: tensor for tensor in reader.tensors})
 
+    def _parts(self, path: Path) -> list[Path]:
+        """The files that a split file consists of; the file itself if it is whole."""
+        count = self.metadata.get("split.count", 1)
+        name = _PART.fullmatch(path.name)
+        if count < 2:
+            return [path]
+        if name is None:
+            raise PrunekitError(
+                f"{path} is one of {count} parts, and its name doesn't say which: give it the name "
+                "that it had, such as model-00001-of-00002.gguf"
+            )
+        stem = name["stem"]
+        return [path.with_name(f"{stem}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
+
+    def with_all_parts(self, path: Path) -> _Contents:
+        """The contents of all files that a split file consists of."""
+        parts = self._parts(path)
+        if parts == [path]:
+            return self
+        for part in parts:
+            if not part.is_file():
+                raise PrunekitError(f"{part} is missing: get all {len(parts)} parts of the model")
+        contents = [_Contents.read(part) for part in parts]
+        tensors = {name: tensor for held in contents for name, tensor in held.tensors.items()}
+        return _Contents(contents[0].metadata, tensors)  # the first part describes the model
+
+    def refuse_parts(self, path: Path) -> None:
+        """Refuse what transformers would read the first part of."""
+        parts = self._parts(path)
+        if parts != [path]:
+            raise PrunekitError(
+                f"{path} is one of {len(parts)} parts: join them with llama.cpp's "
+                f"`llama-gguf-split --merge {parts[0].name} whole.gguf`, and load that"
+            )
+
     @property
     def is_smollm(self) -> bool:
         """Whether this module knows everything about the file."""
@@ -157,8 +209,8 @@ class _Contents:
             and set(self.tensors) <= known
         )
 
-    def model(self, dtype: torch.dtype) -> PreTrainedModel:
-        """The model, its tensors dequantised to `dtype`."""
+    def model(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Collection[str]]:
+        """The model, its tensors dequantised to `dtype`, and names of those that are missing."""
         config = self._config()
         state = {}
         for name in self.tensors:
@@ -172,10 +224,10 @@ class _Contents:
                 elif part == "attn_k":
                     tensor = _half_rotated(tensor, config.num_key_value_heads)
             state[target] = tensor
-        model: PreTrainedModel = LlamaForCausalLM.from_pretrained(
-            None, config=config, state_dict=state, dtype=dtype
+        model, found = LlamaForCausalLM.from_pretrained(
+            None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
-        return model
+        return model, found["missing_keys"]
 
     def _config(self) -> LlamaConfig:
         def llama(key: str) -> Any:

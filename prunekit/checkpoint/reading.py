@@ -20,13 +20,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prunekit.checkpoint.former_layouts import layout_of, read_former
 from prunekit.checkpoint.gguf_reader import read_gguf
-from prunekit.checkpoint.integrity import check_complete, check_readable, weight_files
+from prunekit.checkpoint.integrity import check_complete, check_readable, check_shards, weight_files
 from prunekit.checkpoint.manifest import read_json, verify_manifest
-from prunekit.checkpoint.skeletons import make_packed_config_, skeleton_of
 from prunekit.checkpoint.sources import located
 from prunekit.errors import PrunekitError, one_line
 from prunekit.models import dropped as modeling
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, check_supported
+from prunekit.models.skeletons import make_packed_config_, skeleton_of
 from prunekit.packed.described import PACKED_FIELD, check_packed
 from prunekit.packed.modules import packed_layers, prove_kernels
 from prunekit.process.ambient import usual_torch
@@ -89,6 +89,7 @@ def _load_folder(
         verify_manifest(folder)
     for file in files:
         check_readable(file)
+    shapes = check_shards(folder, files)
     source: dict[str, Any] = {"pretrained_model_name_or_path": folder}
     loader: Any = AutoModelForCausalLM
     if former:
@@ -108,7 +109,7 @@ def _load_folder(
         raise PrunekitError(f"{folder}: {error}") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise PrunekitError(f"{folder} couldn't be loaded: {one_line(error)}") from error
-    check_complete(folder, model, found)
+    check_complete(folder, model, found, files, shapes)
     if hasattr(model.config, PACKED_FIELD):
         _finish_packed_(folder, model, dtype)
     return model, _load_tokenizer(folder, config)

@@ -36,7 +36,9 @@ def _downloaded(source: str, gguf_file: str | None) -> Path:
         raise PrunekitError(
             f"{source} doesn't exist: give a folder, a .gguf file, a Hub id or '{DEMO}'"
         )
-    wanted = list(_HUB_FILES) if gguf_file is None else [gguf_file]
+    # a split file's other parts, too
+    parts = [] if gguf_file is None else [re.sub(r"-\d{5}-of-", "-*-of-", gguf_file)]
+    wanted = parts or list(_HUB_FILES)
     try:
         # Only the top folder: some repositories keep other formats' copies in folders below.
         folder = snapshot_download(source, allow_patterns=wanted, ignore_patterns=["*/*"])

@@ -15,12 +15,13 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prunekit.checkpoint.former_layouts import FORMER_LAYOUTS, former_state
 from prunekit.checkpoint.manifest import MANIFEST, write_manifest
-from prunekit.checkpoint.skeletons import make_packed_config_, skeleton_of
 from prunekit.errors import PrunekitError, one_line
 from prunekit.files.atomic import replaced_folder
 from prunekit.models import dropped as modeling
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS, base_model_type
+from prunekit.models.saveable import check_saveable
+from prunekit.models.skeletons import make_packed_config_, skeleton_of
 from prunekit.packed.described import dense_state, describe_packed, is_packed, packed_state
 from prunekit.packed.modules import packed_layers
 from prunekit.process.ambient import usual_torch
@@ -58,9 +59,11 @@ def save(
         The folder.
 
     Raises:
-        PrunekitError: Unknown format, or the folder is not empty or can't be written.
+        PrunekitError: Unknown format; the model is not what its configuration says
+            (`prunekit.models.saveable`); or the folder is not empty or can't be written.
     """
     check_format(format)
+    check_saveable(model)
     arch = Architecture(model)
     dropped = {
         sublayer: [i for i in range(len(arch.layers)) if arch.is_dropped(i, sublayer)]

@@ -21,6 +21,7 @@ from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.models.dropped import drop_blocks_, drop_sublayers_
 from prunekit.models.layouts import SUBLAYERS
+from prunekit.models.saveable import check_saveable
 from prunekit.process.ambient import usual_torch
 from prunekit.pruning.cosines import BLOCK, Part, mean_cosines, parts
 from prunekit.pruning.report import align, calibrated_in, dtype_name
@@ -189,6 +190,7 @@ def drop_(
         PrunekitError: More is to be dropped than there is, calibration is unusable, or the model
             gives NaN. The model is unchanged then.
     """
+    check_saveable(model)
     arch = Architecture(model)
     _check_count(arch, drop)
     with evaluating(model):

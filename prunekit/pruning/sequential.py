@@ -17,6 +17,7 @@ from prunekit.errors import PrunekitError
 from prunekit.files.locks import locked
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
+from prunekit.models.saveable import check_saveable
 from prunekit.models.weight_refs import WeightRef
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
@@ -81,10 +82,12 @@ def prune_(
         What was done to each matrix.
 
     Raises:
-        PrunekitError: A rule matches nothing, N:M doesn't divide a matrix, weights are NaN or
-            infinite, calibration is missing or unusable, or the journal is another run's or in use.
-            The model is unchanged then, except when an activation overflows in the middle.
+        PrunekitError: The model could not be saved (`prunekit.models.saveable`), a rule matches
+            nothing, N:M doesn't divide a matrix, weights are NaN or infinite, calibration is
+            missing or unusable, or the journal is another run's or in use. The model is unchanged
+            then, except when an activation overflows in the middle.
     """
+    check_saveable(model)
     arch = Architecture(model)
     recipe = Recipe.of(recipe)
     layers = [list(arch.weights(index)) for index in range(len(arch.layers))]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from prunekit.models import dropped as modeling
 from prunekit.models.layouts import base_model_type
@@ -14,13 +15,13 @@ from prunekit.packed.described import PACKED_FIELD
 
 
 def skeleton_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model of `config`'s class on the meta device."""
+    """A model of `config`'s class on the meta device; no random number is drawn."""
     name = base_model_type(config)
     own = isinstance(config, modeling.CONFIG_CLASSES[name])
     usual = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             return (modeling.model_class(name) if own else modeling.stock_class(name))(config)
     finally:
         torch.set_default_dtype(usual)
