@@ -268,7 +268,7 @@ DAMAGES = {
     ),
     "fewer layers": (
         lambda f: rewrite_config(f, num_hidden_layers=3),
-        r"the weights hold model\.layers\.3\.\S+, which the model has not",
+        r"the weights hold model\.layers\.3\.\S+, a layer past the 3 that config\.json says",
     ),
     "bad drop list": (lambda f: rewrite_config(f, drop_attn_list="0"), "must be listed as layer"),
     "drop out of range": (lambda f: rewrite_config(f, drop_mlp_list=[7]), "index 7 is out of rang"),
