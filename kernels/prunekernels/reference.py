@@ -163,7 +163,7 @@ def nm_mask(scores: Tensor, keep: int, of: int) -> Tensor:
     """Stable descending sort of every group of `of`; the first `keep` stay."""
     groups = scores.reshape(*scores.shape[:-1], -1, of)
     order = groups.sort(dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros(groups.shape, dtype=torch.bool)
+    mask = torch.zeros_like(groups, dtype=torch.bool)
     return mask.scatter_(-1, order[..., :keep], True).reshape(scores.shape)
 
 
@@ -172,7 +172,7 @@ def rowwise_mask(scores: Tensor, sparsity: float) -> Tensor:
     width = scores.shape[-1]
     kept = width - math.floor(sparsity * width + 1e-9)
     order = scores.sort(dim=-1, descending=True, stable=True).indices
-    mask = torch.zeros(scores.shape, dtype=torch.bool)
+    mask = torch.zeros_like(scores, dtype=torch.bool)
     return mask.scatter_(-1, order[..., :kept], True)
 
 
@@ -233,7 +233,7 @@ def _one_minus_cosine(x: Tensor, y: Tensor) -> Tensor:
 
 def _margin(z: Tensor) -> Tensor:
     if z.shape[-1] == 1:
-        return torch.full(z.shape[:-1], float("inf"), dtype=z.dtype)
+        return torch.full_like(z[..., 0], float("inf"))
     first, second = z.topk(2, -1).values.unbind(-1)
     return first - second
 
@@ -241,7 +241,7 @@ def _margin(z: Tensor) -> Tensor:
 def _top_tokens(a: Tensor, b: Tensor, log_p: Tensor, log_q: Tensor, k: int) -> dict[str, Tensor]:
     ids_a = a.sort(dim=-1, descending=True, stable=True).indices[..., :k]
     ids_b = b.sort(dim=-1, descending=True, stable=True).indices[..., :k]
-    listed = torch.zeros(a.shape, dtype=torch.bool).scatter(-1, ids_a, True)
+    listed = torch.zeros_like(a, dtype=torch.bool).scatter(-1, ids_a, True)
     p, q = log_p.exp(), log_q.exp()
     tail_p, tail_q = p.masked_fill(listed, 0.0).sum(-1), q.masked_fill(listed, 0.0).sum(-1)
     coarse_p = torch.cat([p.gather(-1, ids_a), tail_p[..., None]], -1)

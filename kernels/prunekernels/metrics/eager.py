@@ -7,7 +7,7 @@ proportion to the logits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -98,25 +98,37 @@ def head_pair_stats(
 
 
 def logit_blocks(
-    hidden: tuple[Tensor, Tensor], head: OutputHead
+    hidden: tuple[Tensor, Tensor],
+    head: OutputHead,
+    equalise: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row and float32 logits `(R, V)` of base and other, in buffers that are reused.
 
-    Equal hidden states give equal logits to the last bit. On a CPU, where the products take most
-    of the time, a state of `other` that also occurs among `base` is multiplied just once: dropping
-    a sublayer leaves the state that the sublayer before it made. (Elsewhere the search would cost
-    a host sync.) Otherwise both rows of a pair come from products of the same shape, at the same
-    place in buffers of the same alignment.
+    Equal hidden states give equal logits to the last bit, if both have one head: on a CPU, where
+    the products take most of the time, a state of `other` that also occurs among `base` is
+    multiplied just once (dropping a sublayer leaves the state that the sublayer before it made);
+    elsewhere, where that search would cost a host sync, see `joint_logits`. With two heads both
+    rows of a pair come from products of the same shape, at the same place in buffers of the same
+    alignment.
+
+    Args:
+        hidden: `(…, D)` states of base and of other.
+        head: what makes logits of them.
+        equalise: takes a mask of rows and two blocks; copies these rows of the first block to the
+            second. None: by torch, which reads and writes every row.
     """
     heads = head.weights
     vocab, width = heads[0].shape
     device = heads[0].device
     rows = hidden[0].numel() // width
-    shared = device.type == "cpu" and heads[0] is heads[1]
-    budget = (128 << 20) if device.type == "cpu" else (512 << 20)
-    step = max(1, min(rows, budget // (8 * vocab)))
+    one_head, on_cpu = heads[0] is heads[1], device.type == "cpu"
+    step = chunk_rows(rows, vocab, (128 << 20) if on_cpu else (640 << 20))
+    joint = one_head and not on_cpu
     # Two allocations, not two halves of one: a matmul may round by its output's alignment.
-    logits = [torch.empty(step, vocab, dtype=torch.float32, device=device) for _ in range(2)]
+    logits = [
+        torch.empty((1 + joint) * _aligned(step), vocab, dtype=torch.float32, device=device)
+        for _ in range(2 - joint)
+    ]
 
     def project(states: Tensor, side: int) -> Tensor:
         out = logits[side][: states.shape[0]]
@@ -135,7 +147,11 @@ def logit_blocks(
             rms_normalised(take_rows(states, start, stop), head.norm_weight, head.norm_eps)
             for states in hidden
         )
-        found = _positions(other, base) if shared else None
+        if joint:
+            a, b = joint_logits(base, other, lambda states: project(states, 0), equalise)
+            yield start, a, b
+            continue
+        found = _positions(other, base) if one_head else None
         if found is None or bool((found < 0).all()):
             yield start, project(base, 0), project(other, 1)
             continue
@@ -147,6 +163,55 @@ def logit_blocks(
             b = a.index_select(0, found[group].masked_fill(missing[group], 0))
             b[missing[group]] = fresh[found[group][missing[group]]]
             yield start + row, a[group], b
+
+
+def chunk_rows(rows: int, vocab: int, budget: int) -> int:
+    """Pairs of rows whose float32 logits are alive at the same time.
+
+    All of them if they fit the budget in bytes, else a multiple of 64, so that the product has
+    whole tiles of 128. The budget must not shrink to what a second-level cache holds: each chunk
+    reads the head again, which fewer than about 200 rows cannot hide.
+    """
+    fit = max(1, budget // (8 * vocab))
+    if rows <= fit:
+        return max(1, rows)
+    return fit // 64 * 64 if fit >= 64 else fit
+
+
+def _aligned(rows: int) -> int:
+    """Rows after which a float32 row of any length starts at a multiple of 16 bytes."""
+    return -(-rows // 4) * 4
+
+
+def joint_logits(
+    base: Tensor,
+    other: Tensor,
+    project: Callable[[Tensor], Tensor],
+    equalise: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Logits of both blocks `(R, D)` of states by one product, which reads the head once.
+
+    A product may sum two rows in another order (its tiles may be split differently over depth), so
+    equal states need not give equal bits by themselves: rows of `other` whose state is that of
+    `base` are copied.
+
+    Args:
+        base: states of base.
+        other: states of other.
+        project: makes logits of states.
+        equalise: as in `logit_blocks`.
+    """
+    rows, first = base.shape[0], _aligned(base.shape[0])
+    states = base.new_zeros(first + rows, base.shape[1])
+    states[:rows], states[first:] = base, other
+    logits = project(states)
+    a, b = logits[:rows], logits[first:]
+    same = (base == other).all(-1)
+    if equalise is None:
+        torch.where(same[:, None], a, b, out=b)
+    else:
+        equalise(same, a, b)
+    return a, b
 
 
 def _positions(states: Tensor, among: Tensor) -> Tensor:

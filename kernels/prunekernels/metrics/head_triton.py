@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels.compilation import KernelCase
+from prunekernels.compilation import Arch, KernelCase
+from prunekernels.launch import Launch, meta
 from prunekernels.metrics import merge_triton, pair_triton, tuning
 from prunekernels.metrics.eager import logit_blocks, rms_normalised
 from prunekernels.metrics.merge_triton import State
@@ -237,6 +238,32 @@ def _tile_lead(z, columns):
     return best, at, rest
 
 
+@triton.jit(do_not_specialize=["V"])
+def _copy_rows_kernel(
+    same_ptr,  # (N,) bool: rows to copy
+    from_ptr,  # (N, V) fp32
+    to_ptr,  # (N, V) fp32
+    V,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    if tl.load(same_ptr + row):
+        columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        at = row * V + columns
+        tl.store(to_ptr + at, tl.load(from_ptr + at, mask=columns < V), mask=columns < V)
+
+
+def copy_equal_rows(same: Tensor, source: Tensor, target: Tensor) -> None:
+    """Copy the rows of `(N, V)` logits that a mask names; the others cost a byte each."""
+    _copying(same, source, target).run()
+
+
+def _copying(same: Tensor, source: Tensor, target: Tensor) -> Launch:
+    rows, vocab = source.shape
+    grid = (rows, triton.cdiv(vocab, 4096))
+    return Launch(_copy_rows_kernel, grid, (same, source, target, vocab), {"BLOCK": 4096})
+
+
 def partial_state(
     hidden: tuple[Tensor, Tensor],
     head: OutputHead,
@@ -309,9 +336,13 @@ def head_pair_stats(
     vocab, width = head.weight.shape
     rows = base_hidden.numel() // width
     labels = None if labels is None else labels.reshape(-1)
-    if options.second_pass or options.topk or not tuning.head_fused(rows, width):
+    if (
+        options.second_pass
+        or options.topk
+        or not tuning.head_fused(rows, head.other_weight is None)
+    ):
         parts = []
-        for start, a, b in logit_blocks((base_hidden, other_hidden), head):
+        for start, a, b in logit_blocks((base_hidden, other_hidden), head, copy_equal_rows):
             some = None if labels is None else labels[start : start + a.shape[0]]
             parts.append(pair_triton.pair_stats(a, b, some, subset, options))
         if parts:
@@ -372,4 +403,9 @@ def compile_cases() -> list[KernelCase]:
                 archs=(arch,),
             )
         )
+    logits = meta((64, 152064), torch.float32)
+    copying = _copying(meta((64,), torch.bool), logits, logits)
+    every: tuple[Arch, ...] = (80, 89, 90, "gfx942")
+    opcodes = ("STG.E", "global_store_dword")  # rows of any length start anywhere
+    cases.append(copying.case("head_pair_stats/copy_rows", opcodes=opcodes, archs=every))
     return cases

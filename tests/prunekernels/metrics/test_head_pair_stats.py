@@ -173,3 +173,29 @@ def test_strided_head_and_leading_dimensions() -> None:
     torch.testing.assert_close(
         found.kl_base_other.flatten(), wanted.kl_base_other, rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_joint_product_gives_equal_states_equal_bits() -> None:
+    """Even where the product sums each row in an order of its own, as a GPU's may."""
+    base, other, head = states(7, 24, 401)
+    other[2], other[6] = base[2], base[6]
+    reads = []
+
+    def project(hidden: torch.Tensor) -> torch.Tensor:
+        reads.append(hidden.shape[0])
+        noise = 1 + 1e-3 * torch.rand(hidden.shape[0], 401)
+        return (hidden @ head.T) * noise
+
+    a, b = eager.joint_logits(base, other, project)
+    assert reads == [8 + 7]  # one product; other's rows start at a multiple of 16 bytes
+    assert torch.equal((a == b).all(1), (base == other).all(1))
+    torch.testing.assert_close(a, base @ head.T, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(b, other @ head.T, rtol=2e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "expected"),
+    [(1, 152064, 1), (500, 152064, 500), (2048, 152064, 512), (10**6, 32000, 2560), (9, 10**8, 1)],
+)
+def test_chunks_are_whole_tiles_sized_by_memory(rows: int, vocab: int, expected: int) -> None:
+    assert eager.chunk_rows(rows, vocab, 640 << 20) == expected

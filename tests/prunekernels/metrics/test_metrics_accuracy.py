@@ -92,7 +92,7 @@ def test_eager_of_shifted_and_of_half_precision_rows(dtype, offsets):
 @pytest.mark.parametrize("vocab", [1, 17, 1000])
 def test_head(vocab, level):
     """The interpreter takes two minutes for 150,000 tokens: test_metrics_gpu.py has those."""
-    assert tuning.head_fused(len(STEPS), 16)
+    assert tuning.head_fused(len(STEPS), True)
     check_head("triton", vocab, level)
 
 

@@ -344,7 +344,10 @@ def test_vectors(width, dtype):
         (2, 40, 300, torch.float32, {"bias": True}),
     ],
 )
-def test_heads(rows, width, vocab, dtype, options):
+def test_heads(rows, width, vocab, dtype, options, monkeypatch):
+    from prunekernels.metrics import tuning
+
+    monkeypatch.setattr(tuning, "head_fused", lambda *_: True)  # more rows than a block has too
     options = dict(options)
     base = torch.randn(rows, width)
     other = base + 0.1 * torch.randn(rows, width)
@@ -377,13 +380,24 @@ def opcheck(name, *arguments):
 
 
 @interpreted
+def test_rows_of_equal_states_are_copied_and_no_others():
+    from prunekernels.metrics import head_triton
+
+    source, target = torch.randn(5, 9001), torch.randn(5, 9001)
+    same = torch.tensor([True, False, False, True, True])
+    wanted = torch.where(same[:, None], source, target)
+    head_triton.copy_equal_rows(same, source, target)
+    assert torch.equal(target, wanted)
+
+
+@interpreted
 def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
     from prunekernels.metrics import head_triton, tuning
     from prunekernels.metrics.options import OutputHead, PairOptions
 
     width, peaks = 8, {}
-    for rows, vocab in ((64, 200), (64, 400), (128, 200)):
-        assert tuning.head_fused(rows, width)
+    for rows, vocab in ((8, 200), (8, 400), (16, 200)):
+        assert tuning.head_fused(rows, True)
         hidden, head = torch.randn(rows, width), torch.randn(vocab, width)
         with Allocations() as memory:
             head_triton.head_pair_stats(
@@ -393,9 +407,9 @@ def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
         state = 4 * 35 + 16  # bytes of a partial state's numbers and ids
         peaks[rows, vocab] = memory.peak - rows * splits * state
     # normalised copies of the states, results and normalisers: nothing of the vocabulary
-    assert peaks[64, 200] == peaks[64, 400]
-    assert 0 < peaks[128, 200] - peaks[64, 200] <= 64 * (2 * 4 * width + 200)
-    assert peaks[128, 200] <= 128 * (2 * 4 * width + 200)
+    assert peaks[8, 200] == peaks[8, 400]
+    assert 0 < peaks[16, 200] - peaks[8, 200] <= 8 * (2 * 4 * width + 200)
+    assert peaks[16, 200] <= 16 * (2 * 4 * width + 200)
 
 
 @interpreted
