@@ -336,6 +336,7 @@ def test_chunks_of_states_give_the_same(tiny, monkeypatch, perturbed):
         ({"hidden_size": 64}, r"hidden size \(32 and 64\)"),
         ({"num_hidden_layers": 3}, "does not say which it kept"),
     ],
+    ids=str,
 )
 def test_mismatched_models_are_refused(tiny, changes, message):
     with pytest.raises(PrunekitError, match=message):

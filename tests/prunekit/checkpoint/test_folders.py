@@ -386,7 +386,9 @@ def test_only_checkpoints_are_overwritten(tiny, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left"), RuntimeError("odd")]
+    "error",
+    [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left"), RuntimeError("odd")],
+    ids=repr,
 )
 def test_interrupted_saves_leave_the_old_one(saved, tiny, tokenizer, monkeypatch, error):
     before = contents(saved)

@@ -85,6 +85,7 @@ def test_table_and_plot(folder, capsys, tmp_path):
         (("--prompt", "120", "--new", "20"), "exceed the model's context of 128"),
         (("--sparsity", "1.5"), "not between 0 and 1"),
     ],
+    ids=str,
 )
 def test_bad_options_are_one_line(folder, capsys, words, message):
     status, out, err = run(capsys, str(folder), *SMALL, *words)

@@ -64,6 +64,7 @@ def test_a_bug_is_one_line_too_and_says_how_to_see_more(here, capfd, monkeypatch
         (PrunekitError("two\nlines: fix"), 2, "error: two lines: fix"),
         (BrokenPipeError(), 141, ""),
     ],
+    ids=repr,
 )
 def test_what_ends_a_command_is_explained(error, status, fix, monkeypatch):
     monkeypatch.setattr(sys, "stdout", sys.stdout)  # a broken pipe replaces it

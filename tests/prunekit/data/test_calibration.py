@@ -94,7 +94,7 @@ def test_length_beyond_the_context(tiny):
         tokens(Calibration(samples=1, length=65), tiny("llama"))
 
 
-@pytest.mark.parametrize("settings", [{"samples": 0}, {"length": 1}])
+@pytest.mark.parametrize("settings", [{"samples": 0}, {"length": 1}], ids=str)
 def test_impossible_sizes(settings):
     with pytest.raises(PrunekitError, match="use samples >= 1 and length >= 2"):
         Calibration(**settings)

@@ -61,6 +61,7 @@ GOOD = '{"question": "q", "options": ["a", "b"], "answer": 0}'
         ("x.jsonl", GOOD[:-1] + ', "topic": 3}', "line 1: 'topic' is not text"),
         ("x.jsonl", (GOOD[:-1] + ', "id": "s"}\n') * 2, "the id 's' occurs twice"),
     ],
+    ids=str,
 )
 def test_bad_files_name_the_place_and_the_fix(
     tmp_path: Path, name: str, text: str, message: str

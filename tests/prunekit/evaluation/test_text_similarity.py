@@ -22,6 +22,7 @@ from prunekit.evaluation.text_similarity import repetition_rate as repetition
         ([1, 2, 9, 4], [1, 2, 3, 4], 2, 2),
         ([7, 2], [1, 2], 0, 0),
     ],
+    ids=str,
 )
 def test_prefix_and_divergence(a: list, b: list, prefix: int, divergence: int | None) -> None:
     assert exact_prefix(a, b) == prefix

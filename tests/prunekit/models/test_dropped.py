@@ -314,6 +314,7 @@ def test_gradients_reach_what_is_left(tiny, token_ids):
         ({"mlp": [-1]}, "mlp index -1 is out of range"),
         ({"attn": [1], "mlp": [2]}, "mlp of layer 2 is already dropped"),
     ],
+    ids=str,
 )
 def test_bad_indices_leave_the_model_alone(tiny, token_ids, arguments, message):
     model = tiny("llama")

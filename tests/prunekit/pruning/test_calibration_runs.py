@@ -70,7 +70,7 @@ def test_calibration_in_bfloat16_rounds_activations_only(tiny, token_ids, name, 
         prune(model, Wanda(), token_ids, calibration_dtype=torch.int8)
 
 
-@pytest.mark.parametrize("method", [Wanda(), SparseGPT()])
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT()], ids=str)
 def test_peak_memory_stays_near_the_model_and_one_blocks_sums(tiny, method):
     """The embedded model's proportions at 16 × 512 tokens, a quarter as wide.
 

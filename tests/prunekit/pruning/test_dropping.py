@@ -382,6 +382,7 @@ def test_calibration_descriptions_are_resolved(tiny):
         (("attn", 1, "random"), "strategy 'random' is unknown: use discrete"),
         (("all", 2, "consecutive"), "use unit attn, mlp or block, or strategy"),
     ],
+    ids=str,
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(PrunekitError, match=message):

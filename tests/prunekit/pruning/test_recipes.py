@@ -46,7 +46,9 @@ def test_impossible_patterns(method, pattern, sparsity, message):
         method(pattern=pattern, sparsity=sparsity)
 
 
-@pytest.mark.parametrize("settings", [{"block": 0}, {"damping": 0.0}, {"damping": float("inf")}])
+@pytest.mark.parametrize(
+    "settings", [{"block": 0}, {"damping": 0.0}, {"damping": float("inf")}], ids=str
+)
 def test_impossible_sparsegpt_settings(settings):
     with pytest.raises(PrunekitError, match="use for example"):
         SparseGPT(**settings)
@@ -80,6 +82,7 @@ def test_recipes_assign_the_first_rule_that_matches():
         (Recipe({"*": Wanda(), "*.a": Magnitude()}), r"'\*.a' matches only what earlier rules"),
         (Recipe({"*.a": Wanda()}, ignore=("*",)), r"'\*.a' matches only ignored"),
     ],
+    ids=str,
 )
 def test_rules_without_a_matrix(recipe, message):
     with pytest.raises(PrunekitError, match=message):
@@ -92,6 +95,7 @@ def test_rules_without_a_matrix(recipe, message):
         Recipe.of(Magnitude(0.3)),
         Recipe({"*.q": Wanda(variant=True), "*": SparseGPT(pattern="2:4", block=64)}, ("*.v",)),
     ],
+    ids=str,
 )
 def test_recipes_survive_plain_data(recipe):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
@@ -117,6 +121,7 @@ def test_one_method_as_plain_data():
         ({"rules": {"*": {"method": "wanda"}}, "pattern": "2:4"}, "no setting 'pattern': put it"),
         ({"method": "wanda", "ignore": "lm_head"}, "ignore must be a list"),
     ],
+    ids=str,
 )
 def test_unusable_plain_data(settings, message):
     with pytest.raises(PrunekitError, match=message):

@@ -225,7 +225,7 @@ def test_experts_are_scored_on_the_tokens_routed_to_them(tiny, token_ids):
         assert torch.equal(pruned[ref.name] != 0, mask), ref.name
 
 
-@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), SparseGPT(pattern="2:4")])
+@pytest.mark.parametrize("method", [Wanda(), SparseGPT(), SparseGPT(pattern="2:4")], ids=str)
 def test_experts_without_a_token_fall_back_to_magnitude_and_say_so(tiny, method):
     model = tiny("mixtral")
     report = prune(model, method, torch.tensor([[5, 6]]))  # 4 routings per layer at most

@@ -40,6 +40,7 @@ def test_sentences_say_whether_the_estimate_holds():
         ((50, 40), "though the two intervals overlap", False),
         ((50, 20), "the intervals do not overlap", False),
     ],
+    ids=str,
 )
 def test_sentences_claim_no_more_than_the_scores_show(right, verdict, claim):
     text = said(make_study(right=right))

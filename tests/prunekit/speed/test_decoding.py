@@ -90,6 +90,7 @@ def test_a_broken_position_is_noticed(monkeypatch):
         ({"new_tokens": 60}, "exceed the model's context of 64"),
         ({"new_tokens": 0}, "must not be empty"),
     ],
+    ids=str,
 )
 def test_bad_requests_name_the_fix(change, message):
     model = tiny()

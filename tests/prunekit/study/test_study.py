@@ -150,6 +150,7 @@ def test_only_what_is_asked_for(dropped, word_tokenizer):
         ({"temperature": -1.0}, "must be above 0"),
         ({"layerwise_prompts": 0}, "at least 1"),
     ],
+    ids=str,
 )
 def test_bad_input_is_found_before_the_work(tiny, word_tokenizer, monkeypatch, options, message):
     model = tiny("llama")
