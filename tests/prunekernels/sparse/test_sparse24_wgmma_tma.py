@@ -295,6 +295,14 @@ def _wrong_phase(text: str) -> str:
     return changed
 
 
+def _wrong_phase_of_x(text: str) -> str:
+    """The wait for x looks at the phase before."""
+    wait = r"(XWAIT[AB]:\n)(mbarrier\.try_wait\S* p, \[[^\]]*\], )(%r\d+);"
+    changed, count = re.subn(wait, r"\1xor.b32 phase, \3, 1;\n\2phase;", text)
+    assert count
+    return changed
+
+
 def _fewer_arrivals(text: str) -> str:
     """A slot counts as used when all warps but one have used it."""
     changed, count = re.subn(r"(mbarrier\.init\S* \[[^\]]*\], )8;", r"\g<1>7;", text)
@@ -314,7 +322,8 @@ MUTANTS = {
     "no wait for x": _without(r"XWAIT([AB]):\n[^\n]*try_wait[^\n]*\n[^\n]*XWAIT\1;\n"),
     "no wait for the slot": _without(r"FWAIT:\n[^\n]*try_wait[^\n]*\n[^\n]*FWAIT;\n"),
     "slots reported before the wait": _early_report,
-    "wrong phase": _wrong_phase,
+    "wrong phase of a slot": _wrong_phase,
+    "wrong phase of x": _wrong_phase_of_x,
     "one arrival too few": _fewer_arrivals,
     "no report": _without(r"@p mbarrier\.arrive\.shared::cta\.b64 _, [^\n]*\n"),
     "fewer bytes expected": _fewer_bytes,
