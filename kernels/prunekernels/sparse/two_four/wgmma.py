@@ -6,8 +6,8 @@ Two warpgroups per program, 64 weight rows each. The packed words are the regist
 operand, as for `mma.sp`; x is copied into a ring in shared memory, in rows of 128 swizzled bytes,
 where the instruction reads it through a descriptor. Triton gives no shared-memory address, so
 inline assembly names the symbol `global_smem`: the ring must be the program's first allocation.
-It has not run on a GPU: the machine code is checked and emulated, the numerics are not proven.
-Hence `impl="auto"` never takes it: it runs when asked for by name, after the self-test.
+It is right on an H200 and slower there than the dense product, so `impl="auto"` never takes it: it
+runs when asked for by name, after the self-test, until `wgmma_tma` has been measured.
 Format: `two_four.layout`. Instruction: PTX ISA, `wgmma.mma_async.sp`, A in registers.
 """
 
