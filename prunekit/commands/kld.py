@@ -77,12 +77,15 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     folder = _folder(args)
 
     from prunekit.divergence.candidates import sides
+    from prunekit.divergence.processes import by_main
     from prunekit.divergence.reference import write_reference
     from prunekit.divergence.run import kld, tokenizer_of
 
     for side in sides([reference]):
         if side.kind == "model":
             options.find([str(side.source)])
+    if args.overwrite:
+        by_main(lambda: _emptied(folder))
     result = kld(
         reference,
         args.candidates,
@@ -129,12 +132,14 @@ def _folder(args: argparse.Namespace) -> Path:
         raise PrunekitError(f"{folder} holds something else: choose another --output")
     if folder.is_file():
         raise PrunekitError(f"{folder} is a file: choose another --output")
-    if args.overwrite:
-        for name in ours[:2]:
-            shutil.rmtree(folder / name, ignore_errors=True)
-    elif not held:
+    if not held:
         options.output(args, ours)
     return folder
+
+
+def _emptied(folder: Path) -> None:
+    for name in ("candidates", "reference"):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _shown(result: object, folder: Path) -> object:

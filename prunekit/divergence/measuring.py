@@ -100,6 +100,7 @@ def _run(
         ours, theirs = reference.rows(group), rows(group)
         if group is missing[0]:
             readout = shared_readout(ours.readout, theirs.readout)
+            readout = None if readout is None else readout.to(theirs.values.device)
         ours = Rows(ours.values, readout)
         found = compare(
             ours,

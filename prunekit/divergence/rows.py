@@ -100,6 +100,12 @@ class Readout:
                 "prunekit does not know: compare another architecture, or capture its logits"
             )
 
+    def to(self, device: torch.device) -> Readout:
+        """The same map with its matrix on `device`."""
+        held = {"weight": self.weight, "bias": self.bias}
+        moved = {name: None if part is None else part.to(device) for name, part in held.items()}
+        return replace(self, **moved)  # type: ignore[arg-type]
+
     def plain(self) -> Readout:
         """The same map with a matrix for the module, found by applying it to unit vectors."""
         if self.module is None:

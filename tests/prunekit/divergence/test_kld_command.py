@@ -77,6 +77,17 @@ def test_the_table_and_going_on(folders, text_file, tmp_path, capsys, monkeypatc
     assert "far" in capsys.readouterr().out
 
 
+def test_overwriting_starts_anew(folders, text_file, tmp_path, capsys):
+    here, near, _ = folders
+    out = str(tmp_path / "out")
+    arguments = ["kld", here, near, "--text", str(text_file), "--quiet", "--output", out]
+    assert main([*arguments, "--context", "16"]) == 0
+    assert main([*arguments, "--context", "8"]) == 2
+    assert "another context (16, now 8)" in capsys.readouterr().err
+    assert main([*arguments, "--context", "8", "--overwrite"]) == 0
+    assert json.loads((tmp_path / "out" / "kld.json").read_text())["plan"]["context"] == 8
+
+
 def test_a_failure_is_status_2_and_the_others_are_there(folders, text_file, tmp_path, capsys):
     here, near, _ = folders
     out = tmp_path / "out"
