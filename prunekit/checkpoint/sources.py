@@ -12,7 +12,14 @@ from prunekit.checkpoint.gguf_reader import demo_file
 from prunekit.errors import PrunekitError
 
 DEMO = "demo"
-_HUB_FILES = ("*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+_HUB_FILES = (
+    "*.json",
+    "model*.safetensors",
+    "adapter_model.safetensors",
+    "tokenizer.model",
+    "*.txt",
+    "*.jinja",
+)
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 
 
