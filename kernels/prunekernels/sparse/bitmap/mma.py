@@ -292,9 +292,11 @@ def _bitmap_mma_fwd_kernel(
     # bulk copies have all been waited for: past the range nothing is copied
     say("cp.async.wait_group 0;", lane)
     acc = gl.where(_to_registers(read, ACC) == 0, float("nan"), acc)
-    # every warp is done with its ring: the warps' sums meet there
+    # every lane is done with its warp's ring: the warps' sums meet there
     if NW > 1:
         barrier()
+    else:
+        say("bar.warp.sync -1;", lane)
     # by one warp too: without a store there would be no allocation
     room = memory.index(0)
     room.store(gl.reshape(acc, [NW * NT, 128]))
