@@ -10,7 +10,7 @@
 # Parts, by interest: tests candidates sparse24 metrics bitmap model select prune shapes. With
 # `next` each part has a time box, so that a long one leaves the others their share; what is left of
 # the minutes goes to the unfinished ones in the same order.
-# OUT gets tests.txt, parts.txt (what is finished) and a folder per device with the CSV files; it
+# OUT gets tests.txt, parts.txt (what is finished), host.csv and a folder per device with CSV files; it
 # may be carried to another machine of the same kind and continued there. BUNDLE=FILE.tar.gz packs
 # OUT into one file after each part, and fills an empty OUT from it at the start. Where the code is
 # a copy without its repository, set BENCH_COMMIT. PYTHON is the interpreter (python3), RESEARCH a
@@ -159,7 +159,10 @@ tests_by_file() {
 part() {
     case $1 in
     tests) tests ;;
-    candidates) benchmark bench_candidates ;;
+    candidates)
+        [ ${#quick[@]} -eq 0 ] && bounded "$python" -m bench.bench_host --csv "$out/host.csv" >&2
+        benchmark bench_candidates
+        ;;
     sparse24) benchmark bench_sparse --pattern 2:4 --model Llama-3-8B ;;
     bitmap) benchmark bench_sparse --pattern unstructured --model Llama-3-8B ;;
     metrics) benchmark bench_metrics ;;

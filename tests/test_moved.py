@@ -9,7 +9,9 @@ import pytest
 
 OLD = {
     "prunekernels.eager": "prunekernels.metrics.eager",
+    "prunekernels.gluon_compat": "prunekernels.sparse.gluon_compat",
     "prunekernels.language": "prunekernels.metrics.sums.triton",
+    "prunekernels.sparse.dispatch": "prunekernels.sparse.layer",
     "prunekernels.sparse.format24": "prunekernels.sparse.two_four.format",
     "prunekernels.sparse.format_bitmap": "prunekernels.sparse.bitmap.format",
     "prunekit.calibration": "prunekit.data.calibration",
