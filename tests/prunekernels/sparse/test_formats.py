@@ -34,6 +34,9 @@ def test_strided_weights_pack_like_contiguous_ones(form):
     strided = torch.zeros(24, 80, dtype=torch.float16)
     strided[:, ::2] = weight
     assert_same_state(form.kind.pack(strided[:, ::2]), form.kind.pack(weight))
+    turned = weight.T.contiguous().T
+    assert not turned.is_contiguous()
+    assert_same_state(form.kind.pack(turned), form.kind.pack(weight))
 
 
 @every_format
@@ -96,6 +99,7 @@ def test_moves_between_types_round_like_torch(form):
         moved = packed.to(dtype=dtype)
         assert moved.dtype == dtype and torch.equal(moved.to_dense(), weight.to(dtype))
         form.kind.from_state_dict(moved.state_dict())
+    assert packed.to(dtype=torch.float16).nbytes < packed.nbytes
     assert packed.to("cpu").device == torch.device("cpu")
     assert packed.to("meta").device.type == "meta"
     with pytest.raises(ValueError, match="float64"):
