@@ -2,7 +2,8 @@
 
 A score becomes an int32 key that is ordered as the scores are: the float32's bits, those of
 negative numbers flipped, ±0 alike. A row's cut is the smallest key t with #{key ≤ t} ≥ prune.
-Short rows: one program keeps the keys on chip and narrows [lo, hi] ∋ t by counting. Long rows: four
+Short rows: one program keeps the keys on chip and narrows [lo, hi] ∋ t by counting, over 16 or 19
+bits where scores are of 16 bits (the other bits of their keys are 0). Long rows: four
 histograms of eight bits each (radix select), shared by the row's programs through integer atomics.
 Of the keys equal to t the first #{key ≤ t} − prune stay. N:M ranks a group by all its pairs.
 """
@@ -30,6 +31,8 @@ LAST = tl.constexpr(0x7FFFFFFF)
 #: The key of infinity.
 INFINITE = tl.constexpr(0x7F800000)
 BINS = tl.constexpr(256)
+#: Low bits of the float32 bits of a 16-bit number: always 0.
+_SPARE_BITS = {torch.bfloat16: 16, torch.float16: 13}
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def _report(bad_ptr, broken):
         tl.atomic_max(bad_ptr, 1)
 
 
-@triton.jit(do_not_specialize=["K", "prune"])
+@triton.jit(do_not_specialize=["prune"])  # where 16 divides K, loads are wide
 def _row_kernel(
     x_ptr,  # (N, K) scores, or weights
     norms_ptr,  # (K,) fp32, with SCALED
@@ -72,6 +75,7 @@ def _row_kernel(
     ABS: tl.constexpr,
     SCALED: tl.constexpr,
     INPLACE: tl.constexpr,  # also write zeros over what goes
+    SPARE: tl.constexpr,  # low bits that are 0 in every key
     BLOCK: tl.constexpr,  # ≥ K
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -80,9 +84,10 @@ def _row_kernel(
     at = row * stride_xn + columns.to(tl.int64) * stride_xk
     key, broken = _keys(x_ptr, norms_ptr, at, columns, inside, ABS, SCALED)
     _report(bad_ptr, broken)
+    key = key >> SPARE
     # #{key ≤ lo} = below < prune ≤ upto = #{key ≤ hi}
     lo = tl.min(key).to(tl.int64) - 1
-    hi = tl.max(tl.where(inside, key, -LAST)).to(tl.int64)
+    hi = tl.max(tl.where(inside, key, -LAST >> SPARE)).to(tl.int64)
     below = prune * 0
     upto = below + K
     step = 0
@@ -127,7 +132,7 @@ def _cut(counts_ptr, row, N, prune, LEVELS: tl.constexpr):
     return prefix, rest
 
 
-@triton.jit(do_not_specialize=["N", "K", "prune"])
+@triton.jit(do_not_specialize=["N", "prune"])
 def _histogram_kernel(
     x_ptr,
     norms_ptr,
@@ -161,7 +166,7 @@ def _histogram_kernel(
     tl.atomic_add(here, counts, mask=counts > 0)
 
 
-@triton.jit(do_not_specialize=["N", "K", "prune"])
+@triton.jit(do_not_specialize=["N", "prune"])
 def _ties_kernel(
     x_ptr,
     norms_ptr,
@@ -186,7 +191,7 @@ def _ties_kernel(
     tl.store(ties_ptr + row * tl.num_programs(0) + tl.program_id(0), tied)
 
 
-@triton.jit(do_not_specialize=["N", "K", "prune"])
+@triton.jit(do_not_specialize=["N", "prune"])
 def _long_kernel(
     x_ptr,
     norms_ptr,
@@ -381,7 +386,13 @@ def _row_call(
         _row_kernel,
         (count,),
         (rows, norms, mask, bad, width, prune, *rows.stride()),
-        {"ABS": absolute, "SCALED": norms is not None, "INPLACE": inplace, "BLOCK": block},
+        {
+            "ABS": absolute,
+            "SCALED": norms is not None,
+            "INPLACE": inplace,
+            "SPARE": _SPARE_BITS.get(rows.dtype, 0) if norms is None else 0,
+            "BLOCK": block,
+        },
         num_warps=warps,
     )
 
@@ -436,6 +447,8 @@ def compile_cases() -> list[KernelCase]:
     for width in (4096, 14336):
         call = _row_call(*parts(4096, width, torch.bfloat16), width // 2, True, False)
         cases.append(call.case(f"rowwise_mask/{width}/bf16", opcodes=("LDG.E.128",)))
+    call = _row_call(*parts(4096, 14336, torch.bfloat16, False), 7168, True, False)
+    cases.append(call.case("rowwise_mask/14336/bf16/no norms", opcodes=("LDG.E.128",)))
     long = parts(16, 1 << 20, torch.float32, False)
     first, _, _, last, ties, mask = _long_calls(*long, 1 << 19, True, True)
     for call, name in (

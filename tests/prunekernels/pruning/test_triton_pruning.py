@@ -75,6 +75,26 @@ def test_rows(sparsity):
 
 
 @interpreted
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("sparsity", [0.03, 0.6])
+def test_rows_of_16_bits(dtype, sparsity):
+    """Their keys are searched without the low bits of float32, which are 0."""
+    subnormal = torch.tensor(torch.finfo(dtype).smallest_normal / 4)
+    for scores in (
+        torch.randn(4, 700).mul(2).exp() * torch.randn(4, 1).sign(),
+        torch.randn(4, 700),
+        subnormal * torch.randint(-3, 4, (4, 300)),
+        torch.finfo(dtype).max * torch.randint(-1, 2, (4, 300)),
+    ):
+        scores = scores.to(dtype)
+        found = rowwise_mask(scores, sparsity, impl="triton")
+        assert torch.equal(found, reference.rowwise_mask(scores.double(), sparsity))
+        weight = scores.clone()
+        mask = rowwise_prune_(weight, sparsity, impl="triton")
+        assert torch.equal(mask, reference.rowwise_mask(scores.double().abs(), sparsity))
+
+
+@interpreted
 @pytest.mark.slow
 @pytest.mark.parametrize("sparsity", [0.0, 0.03, 0.1, 0.3, 0.5, 0.7, 0.97])
 def test_more_rows(sparsity):
