@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from former_bitmaps import version_2
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from packed_formats import DTYPES, assert_same_bits, integers
 from prunekernels.sparse.bitmap.format import BitmapSparse, bitmap_pack
 from prunekernels.sparse.bitmap.layout import words_of
@@ -29,6 +31,23 @@ def test_round_trip_at_every_sparsity(dtype, sparsity):
         packed = bitmap_pack(weight)
         assert packed.shape == (rows, columns) and packed.dtype == dtype
         assert_same_bits(packed.to_dense(), weight)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 400),
+    dtype=st.sampled_from(DTYPES),
+    seed=st.integers(0, 2**31),
+)
+def test_rows_that_differ_come_back(rows, columns, dtype, seed):
+    torch.manual_seed(seed)
+    # about half of them are empty
+    density = torch.rand(rows, 1).mul(2).sub(1).clamp(min=0)
+    weight = torch.randn(rows, columns) * (torch.rand(rows, columns) < density)
+    packed = bitmap_pack(weight.to(dtype))
+    assert_same_bits(packed.to_dense(), weight.to(dtype))
+    assert_same(BitmapSparse.from_state_dict(packed.state_dict()), packed)
 
 
 def assert_same(a: BitmapSparse, b: BitmapSparse) -> None:

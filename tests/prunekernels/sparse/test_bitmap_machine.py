@@ -158,6 +158,32 @@ def test_a_record_that_does_not_fit_makes_its_results_nan(machine, slots, bulk):
         assert (y[:, :16] == 0).all() and y[:, 16:].isnan().all()
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong", "bulk", "message"),
+    [
+        ("cp.async.wait_group 0;", "cp.async.wait_group 1;", False, "copy in flight"),
+        ("bar.warp.sync -1;", "", False, r"without bar\.warp\.sync"),
+        ("@!p bra $L_record;", "", True, "copy in flight|without a barrier"),
+        ("bar.sync \t0;", "", False, "without a barrier"),
+    ],
+)
+def test_what_the_kernel_waits_for_is_needed(machine, monkeypatch, right, wrong, bulk, message):
+    compile_right = ptx.machine.compile_ptx
+
+    def compile_wrong(case, arch):
+        text, shared = compile_right(case, arch)
+        assert right in text
+        return text.replace(right, wrong), shared
+
+    monkeypatch.setattr(ptx.machine, "compile_ptx", compile_wrong)
+    packed, x = bitmap_pack(ragged(16, 1024, torch.bfloat16)), torch.randn(1, 1024).bfloat16()
+    config = Config(4, 1, 2, 1, bulk=bulk)
+    with pytest.raises(ValueError, match=message):
+        # a bulk copy may have landed by luck
+        for seed in range(8 if bulk else 1):
+            machine(x, packed, None, "none", config, seed=seed)
+
+
 def test_strided_activations(machine):
     packed, wide = (
         bitmap_pack(ragged(16, 256, torch.bfloat16)),
