@@ -105,7 +105,7 @@ def check_head(
 
 
 def of_splits(
-    base: Tensor, other: Tensor, labels: Tensor, splits: int, level: str
+    base: Tensor, other: Tensor, labels: Tensor, splits: int, level: str, impl: str = "triton"
 ) -> dict[str, Tensor]:
     """Statistics by the kernels from any number of splits, by name."""
     from prunekernels.metrics import pair_triton
@@ -113,5 +113,7 @@ def of_splits(
     from prunekernels.metrics.options import PairOptions
 
     options = PairOptions(level=level, labels=True)
-    packed, _, _ = pair_triton.partial_state(base, other, labels, options, splits=splits).finish()
+    design = "warp" if impl == "triton_warp" else "tile"
+    state = pair_triton.partial_state(base, other, labels, options, splits=splits, design=design)
+    packed, _, _ = state.finish(design)
     return unpack_pair(packed, base.shape[:-1], options, False).as_dict()

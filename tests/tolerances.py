@@ -181,6 +181,7 @@ def worse_than_allowed(
     names: Collection[str] | None = None,
     *,
     tile: int = 4096,
+    approximate: bool = False,
     **options: Any,
 ) -> list[tuple[str, int, float, float, float]]:
     """Fields of a kernel off by more than the table and twice what eager's core sums are off.
@@ -203,6 +204,7 @@ def worse_than_allowed(
         other: logits `(N, V)`.
         names: fields to look at (None: all).
         tile: columns that share a reference in the kernel.
+        approximate: whether exponentials are a GPU's: see `approximate_exponentials`.
         options: of `pair_stats`.
 
     Returns:
@@ -224,6 +226,9 @@ def worse_than_allowed(
     )
     rounding = precise_kl_rounding(base, other, temperature=temperature, tile=tile)
     own = dict(zip(("kl_base_other", "kl_other_base"), rounding, strict=True))
+    moves = {}
+    if approximate:
+        moves = approximate_exponentials(base, other, temperature=temperature, tile=tile)
     worse = []
     for name, value in got.items():
         if names is not None and name not in names:
@@ -240,8 +245,103 @@ def worse_than_allowed(
             if name in eager:
                 limit = limit + 2 * (eager[name].double() - want).abs()
             limit = limit + 6 * OUTPUT * powers.get(name, torch.zeros_like(moved))
+        precise = f"precise.{name}" if level != "core" and name in own else name
+        if precise in moves:
+            limit = limit + moves[precise] * (want.abs() if name in OF_VALUE else 1.0)
         off = (value.double() - want).abs()
         same = torch.where(want.isnan(), value.isnan(), value.double() == want)
         for row in (~((off <= limit) | same)).nonzero().flatten().tolist():
             worse.append((name, row, off[row].item(), limit[row].item(), want[row].item()))
     return worse
+
+
+#: Largest relative error of ex2.approx.ftz.f32, by which GPUs compute w and v: 2 ulp (PTX ISA).
+EX2 = 2.0**-22
+
+
+def approximate_exponentials(
+    base: Tensor, other: Tensor, *, temperature: float, tile: int
+) -> dict[str, Tensor]:
+    """How far fields move where each exponential is off by `EX2`, in whatever direction is worst.
+
+    docs/metrics.md ("What a GPU's exponentials do") derives each line: the derivatives of a field
+    by the weights w and v, times `EX2`, summed without regard to sign.
+
+    Args:
+        base: logits `(N, V)`.
+        other: logits `(N, V)`.
+        temperature: T.
+        tile: columns that share a centre.
+
+    Returns:
+        Per field `(N,)` float64; "precise.…" for the KLs of the levels above core. Fields that
+        are not there do not move.
+    """
+    a, b = base.double() / temperature, other.double() / temperature
+    lacking = torch.isneginf(a) & torch.isneginf(b)
+    a, b = a.masked_fill(lacking, -1e9), b.masked_fill(lacking, -1e9)
+    p, q = a.softmax(1), b.softmax(1)
+    moved: dict[str, Tensor] = {}
+
+    def spread(weights: Tensor, values: Tensor) -> Tensor:
+        mean = (weights * values).nan_to_num(0.0).sum(1, keepdim=True)
+        return (weights * (values - mean).abs()).nan_to_num(0.0).sum(1)
+
+    t = b - a
+    for side, weights, row in (("base", p, a), ("other", q, b)):
+        moved[f"entropy_{side}"] = EX2 * (1.0 + spread(weights, row))
+        moved[f"lse_{side}"] = moved[f"nll_{side}"] = torch.full_like(p[:, 0], EX2)
+    moved["kl_base_other"] = EX2 * (2.0 + spread(p, t))
+    moved["kl_other_base"] = EX2 * (2.0 + spread(q, t))
+    squares = [(2 * a).softmax(1), (2 * b).softmax(1), (a + b).softmax(1)]
+    apart = sum((squares[2] - one).abs().sum(1) for one in squares[:2])
+    moved["cos_prob"] = moved["one_minus_cos_prob"] = EX2 * apart
+    moved["prob_delta"] = torch.full_like(p[:, 0], 2 * EX2)
+    # the normalisers shift ln(q/p) of all tokens by 2ε, beside what terms have of their own
+    variation = 0.5 * (p - q).abs().sum(1)
+    distance2 = 0.5 * (p.sqrt() - q.sqrt()).square().sum(1)
+    moved["total_variation"] = EX2 * (2.0 + 4.0 * variation)
+    moved["hellinger"] = EX2 * (1.0 + 4.0 * distance2.sqrt())
+    moved["js"] = EX2 * (2.0 * variation + 23.0 * distance2)  # JS ≤ 2·ln 2·Hellinger²
+    for name, relative in (("kl_estimate", 2), ("one_minus_cos_prob_estimate", 4)):
+        moved[name] = torch.full_like(p[:, 0], relative * EX2)  # of the value
+    moved |= _of_precise_kls(a, b, p, q, tile)
+    return moved
+
+
+#: Fields of which `approximate_exponentials` has the relative change.
+OF_VALUE = ("kl_estimate", "one_minus_cos_prob_estimate")
+
+
+def _of_precise_kls(a: Tensor, b: Tensor, p: Tensor, q: Tensor, tile: int) -> dict[str, Tensor]:
+    """Of both KLs from φ: below |t| = 1/4 a term has one factor, w or v; beyond, it has both.
+
+    Where masses differ by half or KL ≥ 1, the kernel takes the KLs of core.
+    """
+    t = b - a
+    block = torch.arange(a.shape[1], device=a.device) // tile
+    tops = torch.stack([part.amax(1) for part in a.split(tile, 1)], 1)
+    worst = torch.zeros(2, len(a), dtype=torch.float64, device=a.device)
+    for top in (tops, tops.cummax(1).values, tops.amax(1, keepdim=True).expand_as(tops)):
+        x = t - t.gather(1, _first_places(a, top))[:, block]
+        near = x.abs() < 0.25
+        grown = (p * x.exp()).nan_to_num(0.0)  # v/W0
+        phi = p * (x.expm1() - x)
+        shrunk = (q * (-x).exp()).nan_to_num(0.0)  # w/V0
+        phi_back = q * ((-x).expm1() + x)
+        mass = torch.where(near, p * x.expm1().abs(), grown + p).nan_to_num(0.0).sum(1)
+        mean = (grown - p).sum(1)
+        mass = (mass + mean.abs()) * (mean / (1 + mean)).abs()
+        forth = torch.where(near, phi, p * (1 + x).abs() + grown) + phi
+        back = torch.where(near, phi_back, q * (x - 1).abs() + shrunk) + phi_back
+        found = torch.stack([forth.nan_to_num(0.0).sum(1), back.nan_to_num(0.0).sum(1)])
+        worst = torch.maximum(worst, EX2 * (found + mass))
+    kl = torch.stack([(p * -t).nan_to_num(0.0).sum(1), (q * t).nan_to_num(0.0).sum(1)])
+    shift = b.logsumexp(1) - a.logsumexp(1)
+    kl = torch.stack([kl[0] + shift, kl[1] - shift])
+    spreads = torch.stack(
+        [(p * t.abs()).nan_to_num(0.0).sum(1), (q * t.abs()).nan_to_num(0.0).sum(1)]
+    )
+    plain = (kl.abs().amax(0) >= 1.0) | (mean.abs() >= 0.5)
+    worst = torch.where(plain, torch.maximum(worst, EX2 * (2 + 2 * spreads)), worst)
+    return {"precise.kl_base_other": worst[0], "precise.kl_other_base": worst[1]}

@@ -130,6 +130,7 @@ class CompiledReport:
         instructions: Instructions in the whole kernel.
         loop_opcodes: Opcode (first component) counts in the hot loop.
         loop_loads: Global loads in the hot loop, by width ("LDG.E.64"), rare part left out.
+        loop_spills: Local-memory loads and stores in the hot loop, rare part left out.
         tensor_core: How often each instruction of the tensor cores occurs in the whole kernel.
         dtype: The case's dtype.
     """
@@ -145,6 +146,7 @@ class CompiledReport:
     instructions: int
     loop_opcodes: Mapping[str, int]
     loop_loads: Mapping[str, int] = field(default_factory=dict)
+    loop_spills: int = 0
     tensor_core: Mapping[str, int] = field(default_factory=dict)
     dtype: str = ""
 
@@ -318,7 +320,10 @@ def _without_rare(loop: Sequence[Instruction], marker: str) -> list[Instruction]
     skipped: list[Instruction] = []
     for branch in loop:
         target = re.search(r"0x([0-9a-f]+)\s*$", branch.operands)
+        # code that is kept outside of the loop is nothing that a branch skips
         if branch.opcode.split(".")[0] != "BRA" or target is None:
+            continue
+        if int(target.group(1), 16) > loop[-1].address:
             continue
         part = [i for i in loop if branch.address < i.address < int(target.group(1), 16)]
         if _count(part, marker) and len(part) > len(skipped):
@@ -361,6 +366,7 @@ def _read_sass(
         instructions=len(code),
         loop_opcodes=_tally(i.opcode.split(".")[0] for i in loop),
         loop_loads=_tally(i.opcode for i in usual if i.opcode.startswith("LDG")),
+        loop_spills=_count(usual, "STL") + _count(usual, "LDL"),
         tensor_core=_tally(i.opcode for i in code if i.opcode.startswith(TENSOR_CORE)),
         dtype=case.dtype,
     )

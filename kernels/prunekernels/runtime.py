@@ -285,10 +285,11 @@ def run(op: str, eager: Callable[..., Any], tensors: Sequence[Tensor], impl: str
     return eager if choice.name == "eager" else known.kernels[choice.name].run
 
 
-def check_impl(impl: str) -> None:
-    """Raise ValueError unless `impl` is one of those that every op without a table has."""
-    if impl not in ("auto", "eager", "triton"):
-        raise ValueError(f"impl must be one of auto, eager, triton, got {impl!r}")
+def check_impl(impl: str, *more: str) -> None:
+    """Raise ValueError unless `impl` is one that every op without a table has, or one of `more`."""
+    known = ("auto", "eager", "triton", *more)
+    if impl not in known:
+        raise ValueError(f"impl must be one of {', '.join(known)}, got {impl!r}")
 
 
 def describe() -> list[dict[str, str]]:

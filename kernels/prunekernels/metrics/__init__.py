@@ -23,10 +23,13 @@ __all__ = [
     "vector_stats",
 ]
 
-for _name, _module in (
-    ("head_pair_stats", "head_triton"),
-    ("pair_state", "pair_triton"),
-    ("pair_stats", "pair_triton"),
-    ("vector_stats", "vector_triton"),
+for _name, _module, _by_warps in (
+    ("head_pair_stats", "head_triton", False),
+    ("pair_state", "pair_triton", True),
+    ("pair_stats", "pair_triton", True),
+    ("vector_stats", "vector_triton", True),
 ):
-    register(Op(_name, {"triton": Kernel(f"prunekernels.metrics.{_module}", _name)}))
+    _kernels = {"triton": Kernel(f"prunekernels.metrics.{_module}", _name)}
+    if _by_warps:  # one warp to a row and split, by name until it has run on hardware
+        _kernels["triton_warp"] = Kernel(f"prunekernels.metrics.{_module}", f"{_name}_by_warps")
+    register(Op(_name, _kernels))

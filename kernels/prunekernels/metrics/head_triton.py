@@ -10,7 +10,7 @@ What needs the logits twice or by rank ("full", `topk`) goes through logits of a
 time, and so do shapes for which `tuning.head_fused` prefers it.
 """
 
-# ruff: noqa: RUF005  (Triton compiles neither starred tuples nor every ternary)
+
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
 # mypy: disable-error-code="misc, var-annotated, assignment"
 
@@ -23,11 +23,13 @@ from torch import Tensor
 
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
-from prunekernels.metrics import merge_triton, pair_triton, tuning
+from prunekernels.metrics import merge_triton, pair_triton, split_triton, tuning
 from prunekernels.metrics.eager import logit_blocks, rms_normalised
 from prunekernels.metrics.merge_triton import State
 from prunekernels.metrics.options import OutputHead, PairOptions
+from prunekernels.metrics.sums import bundle_triton as bundle
 from prunekernels.metrics.sums import triton as lib
+from prunekernels.metrics.sums.elementwise_triton import tanh
 from prunekernels.runtime import interpreting, on
 
 
@@ -39,7 +41,7 @@ def _head_pair_kernel(
     other_head_ptr,  # (V, D), with TWO_HEADS
     bias_ptr,  # (V,), with BIAS
     labels_ptr,  # (N,) int64, with LABELS
-    floats_ptr,  # (N, S, F) fp32: `merge_triton.HEAD`, then the sums
+    floats_ptr,  # (N, S, F) fp32: `split_triton.Head`, then the sums
     ids_ptr,  # (N, S, 2) int64
     N,
     V,
@@ -53,7 +55,7 @@ def _head_pair_kernel(
     inverse_t,  # 1/T
     logit_scale,
     softcap,
-    SUMS: tl.constexpr,  # the sums that are wanted: see `sums.triton`
+    SUMS: tl.constexpr,  # the sums that are wanted: see `bundle_triton`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     TWO_HEADS: tl.constexpr,
@@ -66,14 +68,7 @@ def _head_pair_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    if PRECISE:
-        unit = 1.0
-        far = 20.0 / inverse_t
-        step = k
-    else:
-        unit = k
-        far = lib.FAR
-        step = 1.0
+    scale = lib.scales(k, inverse_t, PRECISE)
     minus_inf = float("-inf")
     blocks = tl.cdiv(N, BLOCK_N)
     block = tl.program_id(0) % blocks
@@ -85,11 +80,9 @@ def _head_pair_kernel(
     first = (tiles * split // S).to(tl.int32)
     last = (tiles * (split + 1) // S).to(tl.int32)
 
-    s = lib.zeros((BLOCK_N,), tl.float32)
+    s = bundle.zeros((BLOCK_N,), tl.float32)
     zero = tl.zeros((BLOCK_N,), tl.float32)
-    ref_a = zero + minus_inf
-    ref_b = zero + minus_inf
-    parts = lib.gap(zero, ref_a, ref_b, unit, False)
+    ref = lib.nowhere((BLOCK_N,), scale.unit, False)
     top_a = zero + minus_inf
     top_b = zero + minus_inf
     second_a = zero + minus_inf
@@ -137,8 +130,8 @@ def _head_pair_kernel(
             a *= logit_scale
             b *= logit_scale
         if CAP:
-            a = softcap * lib.tanh(a / softcap)
-            b = softcap * lib.tanh(b / softcap)
+            a = softcap * tanh(a / softcap)
+            b = softcap * tanh(b / softcap)
 
         bad_a = (a != a) | (a == float("inf"))
         bad_b = (b != b) | (b == float("inf"))
@@ -167,58 +160,38 @@ def _head_pair_kernel(
         top_a = tl.maximum(top_a, best_a)
         top_b = tl.maximum(top_b, best_b)
 
-        moved = best_a * unit > ref_a
-        new_a = tl.where(moved, best_a * unit, ref_a)
-        new_b = tl.where(moved, at_top * unit, ref_b)
-        size = tl.where(moved, at_top - best_a, lib.whole_gap(parts))
-        away = top_b * unit > new_b + far
-        new_b = tl.where(away, top_b * unit, new_b)
-        size = tl.where(away, (new_b - new_a) / unit, size)
-        old = (ref_a, ref_b, parts)
-        new = (new_a, new_b, size)
-        s, parts = lib.move(s, old, new, unit, step, tl.float32, SUMS, OTHER, False)
-        ref_a = new_a
-        ref_b = new_b
-
-        safe_a = tl.where(ref_a == minus_inf, 0.0, ref_a)[:, None]
-        safe_b = tl.where(ref_b == minus_inf, 0.0, ref_b)[:, None]
-        gaps = (parts[0][:, None], parts[1][:, None], parts[2][:, None])
-        y, z, x, t = lib.exponents(a, b, safe_a, safe_b, gaps, k, inverse_t, PRECISE, True)
-        y = tl.where(whole_a, y, lib.LOWEST)
-        z = tl.where(whole_b, z, lib.LOWEST)
-        a = tl.where(whole_a, a, 0.0)
-        b = tl.where(whole_b, b, 0.0)
-        keep = whole_a | whole_b
-        none = ()
-        for _ in tl.static_range(len(s)):
-            none = none + (0.0,)
-        terms = lib.accumulate(
-            none, a, b, y, z, x, t, whole_a, whole_b, keep, SUMS, True, PRECISE, OTHER
+        rises = best_a * scale.unit > ref.a
+        new = lib.next_reference(ref, rises, best_a, at_top, top_b, scale, False)
+        s = lib.move(s, ref, new, scale, tl.float32, SUMS, OTHER)
+        ref = new
+        column = lib.Reference(
+            a=tl.where(ref.a == minus_inf, 0.0, ref.a)[:, None],
+            b=tl.where(ref.b == minus_inf, 0.0, ref.b)[:, None],
+            gap=lib.Gap(
+                base=ref.gap.base[:, None],
+                other=ref.gap.other[:, None],
+                rest=ref.gap.rest[:, None],
+            ),
         )
-        s = lib.add_columns(s, terms, SUMS)
-    s = lib.to_states(s, ref_a, ref_b, parts, k, inverse_t, SUMS, PRECISE, OTHER)
+        terms = lib.accumulate_logits(bundle.filled(0.0), a, b, column, scale, SUMS, PRECISE, OTHER)
+        s = bundle.add_columns(s, terms, SUMS)
+    s = lib.to_states(s, ref, scale, SUMS, PRECISE, OTHER)
 
-    head_fields = (
-        ref_a,
-        ref_b,
-        top_a,
-        top_b,
-        second_a,
-        second_b,
-        label_a,
-        label_b,
-        (oddities & 1).to(tl.float32),
-        ((oddities >> 1) & 1).to(tl.float32),
-        ((oddities >> 2) & 1).to(tl.float32),
-        ((oddities >> 3) & 1).to(tl.float32),
+    head = split_triton.Head(
+        ref_a=ref.a,
+        ref_b=ref.b,
+        top_a=top_a,
+        top_b=top_b,
+        second_a=second_a,
+        second_b=second_b,
+        label_a=label_a,
+        label_b=label_b,
+        only_a=(oddities & 1).to(tl.float32),
+        only_b=((oddities >> 1) & 1).to(tl.float32),
+        broken_a=((oddities >> 2) & 1).to(tl.float32),
+        broken_b=((oddities >> 3) & 1).to(tl.float32),
     )
-    fields = head_fields
-    for i in tl.static_range(len(s)):
-        if (SUMS >> i) & 1:
-            fields = fields + (s[i],)
-    out = floats_ptr + (rows * S + split) * len(fields)
-    for i in tl.static_range(len(fields)):
-        tl.store(out + i, fields[i], mask=inside)
+    split_triton.store_state(floats_ptr, rows * S + split, head, s, inside, SUMS)
     at = ids_ptr + (rows * S + split) * 2
     tl.store(at, id_a.to(tl.int64), mask=inside)
     tl.store(at + 1, id_b.to(tl.int64), mask=inside)

@@ -7,7 +7,7 @@ are then evaluated as `closed_form` defines them, with exponents in base 2 (`sum
 
 # ruff: noqa: RUF005  (Triton compiles neither starred tuples nor every ternary)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, call-arg"
 
 from __future__ import annotations
 
@@ -21,27 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunekernels.compilation import KernelCase
+from prunekernels.compilation import Arch, KernelCase
+from prunekernels.launch import Launch, meta
 from prunekernels.metrics import closed_form, partial, result_rows, tuning
 from prunekernels.metrics.options import PairOptions
+from prunekernels.metrics.split_triton import Head
+from prunekernels.metrics.sums import bundle_triton as bundle
 from prunekernels.metrics.sums import triton as lib
-from prunekernels.runtime import on
+from prunekernels.metrics.sums.elementwise_triton import LN2, angles, log1p
+from prunekernels.runtime import capability
 
 ROUNDING = tl.constexpr(closed_form.ROUNDING)
 
-#: What a partial state holds before the sums. ref: A, B; top, second: the largest logits; label:
-#: the label's logit, 0 where another split has it; then counts of excluded elements.
-HEAD: tuple[str, ...] = (
-    "ref_a",
-    "ref_b",
-    "top_a",
-    "top_b",
-    "second_a",
-    "second_b",
-    "label_a",
-    "label_b",
-)
-HEAD += ("only_a", "only_b", "broken_a", "broken_b")
+#: Names of what a partial state holds before its sums.
+HEAD: tuple[str, ...] = Head._fields
 
 
 @triton.jit(do_not_specialize=["N", "S"])
@@ -57,15 +50,18 @@ def _pair_merge_kernel(
     k,  # log2(e)/T as the sums used it
     temperature,  # T = temperature + temperature_rest
     temperature_rest,
-    SUMS: tl.constexpr,  # the sums of a state: see `sums.triton`
+    SUMS: tl.constexpr,  # the sums of a state: see `bundle_triton`
     FIELDS: tl.constexpr,  # the fields that are wanted: bits in the order of `result_rows`
     PRECISE: tl.constexpr,
     OTHER: tl.constexpr,
     LABELS: tl.constexpr,
     ROWS: tl.constexpr,
     SPLITS: tl.constexpr,  # splits read at a time
+    DEPENDENT: tl.constexpr,  # launched before the sums are there
 ):
-    HEADS: tl.constexpr = 12
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+    HEADS: tl.constexpr = _heads()
     WIDTH: tl.constexpr = _width(SUMS)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = rows < N
@@ -108,7 +104,7 @@ def _pair_merge_kernel(
         for i in tl.static_range(4):
             part = tl.load(state + 8 + i, mask=mask, other=0.0)
             found = found + (tl.sum(part.to(tl.float64), 1),)
-        counts = lib.add(counts, found)
+        counts = bundle.add(counts, found)
     # From here on references are exponents.
     scale = tl.cast(k, tl.float64)
     t = tl.cast(temperature, tl.float64) + tl.cast(temperature_rest, tl.float64)
@@ -117,12 +113,12 @@ def _pair_merge_kernel(
         nats = 1.0
     else:
         unit = 1.0
-        nats = lib.LN2
+        nats = LN2
     ref_a = ref_a * unit
     ref_b = ref_b * unit
     ref_b = tl.where((top_b * scale > ref_b + lib.FAR) | (ref_b == minus_inf), top_b * scale, ref_b)
 
-    s = lib.zeros((ROWS,), tl.float64)
+    s = bundle.zeros((ROWS,), tl.float64)
     for start in range(0, S, SPLITS):
         splits = start + tl.arange(0, SPLITS)
         mask = inside[:, None] & (splits < S)[None, :]
@@ -138,9 +134,9 @@ def _pair_merge_kernel(
             else:
                 part = part + (tl.zeros((ROWS, SPLITS), tl.float64),)
         moves = lib.moves(a, ref_a[:, None], b, ref_b[:, None], 1.0, tl.float64)
-        x = moves[8] if PRECISE else moves[2]
-        part = lib.rebase(part, moves, x, tl.float64, SUMS, OTHER)
-        s = lib.add_columns(s, part, SUMS)
+        x = moves.t if PRECISE else moves.db - moves.da
+        part = lib.rebase(bundle.Sums(*part), moves, x, tl.float64, SUMS, OTHER)
+        s = bundle.add_columns(s, part, SUMS)
 
     nan = float("nan")
     inf = float("inf")
@@ -151,48 +147,48 @@ def _pair_merge_kernel(
     broken_b = (counts[3] > 0) | (tl.abs(top_b) == inf)
     broken = broken_a | broken_b
 
-    w0 = s[0]
-    v0 = s[4]
+    w0 = s.W0
+    v0 = s.V0
     ln_w0 = tl.log(w0)
     ln_v0 = tl.log(v0)
-    w1 = s[1] / w0
-    v1 = s[5] / v0
+    w1 = s.W1 / w0
+    v1 = s.V1 / v0
     c = tl.log(v0 / w0)
     kl_pq = c - w1 * nats
     kl_qp = v1 * nats - c
     if PRECISE:
         # The φ sums keep a small divergence. Where the masses differ much they would cancel, and
         # where references moved far (a KL above 1 then) they have cancelled already.
-        mean = s[23] / w0
-        bend = lib.log1p(mean)
+        mean = s.A / w0
+        bend = log1p(mean)
         alike = (tl.abs(mean) < 0.5) & (kl_pq < 1.0) & (kl_qp < 1.0)
-        kl_pq = tl.where(alike, s[24] / w0 - (mean - bend), kl_pq)
-        kl_qp = tl.where(alike, s[25] / v0 + mean / (1.0 + mean) - bend, kl_qp)
+        kl_pq = tl.where(alike, s.Fp / w0 - (mean - bend), kl_pq)
+        kl_qp = tl.where(alike, s.Fq / v0 + mean / (1.0 + mean) - bend, kl_qp)
     kl_pq = tl.where(only_b, inf, _at_least_0(kl_pq))
     kl_qp = tl.where(only_a, inf, _at_least_0(kl_qp))
     square = nats * nats
-    var_p = tl.where(only_b, inf, _at_least_0(s[2] / w0 - w1 * w1)) * square
+    var_p = tl.where(only_b, inf, _at_least_0(s.W2 / w0 - w1 * w1)) * square
     if OTHER:
-        var = tl.where(only_a, inf, _at_least_0(s[26] / v0 - v1 * v1)) * square
-        q0 = s[8]
+        var = tl.where(only_a, inf, _at_least_0(s.V2 / v0 - v1 * v1)) * square
+        q0 = s.S0
         lost = only_a
     else:
         var = var_p
-        q0 = s[7]
+        q0 = s.R0
         lost = only_b
-    q1 = s[10] / q0
-    var_q = tl.where(lost, inf, _at_least_0(s[11] / q0 - q1 * q1)) * square
-    cos_p = tl.minimum(s[9] / tl.sqrt(s[7] * s[8]), 1.0)
-    apart = _at_least_0(s[13] - s[12] * s[12] / s[7])
+    q1 = s.Q1 / q0
+    var_q = tl.where(lost, inf, _at_least_0(s.Q2 / q0 - q1 * q1)) * square
+    cos_p = tl.minimum(s.C0 / tl.sqrt(s.R0 * s.S0), 1.0)
+    apart = _at_least_0(s.P2 - s.Pw * s.Pw / s.R0)
     # The residual v−w is worth its rounding where it is shorter than v; else 1−cos itself is.
-    residual = apart / (s[8] * (1.0 + cos_p))
-    one_minus_cos_p = tl.where(s[13] < s[8], residual, 1.0 - cos_p)
-    cos_z, one_minus_cos_z, alpha, orthogonal = lib.angles(s[17], s[18], s[19], s[20], s[21])
+    residual = apart / (s.S0 * (1.0 + cos_p))
+    one_minus_cos_p = tl.where(s.P2 < s.S0, residual, 1.0 - cos_p)
+    cos_z, one_minus_cos_z, alpha, orthogonal = angles(s.Z2, s.Zd, s.D2, s.ZZ, s.B2)
     # d = x + β − α: subtract the smaller mean's square.
-    mean_x = s[14] / s[22] * (nats * t)
+    mean_x = s.U1 / s.n * (nats * t)
     mean_d = mean_x + (ref_b - ref_a) / scale
-    from_x = s[15] / s[22] * (nats * t) * (nats * t) - mean_x * mean_x
-    from_d = s[19] / s[22] - mean_d * mean_d
+    from_x = s.U2 / s.n * (nats * t) * (nats * t) - mean_x * mean_x
+    from_d = s.D2 / s.n - mean_d * mean_d
     uniform = _at_least_0(tl.where(tl.abs(mean_d) < tl.abs(mean_x), from_d, from_x))
     lse_a = ref_a / scale / t + ln_w0
     lse_b = ref_b / scale / t + ln_v0
@@ -201,8 +197,8 @@ def _pair_merge_kernel(
     fields = (
         kl_pq,
         kl_qp,
-        _at_least_0(ln_w0 - s[3] / w0 * lib.LN2),
-        _at_least_0(ln_v0 - s[6] / v0 * lib.LN2),
+        _at_least_0(ln_w0 - s.Wy / w0 * LN2),
+        _at_least_0(ln_v0 - s.Vy / v0 * LN2),
         lse_a,
         lse_b,
         cos_p,
@@ -215,8 +211,8 @@ def _pair_merge_kernel(
         0.5 * var,
         0.5 * var_q,
         tl.where(one_sided, inf, uniform),
-        tl.where(one_sided, inf, s[16]),
-        tl.where(one_sided, inf, s[19]),
+        tl.where(one_sided, inf, s.L1),
+        tl.where(one_sided, inf, s.D2),
         margin_a,
         margin_b,
     )
@@ -269,14 +265,20 @@ def _at_least_0(x):
 
 
 @triton.constexpr_function
+def _heads():
+    """Numbers in a partial state before its sums."""
+    return len(HEAD)
+
+
+@triton.constexpr_function
 def _width(sums):
     """Numbers in a partial state."""
     return len(HEAD) + sums.bit_count()
 
 
 def summed(options: PairOptions) -> int:
-    """The constant SUMS of `sums.triton`: the sums that a state holds for these options."""
-    return lib.wanted(options.sums(float32=True))
+    """The constant SUMS of `bundle_triton`: the sums that a state holds for these options."""
+    return bundle.wanted(options.sums(float32=True))
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,7 +288,7 @@ class State:
     Attributes:
         floats: `(N, S, F)` float32: `HEAD`, then the sums that the options need.
         ids: `(N, S, 2)` int64, first ids of the largest logits.
-        options: what they are sums for.
+        options: what was asked for.
     """
 
     floats: Tensor
@@ -296,7 +298,7 @@ class State:
     def natural(self) -> Tensor:
         """The splits in the units of `partial`: `(N, S, F)` float64."""
         options = self.options
-        names = HEAD + lib.bundle(summed(options))
+        names = HEAD + bundle.bundle(summed(options))
         s = dict(zip(names, self.floats.double().unbind(-1), strict=True))
         logits = 1.0 / exponent_scale(options.temperature)  # per unit of an exponent
         unit = options.temperature if options.precise else logits  # of x
@@ -319,12 +321,15 @@ class State:
             found[f"label_{side}"] = s[f"label_{letter}"] if options.labels else zero
         return torch.stack([found[name] for name in partial.STATE_FIELDS], -1)
 
-    def finish(self) -> tuple[list[Tensor], Tensor, Tensor]:
+    def finish(self, design: str = "tile") -> tuple[list[Tensor], Tensor, Tensor]:
         """Merge the splits.
 
+        Args:
+            design: What summed them, one of `tuning.DESIGNS`.
+
         Returns:
-            Floats, ids and flags as `result_rows` packs them (rows of the second pass left open);
-            the norms `(4, N)` that it needs; and whether NaN or infinity spoils a row, `(N,)`.
+            Floats, ids and flags as `layout` packs them (rows of the second pass left open); the
+            norms `(4, N)` that this needs; and whether NaN or infinity spoils a row, `(N,)`.
         """
         rows, splits = self.ids.shape[:2]
         options = self.options
@@ -334,32 +339,59 @@ class State:
         flags = torch.empty(4, rows, dtype=torch.bool, device=device)
         norms = torch.empty(4, rows, dtype=torch.float64, device=device)
         if rows:
-            config = tuning.merge_config(splits)
-            high = _to_float32(options.temperature)
-            with on(self.floats):
-                _pair_merge_kernel[(triton.cdiv(rows, config.rows),)](
-                    self.floats,
-                    self.ids,
-                    floats,
-                    ids,
-                    flags,
-                    norms,
-                    rows,
-                    splits,
-                    exponent_scale(options.temperature),
-                    high,
-                    options.temperature - high,
-                    SUMS=summed(options),
-                    FIELDS=_bits(options.floats),
-                    PRECISE=options.precise,
-                    OTHER=options.by_other,
-                    LABELS=options.labels,
-                    ROWS=config.rows,
-                    SPLITS=config.splits,
-                    num_warps=config.num_warps,
-                    num_stages=1,
-                )
+            config = tuning.merge_config(splits, design)
+            early = design == "warp" and may_depend(device)
+            merge(self, floats, ids, flags, norms, config, early).run()
         return [floats, ids, flags[:3]], norms, flags[3]
+
+
+def merge(
+    state: State,
+    floats: Tensor,
+    ids: Tensor,
+    flags: Tensor,
+    norms: Tensor,
+    config: tuning.MergeConfig,
+    dependent: bool = False,
+) -> Launch:
+    """The call that turns partial sums into fields.
+
+    dependent: start while the pass before it ends, and wait for its end then (`may_depend`).
+    """
+    rows, splits = state.ids.shape[:2]
+    options = state.options
+    high = _to_float32(options.temperature)
+    return Launch(
+        _pair_merge_kernel,
+        (triton.cdiv(rows, config.rows),),
+        (
+            *(state.floats, state.ids, floats, ids, flags, norms),
+            *(rows, splits, exponent_scale(options.temperature), high, options.temperature - high),
+        ),
+        {
+            "SUMS": summed(options),
+            "FIELDS": _bits(options.floats),
+            "PRECISE": options.precise,
+            "OTHER": options.by_other,
+            "LABELS": options.labels,
+            "ROWS": config.rows,
+            "SPLITS": config.splits,
+            "DEPENDENT": dependent,
+        },
+        num_warps=config.num_warps,
+        num_stages=1,
+        options={"launch_pdl": True} if dependent else None,
+    )
+
+
+def may_depend(device: torch.device) -> bool:
+    """Whether a kernel can be launched before the one that it waits for ends (capability 9.0).
+
+    Elsewhere the merge is an ordinary launch after it.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return capability(device) >= (9, 0)
 
 
 def empty_state(device: torch.device, rows: int, splits: int, options: PairOptions) -> State:
@@ -395,41 +427,33 @@ def _to_float32(value: float) -> float:
 
 
 def compile_cases() -> list[KernelCase]:
-    """Many rows of one split, and one row of many."""
+    """Many rows of one split, and one row of many; and by design "warp" as a dependent launch."""
     cases = []
-    for level, weights, splits in (
-        ("core", "base", 1),
-        ("core", "base", 64),
-        ("precise", "other", 1),
+    nvidia: tuple[Arch, ...] = (80, 89, 90)
+    for level, weights, splits, design in (
+        ("core", "base", 1, "tile"),
+        ("core", "base", 64, "tile"),
+        ("precise", "other", 1, "tile"),
+        ("core", "base", 128, "warp"),
     ):
-        config = tuning.merge_config(splits)
         options = PairOptions(level=level, weights=weights, labels=True)
-        signature = {
-            **dict.fromkeys(("floats_ptr", "out_ptr"), "*fp32"),
-            **dict.fromkeys(("ids_ptr", "out_ids_ptr"), "*i64"),
-            **{"flags_ptr": "*i1", "norms_ptr": "*fp64", "N": "i32", "S": "i32"},
-            **dict.fromkeys(("k", "temperature", "temperature_rest"), "fp32"),
-        }
+        rows = 64
+        state = empty_state(torch.device("meta"), rows, splits, options)
+        launch = merge(
+            state,
+            meta((len(options.floats), rows), torch.float32),
+            meta((2, rows), torch.int64),
+            meta((4, rows), torch.bool),
+            meta((4, rows), torch.float64),
+            config := tuning.merge_config(splits, design),
+            dependent=design == "warp",
+        )
         cases.append(
-            KernelCase(
-                name=f"pair_stats/merge/{level}/{splits}",
-                kernel=_pair_merge_kernel,
-                signature=signature,
-                constants={
-                    "SUMS": summed(options),
-                    "FIELDS": _bits(options.floats),
-                    "PRECISE": options.precise,
-                    "OTHER": options.by_other,
-                    "LABELS": True,
-                    "ROWS": config.rows,
-                    "SPLITS": config.splits,
-                },
-                num_warps=config.num_warps,
-                num_stages=1,
-                divisible=[name for name in signature if name.endswith("_ptr")],
+            launch.case(
+                f"pair_stats/merge/{level}/{splits}",
                 opcodes=("DFMA", "v_fma_f64"),
                 elements_per_iteration=config.rows * config.splits // config.num_warps,
-                archs=(80, 89, 90, "gfx942"),
+                archs=(90,) if design == "warp" else (*nvidia, "gfx942"),
             )
         )
     return cases

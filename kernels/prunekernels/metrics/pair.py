@@ -99,7 +99,8 @@ def pair_stats(
         fields: names of the fields to report, None for all that `level` and `labels` give. Only the
             sums that they need are summed: the KLs, normalisers, NLLs, argmaxes and margins alone
             take four of eighteen. Other fields are then not there, and say so when asked.
-        impl: "auto", "triton" or "eager".
+        impl: "auto", "triton", "eager", or "triton_warp": kernels of one warp to a row, which are
+            not proven on hardware yet.
 
     Returns:
         A `PairStats` of `(…)` tensors. Identical rows give divergences of exactly 0 and cosines
@@ -113,7 +114,7 @@ def pair_stats(
     checks.floats("pair_stats", base=base, other=other)
     checks.alike("pair_stats", base=base, other=other)
     lead, vocab = base.shape[:-1], base.shape[-1]
-    runtime.check_impl(impl)
+    runtime.check_impl(impl, "triton_warp")
     options = PairOptions.checked(
         "pair_stats",
         vocab,

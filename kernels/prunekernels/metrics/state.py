@@ -120,7 +120,8 @@ def pair_state(
         level: "core" or "precise", as in `pair_stats`.
         weights: "base" or "other", as in `pair_stats`.
         fields: names of the fields to report, as in `pair_stats`.
-        impl: "auto", "triton" or "eager".
+        impl: "auto", "triton", "eager", or "triton_warp": kernels of one warp to a row, which are
+            not proven on hardware yet.
 
     Raises:
         ValueError: as `pair_stats`; for level "full" or a negative offset.
@@ -132,7 +133,7 @@ def pair_state(
         raise ValueError(f"{op}: level 'full' cannot be merged; use 'core' or 'precise'")
     if offset < 0:
         raise ValueError(f"{op}: offset must be an id from 0, got {offset}")
-    runtime.check_impl(impl)
+    runtime.check_impl(impl, "triton_warp")
     options = PairOptions.checked(
         op,
         base.shape[-1],

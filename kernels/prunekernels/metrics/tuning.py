@@ -1,21 +1,42 @@
 """Launch configurations of the metric kernels.
 
-Pure functions of shape, type and architecture; nothing is probed at import or at run time. An
-entry marked *predicted* comes from byte counts and compiled instruction counts, not from a
-measurement.
+Pure functions of shape, type and architecture; nothing is probed at import, and at run time the
+number of multiprocessors alone. An entry marked *predicted* comes from byte counts and compiled
+instruction counts, not from a measurement.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
+from prunekernels import runtime
+
+#: The kernels of a pair of rows: "tile" (four or two warps to a split) is impl="triton" and
+#: what "auto" takes; "warp" (one warp to a split) is impl="triton_warp", which runs by name until a
+#: GPU has decided between the two.
+DESIGNS = ("tile", "warp")
+
 
 class PairConfig(NamedTuple):
-    """Tile of the pair-statistics kernel: `lanes` × 4 columns, `units` of them between checks."""
+    """How a kernel of pairs of rows is compiled and launched.
+
+    Attributes:
+        lanes: Parts of a row that are summed side by side, each 16 bytes wide (tile: 4 columns).
+        units: How many neighbours of these make a tile, between two looks at the largest logit.
+        num_warps: Warps per program.
+        registers: Most registers of a thread, 0 to leave it to the compiler.
+        warp: Threads of a warp: 32, on AMD's CDNA 64.
+        design: One of `DESIGNS`.
+    """
 
     lanes: int
     units: int
     num_warps: int
+    registers: int = 0
+    warp: int = 32
+    design: str = "tile"
 
 
 class MergeConfig(NamedTuple):
@@ -26,43 +47,114 @@ class MergeConfig(NamedTuple):
     num_warps: int
 
 
-def pair_config(warp: int = 32) -> PairConfig:
-    """One lane per thread: more need registers that then limit the programs in flight.
+def pair_config(
+    rows: int,
+    vocab: int,
+    itemsize: int,
+    *,
+    precise: bool = False,
+    every: bool = True,
+    warp: int = 32,
+    capability: tuple[int, int] = (9, 0),
+    design: str = "tile",
+) -> PairConfig:
+    """The first pass over pairs of logit rows.
+
+    Core by "tile" was measured on an H200 on 2026-11-27 (the sweep is in bench/results/NVIDIA_H200,
+    each shape is within 3 % of its best): two warps where rows fill the machine, four where a row
+    is split over it. Everything else is predicted from compiled counts: "tile" of the precise level
+    and on AMD, and "warp", of whose programs of 32 threads 16 share a multiprocessor if each takes
+    128 registers.
 
     Args:
+        rows: N.
+        vocab: V.
+        itemsize: Bytes of a logit.
+        precise: Whether the level is above core.
+        every: Whether all fields are asked for, and not some.
+        warp: Threads of a warp: 32, on AMD's CDNA 64, whose compiler knows no limit of registers.
+        capability: Of the GPU.
+        design: One of `DESIGNS`.
+    """
+    if design == "warp":
+        # With few sums, four units would fill registers with logits and spill in rare paths.
+        units = 4 if every or itemsize == 4 else 3
+        registers = 168 if precise and every else 128
+        return PairConfig(warp, units, 1, registers if warp == 32 else 0, warp, "warp")
+    if precise or warp != 32:
+        # One lane per thread: more need registers that then limit the programs in flight. With 128
+        # of them four programs share a multiprocessor; on capability 8.0 the loop would spill.
+        limited = warp == 32 and itemsize == 2 and capability != (8, 0)
+        return PairConfig(128, 8, 128 // warp, 128 if limited else 0, warp)
+    if itemsize == 4:
+        return PairConfig(128, 4, 4, 128)
+    if rows <= 256:
+        return PairConfig(128, 4, 4, 96)
+    return PairConfig(64, 4, 2, 96) if vocab <= 65536 else PairConfig(64, 8, 2, 128)
+
+
+def full_config(design: str = "tile", warp: int = 32) -> PairConfig:
+    """The second pass over pairs of logit rows (predicted).
+
+    Args:
+        design: One of `DESIGNS`.
         warp: Threads of a warp: 32, on AMD's CDNA 64.
     """
-    return PairConfig(lanes=128, units=8, num_warps=128 // warp)
+    if design == "warp":
+        return PairConfig(warp, 2, 1, 0, warp, "warp")
+    return PairConfig(256, 1, 4, 0, warp)
 
 
-def pair_options(precise: bool, warp: int = 32) -> dict[str, int]:
-    """Compiler options of the pair-statistics kernel.
+def tile_columns(config: PairConfig, words: bool) -> int:
+    """Columns of a tile; words: "warp" reads eight bfloat16 at a time."""
+    return (8 if words and config.design == "warp" else 4) * config.lanes * config.units
 
-    Four programs of 128 threads share a multiprocessor if each takes 128 registers. Core needs no
-    more, but left to itself the assembler for sm_80 takes up to 167 for some choices of fields.
+
+def pair_splits(
+    rows: int, vocab: int, config: PairConfig, columns: int, processors: int = 132
+) -> int:
+    """Programs that share a row, so that few rows fill the machine too.
+
+    "tile": as many as run at a time, each with at least 4096 columns (measured on an H200 for 1,
+    64 and 2048 rows). "warp", predicted: the fewest waves of equally long programs. A program takes
+    as long as its tiles, and about two more for its start and end; a split costs the merge a bit.
 
     Args:
-        precise: Whether the level is above core.
-        warp: Threads of a warp: 32, on AMD's CDNA 64, whose compiler knows no such limit.
+        rows: N.
+        vocab: V.
+        config: From `pair_config`.
+        columns: Of a tile of "warp", from `tile_columns`.
+        processors: Multiprocessors of the GPU.
     """
-    return {} if precise or warp != 32 else {"maxnreg": 128}
+    if config.design == "tile":
+        return max(1, min(vocab // 4096, 4 * processors // max(rows, 1)))
+    slots = processors * (65536 // (config.warp * (config.registers or 168)))
+    tiles = max(1, vocab // columns)
+    most = max(1, min(tiles, slots // max(rows, 1) + 8))
+    return min(range(1, most + 1), key=lambda splits: _cost(rows, tiles, splits, slots))
 
 
-def pair_splits(rows: int, vocab: int) -> int:
-    """Programs that share a row, so that few rows fill the machine too (predicted).
+def _cost(rows: int, tiles: int, splits: int, slots: int) -> float:
+    """Time of a first pass in tiles of one program."""
+    waves = -(-rows * splits // slots)
+    return waves * (-(-tiles // splits) + 2.0) + 0.02 * splits
 
-    Every split has at least one whole tile of 4096 columns.
+
+def multiprocessors(tensor: Tensor) -> int:
+    """Multiprocessors of a tensor's GPU; those of an H200 where it is on none."""
+    return runtime.processors(tensor.device) if tensor.is_cuda else 132
+
+
+def merge_config(splits: int, design: str = "tile") -> MergeConfig:
+    """Rows × splits of about one warp's worth of float64 sums (predicted).
+
+    The merge of "warp", which has more splits, reads up to 256 of them at once.
     """
-    tiles = max(1, vocab // 4096)
-    return max(1, min(tiles, 1600 // max(rows, 1)))
-
-
-def merge_config(splits: int) -> MergeConfig:
-    """Rows × splits of about one warp's worth of float64 sums (predicted)."""
+    most = 256 if design == "warp" else 64
     block = 1
-    while block < min(splits, 64):
+    while block < min(splits, most):
         block *= 2
-    return MergeConfig(rows=max(1, 32 // block), splits=block, num_warps=1)
+    return MergeConfig(rows=max(1, 32 // block), splits=block, num_warps=max(1, block // 64))
 
 
 class VectorConfig(NamedTuple):
@@ -79,6 +171,15 @@ def vector_config(width: int) -> VectorConfig:
     while block < min(width, 1024):
         block *= 2
     return VectorConfig(rows=1024 // block, block=block, num_warps=4)
+
+
+def vector_warp_config(warp: int = 32) -> PairConfig:
+    """Pairs of vectors, one row to a warp: a tile of 2048 bfloat16 in flight (predicted).
+
+    Args:
+        warp: Threads of a warp: 32, on AMD's CDNA 64.
+    """
+    return PairConfig(warp, 8, 1, 0, warp, "warp")
 
 
 class HeadConfig(NamedTuple):

@@ -43,7 +43,8 @@ def vector_stats(
         other: vectors of the same shape, dtype and device.
         fields: names of the fields to report, None for all. On a CPU, the cosine alone takes
             three of the five sums. Other fields are then not there, and say so when asked.
-        impl: "auto", "triton" or "eager".
+        impl: "auto", "triton", "eager", or "triton_warp": kernels of one warp to a row, which are
+            not proven on hardware yet.
 
     Returns:
         A `VectorStats` of `(…)` float32 tensors. Identical vectors give cosine exactly 1 and
@@ -55,7 +56,7 @@ def vector_stats(
     """
     checks.floats("vector_stats", base=base, other=other)
     checks.alike("vector_stats", base=base, other=other)
-    runtime.check_impl(impl)
+    runtime.check_impl(impl, "triton_warp")
     asked = VECTOR_FLOATS if fields is None else _checked_fields(fields)
     if runtime.plain(base, other):
         packed = _vector_stats(base, other, asked, impl)

@@ -257,13 +257,13 @@ def test_opcheck_and_fullgraph() -> None:
 
 def test_groups_of_sums_are_as_small_as_said() -> None:
     """What the KLs, normalisers, NLLs, argmaxes and margins need: four sums in the kernels."""
-    from prunekernels.metrics.sums import triton as language
+    from prunekernels.metrics.sums import bundle_triton
 
     few = ("kl_base_other", "kl_other_base", "lse_base", "nll_other", "margin_base", "argmax_base")
     names = needed_sums.sums(few, weights="base", precise=False)
-    assert language.bundle(language.wanted(names)) == ("W0", "W1", "V0", "V1")
+    assert bundle_triton.bundle(bundle_triton.wanted(names)) == ("W0", "W1", "V0", "V1")
     every = needed_sums.sums(needed_sums.PAIR_FIELDS, weights="base", precise=False)
-    bundle = language.bundle(language.wanted(every))
+    bundle = bundle_triton.bundle(bundle_triton.wanted(every))
     # four of these are not summed but taken from the others, and n is counted
     assert len(bundle) == 18 + 4 + 1
     assert {"A", "Fp", "Fq", "V2"}.isdisjoint(bundle)

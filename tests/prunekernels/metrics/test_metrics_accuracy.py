@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from accuracy import STEPS, check_head, check_pair, of_splits, pair
-from interpreter import run_interpreted
+from interpreter import IMPL, run_interpreted
 from prunekernels.metrics import tuning
 from prunekernels.runtime import interpreting
 from rows import adversarial, for_splits, one_hot
@@ -33,17 +33,30 @@ def test_in_the_interpreter():
 
 
 @compiled
+def test_by_warps_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_interpreted(__file__, "-k", "splits_of", impl="triton_warp")
+
+
+@compiled
 @pytest.mark.slow
 def test_slow_ones_in_the_interpreter():
     pytest.importorskip("triton")
     run_interpreted(__file__, "-m", "slow")
 
 
+@compiled
+@pytest.mark.slow
+def test_all_by_warps_in_the_interpreter():
+    pytest.importorskip("triton")
+    run_interpreted(__file__, "-m", "slow or not slow", "-k", "not head", impl="triton_warp")
+
+
 @interpreted
 @pytest.mark.parametrize("level", ["core", "full"])
 @pytest.mark.parametrize("vocab", [1, 17, 4096])
 def test_kernels(vocab, level):
-    check_pair("triton", *pair("peaked", vocab), level)
+    check_pair(IMPL, *pair("peaked", vocab), level)
 
 
 @interpreted
@@ -51,7 +64,7 @@ def test_kernels(vocab, level):
 @pytest.mark.parametrize(("dtype", "offsets"), SHIFTS)
 def test_kernels_of_shifted_and_of_half_precision_rows(dtype, offsets, level):
     base, other = pair("peaked", 4096, (4.5e-4, 4.5e-3), dtype=dtype, offsets=offsets)
-    check_pair("triton", base, other, level)
+    check_pair(IMPL, base, other, level)
 
 
 @interpreted
@@ -68,7 +81,7 @@ def test_kernels_of_shifted_and_of_half_precision_rows(dtype, offsets, level):
     ],
 )
 def test_kernels_at_large_vocabularies(vocab, kind, level, noise, dtype):
-    check_pair("triton", *pair(kind, vocab, (noise,), dtype=dtype), level)
+    check_pair(IMPL, *pair(kind, vocab, (noise,), dtype=dtype), level)
 
 
 @compiled
@@ -113,7 +126,9 @@ TILE = 4 * LANES
 def small_tiles(monkeypatch):
     """So that a short row has a tile for each of 37 splits."""
     small = tuning.PairConfig(lanes=LANES, units=1, num_warps=4)
-    monkeypatch.setattr(tuning, "pair_config", lambda warp=32: small)
+    monkeypatch.setattr(
+        tuning, "pair_config", lambda *_, design="tile", **__: small._replace(design=design)
+    )
 
 
 def check_splits(base, other, splits, level="precise", ties=None):
@@ -124,7 +139,7 @@ def check_splits(base, other, splits, level="precise", ties=None):
     terms are 4 there.
     """
     labels = torch.full(base.shape[:-1], base.shape[-1] - 1)
-    got = of_splits(base, other, labels, splits, level)
+    got = of_splits(base, other, labels, splits, level, IMPL)
     alike = (1 + 4) * 2.0**-25 * base.shape[-1] / LANES / splits
     for name, row, off, limit, truth in worse_than_allowed(
         got, base, other, tile=TILE, level=level, labels=labels
@@ -187,8 +202,8 @@ def test_splits_are_repeatable(small_tiles):
     name = "other's maximum far and late"
     base, other = (row[None] for row in for_splits(SIZE, TILE, 24)[name])
     labels = torch.tensor([SIZE - 1])
-    first = of_splits(base, other, labels, 24, "precise")
-    for name, value in of_splits(base, other, labels, 24, "precise").items():
+    first = of_splits(base, other, labels, 24, "precise", IMPL)
+    for name, value in of_splits(base, other, labels, 24, "precise", IMPL).items():
         assert torch.equal(value.nan_to_num(7), first[name].nan_to_num(7)), name
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from interpreter import run_interpreted
 from prunekernels import checks, reference
-from prunekernels.metrics import partial
+from prunekernels.metrics import partial, tuning
 from prunekernels.metrics.options import OutputHead, PairOptions, checked_subset
 from prunekernels.metrics.top_tokens import top_ids
 from prunekernels.runtime import interpreting
@@ -148,7 +148,8 @@ def test_pair_stats_with_everything(fields: str, capturing: None) -> None:
     with NoHostReads():
         checks.token_ids("pair_stats", 700, labels, subset)
         options = PairOptions(0.8, 5, "full", "other", fields, labels=True)
-        pair_triton.pair_stats(base, other, labels, subset, options)
+        for design in tuning.DESIGNS:
+            pair_triton.pair_stats(base, other, labels, subset, options, design)
         pair_triton.pair_stats(base, other, None, None, PairOptions(fields=fields))
 
 
@@ -192,6 +193,7 @@ def test_vectors() -> None:
 
     with NoHostReads():
         vector_triton.vector_stats(*logits())
+        vector_triton.vector_stats_by_warps(*logits())
 
 
 @compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from allocations import Allocations
-from interpreter import run_interpreted
+from interpreter import IMPL, run_interpreted
 from prunekernels import head_pair_stats, pair_stats, reference, vector_stats
 from prunekernels.runtime import interpreting
 from rows import adversarial, broad_against_certain
@@ -24,9 +24,21 @@ def test_in_the_interpreter():
 
 
 @compiled
+def test_by_warps_in_the_interpreter():
+    some = "test_values or first_of_equals or alpha or (excluded and core)"
+    run_interpreted(__file__, "-k", some, impl="triton_warp")
+
+
+@compiled
 @pytest.mark.slow
 def test_slow_ones_in_the_interpreter():
     run_interpreted(__file__, "-m", "slow")
+
+
+@compiled
+@pytest.mark.slow
+def test_all_by_warps_in_the_interpreter():
+    run_interpreted(__file__, "-m", "slow or not slow", "-k", "not head", impl="triton_warp")
 
 
 # Absolute floors where float32 sums limit what a value near zero can be (METRICS: error table),
@@ -83,7 +95,7 @@ def assert_as_good_as_eager(got, eager, exact, extra=None):
 
 
 def compare(base, other, extra=None, **options):
-    got = pair_stats(base, other, impl="triton", **options).as_dict()
+    got = pair_stats(base, other, impl=IMPL, **options).as_dict()
     eager = pair_stats(base, other, impl="eager", **options).as_dict()
     exact = reference.pair_stats(base.double(), other.double(), **options)
     assert_as_good_as_eager(got, eager, exact, extra)
@@ -125,7 +137,7 @@ def test_the_first_of_equals_may_lie_before_the_tiles():
     """In rows that start off a vector, whose first piece is read last."""
     base, other = torch.zeros(2, 4096 + 1111), torch.randn(2, 4096 + 1111)
     other[:, 3] = other[:, 4000] = 9.0
-    found = pair_stats(base, other, impl="triton", fields=("argmax_base", "argmax_other", "tie"))
+    found = pair_stats(base, other, impl=IMPL, fields=("argmax_base", "argmax_other", "tie"))
     assert found.argmax_base.tolist() == [0, 0] and found.argmax_other.tolist() == [3, 3]
     assert found.tie.all()
 
@@ -140,7 +152,7 @@ def test_a_real_vocabulary():
 def test_small_divergences(level, kl, allowed):
     base, noise = torch.randn(2, 6000) * 3, torch.randn(2, 6000)
     other = base + noise * (2 * kl) ** 0.5
-    got = pair_stats(base, other, level=level, impl="triton")
+    got = pair_stats(base, other, level=level, impl=IMPL)
     exact = reference.pair_stats(base.double(), other.double())
     for name in ("kl_base_other", "kl_other_base"):
         assert (getattr(got, name) / exact[name] - 1).abs().max() < allowed, name
@@ -160,7 +172,7 @@ def test_adversarial_rows(level, temperature):
     rows = [torch.stack([pair[side] for pair in cases.values()]) for side in (0, 1)]
     base, other = (torch.cat([row, rows[1][:2]]) for row in rows)
     options = {"level": level, "temperature": temperature}
-    got = pair_stats(base, other, impl="triton", **options).as_dict()
+    got = pair_stats(base, other, impl=IMPL, **options).as_dict()
     # Equal terms round alike: 2⁻²⁵ per addition in a lane, and not at random.
     alike = {list(cases).index("ties"): 2.0**-25 * base.shape[1] / 128}
     worse = worse_than_allowed(got, base, other, **options)
@@ -174,7 +186,7 @@ def test_adversarial_rows(level, temperature):
 @interpreted
 def test_broad_against_certain():
     base, other = broad_against_certain(4096 + 200)
-    got = pair_stats(base, other, impl="triton").as_dict()
+    got = pair_stats(base, other, impl=IMPL).as_dict()
     names = ("one_minus_cos_prob", "cos_prob", "kl_base_other", "kl_other_base", "lse_other")
     assert not worse_than_allowed(got, base, other, names)
 
@@ -195,9 +207,9 @@ def test_excluded_and_broken_elements(level):
         options |= {"topk": 3, "subset": torch.tensor([3, 5, 4600])}
     got = compare(base[:8], other[:8], **options)
     # neighbours of a broken row are untouched
-    alone = pair_stats(base[2], other[2], level=level, impl="triton")
+    alone = pair_stats(base[2], other[2], level=level, impl=IMPL)
     assert got["kl_other_base"][2] == alone.kl_other_base
-    masked = pair_stats(base[8], other[8], level=level, impl="triton")
+    masked = pair_stats(base[8], other[8], level=level, impl=IMPL)
     exact = reference.pair_stats(base[8].double(), other[8].double(), level=level)
     for name in ("kl_base_other", "kl_other_base", "cos_prob", "entropy_base"):
         assert (getattr(masked, name) - exact[name]).abs() < 1e-6, name
@@ -218,9 +230,9 @@ def test_any_strides():
 @interpreted
 def test_no_rows():
     empty = torch.zeros(0, 9)
-    stats = pair_stats(empty, empty, level="full", topk=2, subset=[1, 2], impl="triton")
+    stats = pair_stats(empty, empty, level="full", topk=2, subset=[1, 2], impl=IMPL)
     assert {tuple(x.shape) for x in stats.as_dict().values()} == {(0,), (0, 2)}
-    assert vector_stats(empty, empty, impl="triton").cosine.shape == (0,)
+    assert vector_stats(empty, empty, impl=IMPL).cosine.shape == (0,)
     assert head_pair_stats(empty, empty, torch.ones(5, 9), impl="triton").lse_base.shape == (0,)
 
 
@@ -229,9 +241,9 @@ def test_no_rows():
 def test_repeatable_and_temperature_scales_exactly(level):
     base, other = pair(1, 5000)
     other[:, 3000] += 25.0  # away from base's top, so that β moves to it
-    first = pair_stats(base, other, temperature=0.7, level=level, impl="triton").as_dict()
-    again = pair_stats(base, other, temperature=0.7, level=level, impl="triton").as_dict()
-    twice = pair_stats(2 * base, 2 * other, temperature=1.4, level=level, impl="triton")
+    first = pair_stats(base, other, temperature=0.7, level=level, impl=IMPL).as_dict()
+    again = pair_stats(base, other, temperature=0.7, level=level, impl=IMPL).as_dict()
+    twice = pair_stats(2 * base, 2 * other, temperature=1.4, level=level, impl=IMPL)
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
     for name in ("kl_base_other", "kl_other_base", "entropy_base", "cos_prob", "kl_estimate"):
@@ -242,8 +254,8 @@ def test_repeatable_and_temperature_scales_exactly(level):
 @pytest.mark.parametrize("level", ["core", "precise"])
 def test_swapping_the_rows_swaps_the_fields(level):
     base, other = pair(2, 3000)
-    there = pair_stats(base, other, level=level, impl="triton")
-    back = pair_stats(other, base, level=level, weights="other", impl="triton")
+    there = pair_stats(base, other, level=level, impl=IMPL)
+    back = pair_stats(other, base, level=level, weights="other", impl=IMPL)
     for left, right in (
         ("kl_base_other", "kl_other_base"),
         ("entropy_base", "entropy_other"),
@@ -265,8 +277,9 @@ def test_parts_of_the_vocabulary_merge_as_splits():
     base[0, 9000], other[0, 20000] = 15.0, 16.0
     labels = torch.tensor([30000])
     exact = reference.pair_stats(base.double(), other.double(), labels=labels)
+    design = "warp" if IMPL == "triton_warp" else "tile"
     halves = [
-        pair_triton.partial_state(part_a, part_b, labels, options, first_id=first)
+        pair_triton.partial_state(part_a, part_b, labels, options, first_id=first, design=design)
         for first, part_a, part_b in (
             (0, base[:, :11111], other[:, :11111]),
             (11111, base[:, 11111:], other[:, 11111:]),
@@ -299,14 +312,14 @@ def test_states_are_those_of_eager_and_merge_with_them(level, weights):
                 (cut, base[:, cut:], other[:, cut:]),
             )
         ]
-        for impl in ("triton", "eager")
+        for impl in (IMPL, "eager")
     }
-    for left, right in zip(parts["triton"], parts["eager"], strict=True):
+    for left, right in zip(parts[IMPL], parts["eager"], strict=True):
         exactly = [
             partial.STATE_FIELDS.index(name) for name in partial.HEAD_FIELDS if name != "beta"
         ]
         torch.testing.assert_close(left.data[:, exactly], right.data[:, exactly], rtol=1e-6, atol=0)
-    for first, second in (("triton", "triton"), ("triton", "eager"), ("eager", "triton")):
+    for first, second in ((IMPL, IMPL), (IMPL, "eager"), ("eager", IMPL)):
         got = merge([parts[first][0], parts[second][1]]).stats().as_dict()
         eager = merge(parts["eager"]).stats().as_dict()
         extra = dict.fromkeys(("kl_estimate", "one_minus_cos_prob_estimate"), 6 * 2.0**-24 * 60**2)
@@ -325,12 +338,26 @@ def test_vectors(width, dtype):
     base[0, 1] = 0
     base[0, 2] = other[0, 2] = 0
     base, other = base.to(dtype), other.to(dtype)
-    got = vector_stats(base, other, impl="triton").as_dict()
+    got = vector_stats(base, other, impl=IMPL).as_dict()
     eager = vector_stats(base, other, impl="eager").as_dict()
     assert_as_good_as_eager(got, eager, reference.vector_stats(base.double(), other.double()))
     assert got["cosine"][0, 0] == 1 and got["one_minus_cosine"][0, 0] == 0
-    flipped = vector_stats(base.transpose(0, 1), other.transpose(0, 1), impl="triton")
+    flipped = vector_stats(base.transpose(0, 1), other.transpose(0, 1), impl=IMPL)
     assert torch.equal(flipped.cosine.nan_to_num(), got["cosine"].t().nan_to_num())
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_alpha_near_zero_keeps_its_digits(dtype):
+    """⟨d, a⟩ is a sum of terms of both signs: it is off by roundings of ‖d‖‖a‖, not of its size."""
+    base, noise = torch.randn(2, 4096 + 40), torch.randn(2, 4096 + 40)
+    along = (noise * base).sum(1, keepdim=True) / base.square().sum(1, keepdim=True)
+    other = base + 0.1 * (noise - along * base)
+    base, other = base.to(dtype), other.to(dtype)
+    exact = reference.vector_stats(base.double(), other.double())
+    off = (vector_stats(base, other, impl=IMPL).alpha - exact["alpha"]).abs()
+    assert (exact["alpha"].abs() < 1e-3).all()
+    assert (off <= 2.0**-24 * exact["orthogonal_ratio"]).all(), off
 
 
 @interpreted
@@ -416,8 +443,8 @@ def test_memory_of_the_fused_head_is_some_hundred_bytes_per_row():
 def test_ops_pass_opcheck():
     base, other = pair(2, 40)
     labels = torch.tensor([1, 2])
-    opcheck("pair_stats", base, other, labels, None, 1.0, 2, "core", "base", "", "triton")
-    opcheck("vector_stats", base, other, "triton")
+    opcheck("pair_stats", base, other, labels, None, 1.0, 2, "core", "base", "", IMPL)
+    opcheck("vector_stats", base, other, IMPL)
 
 
 @interpreted
@@ -425,13 +452,13 @@ def test_ops_pass_opcheck():
 def test_all_ops_pass_opcheck_and_fullgraph():
     base, other = pair(2, 40)
     labels, head = torch.tensor([1, 2]), torch.randn(30, 40)
-    opcheck("pair_state", base, other, labels, 1.0, "precise", "other", 7, "", "triton")
+    opcheck("pair_state", base, other, labels, 1.0, "precise", "other", 7, "", IMPL)
     more = (1e-6, 4.0, None, 1.0, 0, "core", "base", "", "triton")
     opcheck("head_pair_stats", base, other, head, None, None, None, labels, None, *more)
 
     def everything(a, b):
         fused = head_pair_stats(a, b, head, impl="triton").as_dict()
-        return pair_stats(a, b, impl="triton").as_dict(), fused
+        return pair_stats(a, b, impl=IMPL).as_dict(), fused
 
     compiled = torch.compile(everything, fullgraph=True, backend="eager")
     for found, wanted in zip(compiled(base, other), everything(base, other), strict=True):
@@ -449,9 +476,9 @@ def test_bad_input_is_refused_before_any_kernel_runs():
         ({"temperature": float("nan")}, "got nan"),
     ):
         with pytest.raises(ValueError, match=message):
-            pair_stats(base, other, impl="triton", **options)
+            pair_stats(base, other, impl=IMPL, **options)
     with pytest.raises(ValueError, match="no backward"):
-        pair_stats(base.requires_grad_(), other, impl="triton")
+        pair_stats(base.requires_grad_(), other, impl=IMPL)
 
 
 @interpreted
@@ -467,7 +494,7 @@ def test_rows_further_apart_than_32_bits_reach(tmp_path):
     other = big.as_strided((2, vocab), (stride, 1), 8192)
     base.copy_(small_a)
     other.copy_(small_b)
-    for impl in ("triton", "eager"):
+    for impl in (IMPL, "eager"):
         found = pair_stats(base, other, impl=impl).as_dict()
         wanted = pair_stats(small_a, small_b, impl=impl).as_dict()
         for name, value in wanted.items():

@@ -4,147 +4,110 @@ Exponents are in base 2: w = 2^y, v = 2^z with y = k·a−A, z = k·b−B, k = l
 takes each by one fused multiply-add, so that a rounded reference A shifts a row but never bends
 it. The precise level's references are logits, α and β: y = k·(a−α), z = k·(b−β). z−y would have
 the roundings of both, which are large against a small x: so x = (b−a)−K in logits, K near β−α
-(`gap`), and `to_states` makes the finished sums those of a state: x = z−y, or (b−β−a+α)/T if
-precise. ρ = v−w, d = b−a. A bundle of sums is a tuple:
-    W0 W1 W2 Wy V0 V1 Vy R0 S0 C0 Q1 Q2 Pw P2 U1 U2 L1 Z2 Zd D2 ZZ B2 n A Φp Φq V2
-named as in `closed_form`; Q1, Q2 = Σ{x, x²}·w², or ·v² if the estimates are weighted by the other
-row, which alone has V2 = Σv·x²; the precise level alone has A = Σρ, Φp = Σw·φ(t), Φq = Σv·φ(−t),
-with φ(t) = eᵗ−1−t (METRICS, "One pass"), and t = ((b−β)−(a−α))/T, whose roundings ρ shares.
-A constant SUMS has bit i set where sum i is wanted; the others stay 0, and the compiler drops them
-with all that only they need. W0, W1, V0 and V1 are always wanted.
-Where nothing is masked, four sums are left to `complete`, which takes them from the others, and
-`thin` says where that would cancel.
+(`Gap`), and `to_states` makes the finished sums those of a state: x = z−y, or (b−β−a+α)/T if
+precise. ρ = v−w, d = b−a, φ(t) = eᵗ−1−t with t = ((b−β)−(a−α))/T, whose roundings ρ shares.
+
+`bundle_triton` names the sums. Where nothing is masked, four of them are left to `complete`, which
+takes them from the others, and `thin` says where that would cancel. docs/metrics.md ("Moving the
+references", "From sums to fields") derives what is done with them.
 """
 
-# ruff: noqa: RUF005, SIM108  (Triton compiles neither starred tuples nor every ternary)
+# ruff: noqa: RUF005  (Triton compiles no starred tuples)
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment, call-arg"
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-#: Triton decides the same way, when a kernel's module is imported.
-INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
+from prunekernels.metrics.sums.bundle_triton import (
+    B2,
+    C0,
+    COUNT,
+    LINEAR,
+    S0,
+    SQUARE,
+    ZZ,
+    Sums,
+    choose,
+    replaced,
+)
+from prunekernels.metrics.sums.elementwise_triton import LN2, fma
+
 #: How far max b may lie above its reference, in base-2 units: 20 nats.
 FAR = tl.constexpr(28.853900817779268)
 #: Floor of exponents: 2^−10000 is 0 and 0·−10000 is not NaN.
 LOWEST = tl.constexpr(-1.0e30)
 
-BUNDLE: tuple[str, ...] = (
-    "W0",
-    "W1",
-    "W2",
-    "Wy",
-    "V0",
-    "V1",
-    "Vy",
-    "R0",
-    "S0",
-    "C0",
-    "Q1",
-    "Q2",
-    "Pw",
-    "P2",
-)
-BUNDLE += ("U1", "U2", "L1", "Z2", "Zd", "D2", "ZZ", "B2", "n", "A", "Fp", "Fq", "V2")
-#: Names of `closed_form` that share a place.
-_SHARED = {"R1": "Q1", "S1": "Q1", "R2": "Q2", "S2": "Q2"}
+
+class Gap(NamedTuple):
+    """The parts of K = other−base+rest, in logits: x = ((b−other)−(a−base))−rest."""
+
+    base: Any
+    other: Any
+    rest: Any
 
 
-def wanted(sums: Iterable[str]) -> int:
-    """The constant SUMS for names of `closed_form`."""
-    names = {_SHARED.get(name, name) for name in (*sums, "W0", "W1", "V0", "V1")}
-    return sum(1 << i for i, name in enumerate(BUNDLE) if name in names)
+class Reference(NamedTuple):
+    """What exponents of a and b are relative to (−inf: nothing summed yet), and K."""
+
+    a: Any
+    b: Any
+    gap: Any
 
 
-def bundle(sums: int) -> tuple[str, ...]:
-    """Names of the sums that a constant SUMS wants, in order."""
-    return tuple(name for i, name in enumerate(BUNDLE) if sums >> i & 1)
+class Scales(NamedTuple):
+    """Numbers that the temperature gives: see `scales`."""
+
+    k: Any
+    inverse_t: Any
+    unit: Any
+    far: Any
+    step: Any
 
 
-@triton.jit
-def add(left, right):
-    """Elementwise sum of two tuples."""
-    out = ()
-    for i in tl.static_range(len(left)):
-        out = out + (left[i] + right[i],)
-    return out
+class Exponents(NamedTuple):
+    """y, z, x and t of logits; t is x unless precise."""
+
+    y: Any
+    z: Any
+    x: Any
+    t: Any
 
 
-@triton.jit
-def zeros(SHAPE: tl.constexpr, DTYPE: tl.constexpr):
-    """An empty bundle."""
-    out = ()
-    for _ in tl.static_range(27):
-        out = out + (tl.zeros(SHAPE, DTYPE),)
-    return out
+class Moves(NamedTuple):
+    """What moving the references does to a bundle: see `moves`."""
 
-
-@triton.jit
-def choose(old, new, SUMS: tl.constexpr):
-    """The sums of `new` that are wanted, and the rest of `old`."""
-    out = ()
-    for i in tl.static_range(len(old)):
-        if (SUMS >> i) & 1:
-            out = out + (new[i],)
-        else:
-            out = out + (old[i],)
-    return out
+    da: Any
+    db: Any
+    ra: Any
+    rb: Any
+    e: Any
+    phi_p: Any
+    phi_q: Any
+    t: Any
 
 
 @triton.jit
-def add_columns(s, terms, SUMS: tl.constexpr):
-    """Add to each wanted sum of rows what a block of terms (rows, columns) makes."""
-    out = ()
-    for i in tl.static_range(len(s)):
-        if (SUMS >> i) & 1:
-            out = out + (s[i] + tl.sum(terms[i], 1),)
-        else:
-            out = out + (s[i],)
-    return out
+def scales(k, inverse_t, PRECISE: tl.constexpr):
+    """k = log2(e)/T and 1/T, and what depends on the unit of references.
 
-
-@triton.jit
-def fma(a, b, c):
-    """a·b+c rounded once; the interpreter's own `tl.fma` rounds twice."""
-    if INTERPRETED:
-        return (a.to(tl.float64) * b + c.to(tl.float64)).to(tl.float32)
+    Precise references are logits: `unit` is 1 and `step` k; else they are exponents: `unit` is k
+    and `step` 1. `unit` leads from logits to references, `step` from those to exponents; `far` is
+    20 nats in the units of references.
+    """
+    if PRECISE:
+        return Scales(k=k, inverse_t=inverse_t, unit=1.0, far=20.0 / inverse_t, step=k)
     else:
-        return tl.fma(a, b, c)
-
-
-@triton.jit
-def halves(words):
-    """The two bfloat16 in each int32, lower half first, as float32."""
-    low = (words << 16).to(tl.float32, bitcast=True)
-    return low, (words & -65536).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def larger_halves(x, y):
-    """Per half of int32 words the larger bfloat16, a number rather than a NaN (NVIDIA's only)."""
-    if INTERPRETED:
-        low_x, high_x = halves(x)
-        low_y, high_y = halves(y)
-        low = tl.where((low_y > low_x) | (low_x != low_x), low_y, low_x).to(tl.int32, bitcast=True)
-        high = tl.where((high_y > high_x) | (high_x != high_x), high_y, high_x)
-        return (high.to(tl.int32, bitcast=True) & -65536) | ((low >> 16) & 65535)
-    else:
-        return tl.inline_asm_elementwise(
-            "max.bf16x2 $0, $1, $2;", "=r,r,r", [x, y], dtype=tl.int32, is_pure=True, pack=1
-        )
+        return Scales(k=k, inverse_t=inverse_t, unit=k, far=FAR, step=1.0)
 
 
 @triton.jit
 def gap(size, ref_a, ref_b, unit, HALF: tl.constexpr):
-    """The parts of K that x = ((b−Kb)−(a−Ka))−K0 subtracts, two of them 0.
+    """The parts of a K of some size, two of them 0.
 
     b−a is exact for logits of 16 bits (unless one is some thousand times the other), and for
     float32 logits that differ by less than a factor of 2. Where K is so large that those near the
@@ -156,44 +119,62 @@ def gap(size, ref_a, ref_b, unit, HALF: tl.constexpr):
     size = tl.where(tl.abs(size) < float("inf"), size, 0.0)
     none = tl.zeros_like(size)
     if HALF:
-        return (none, none, size)
+        return Gap(base=none, other=none, rest=size)
     else:
         apart = tl.abs(size) * unit > 0.49 * tl.maximum(tl.abs(ref_a), tl.abs(ref_b))
         on_b = tl.abs(ref_b) > tl.abs(ref_a)
-        return (
-            tl.where(apart & ~on_b, -size, none),
-            tl.where(apart & on_b, size, none),
-            tl.where(apart, none, size),
+        return Gap(
+            base=tl.where(apart & ~on_b, -size, none),
+            other=tl.where(apart & on_b, size, none),
+            rest=tl.where(apart, none, size),
         )
 
 
 @triton.jit
 def whole_gap(parts):
     """K from its parts."""
-    return parts[1] - parts[0] + parts[2]
+    return parts.other - parts.base + parts.rest
 
 
 @triton.jit
-def exponents(a, b, ref_a, ref_b, parts, k, inverse_t, PRECISE: tl.constexpr, FLOOR: tl.constexpr):
-    """y, z, x and t of logits a and b; with FLOOR, y and z of −inf or nearly so are finite.
+def nowhere(SHAPE: tl.constexpr, unit, HALF: tl.constexpr):
+    """References of some shape before anything is summed."""
+    lowest = tl.full(SHAPE, float("-inf"), tl.float32)
+    return Reference(a=lowest, b=lowest, gap=gap(tl.zeros_like(lowest), lowest, lowest, unit, HALF))
 
-    parts: of K, from `gap`. t: of the precise level alone.
-    """
-    x = ((b - parts[1]) - (a - parts[0])) - parts[2]
+
+@triton.jit
+def exponents(a, b, ref, scale, PRECISE: tl.constexpr, FLOOR: tl.constexpr):
+    """`Exponents` of logits a and b; with FLOOR, y and z of −inf or nearly so are finite."""
+    x = ((b - ref.gap.other) - (a - ref.gap.base)) - ref.gap.rest
     if PRECISE:
-        low_a = a - ref_a
-        low_b = b - ref_b
-        y = low_a * k
-        z = low_b * k
-        t = (low_b - low_a) * inverse_t
+        low_a = a - ref.a
+        low_b = b - ref.b
+        y = low_a * scale.k
+        z = low_b * scale.k
+        t = (low_b - low_a) * scale.inverse_t
     else:
-        y = fma(a, k, -ref_a)
-        z = fma(b, k, -ref_b)
+        y = fma(a, scale.k, -ref.a)
+        z = fma(b, scale.k, -ref.b)
         t = x
     if FLOOR:
         y = tl.maximum(y, LOWEST)
         z = tl.maximum(z, LOWEST)
-    return y, z, x, t
+    return Exponents(y=y, z=z, x=x, t=t)
+
+
+@triton.jit
+def accumulate_logits(
+    s, a, b, ref, scale, SUMS: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr
+):
+    """Add the terms of a block of logits, each finite or −inf, to a bundle of the same shape."""
+    whole_a = a != float("-inf")
+    whole_b = b != float("-inf")
+    e = exponents(a, b, ref, scale, PRECISE, True)
+    e = Exponents(y=tl.where(whole_a, e.y, LOWEST), z=tl.where(whole_b, e.z, LOWEST), x=e.x, t=e.t)
+    a = tl.where(whole_a, a, 0.0)
+    b = tl.where(whole_b, b, 0.0)
+    return accumulate(s, a, b, e, whole_a, whole_b, SUMS, True, PRECISE, OTHER)
 
 
 @triton.jit
@@ -201,13 +182,9 @@ def accumulate(
     s,
     a,
     b,
-    y,
-    z,
-    x,
-    t,
+    e,
     whole_a,
     whole_b,
-    keep,
     SUMS: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISE: tl.constexpr,
@@ -215,13 +192,19 @@ def accumulate(
 ):
     """Add the terms of one block of logits to a bundle of the same shape.
 
-    a, b: logits. y, z, x, t: from `exponents`. With MASKED, whole_a and whole_b say where each is a
-    finite number and keep where at least one is; elsewhere a, b are 0 and y, z at their floor.
+    a, b: logits. e: their `exponents`. With MASKED, whole_a and whole_b say where each is a finite
+    number; elsewhere a, b are 0 and y, z at their floor.
     """
-    w = tl.exp2(y)
-    v = tl.exp2(z)
+    x = e.x
+    t = e.t
+    w = tl.exp2(e.y)
+    v = tl.exp2(e.z)
     d = b - a
-    s0, c0, zz, b2 = s[8], s[9], s[20], s[21]
+    s0 = s.S0
+    c0 = s.C0
+    zz = s.ZZ
+    b2 = s.B2
+    n = s.n
     if MASKED:
         w = tl.where(whole_a, w, 0.0)
         v = tl.where(whole_b, v, 0.0)
@@ -235,6 +218,7 @@ def accumulate(
         c0 = c0 + w * v
         zz = zz + a * b
         b2 = b2 + b * b
+        n = n + tl.where(whole_a | whole_b, 1.0, 0.0)
     elif OTHER:
         s0 = s0 + v * v
     rho = v - w
@@ -255,76 +239,74 @@ def accumulate(
     wx = w * x
     vx = v * x
     if OTHER:
-        q1 = s[10] + vx * v
-        q2 = s[11] + vx * vx
+        q1 = s.Q1 + vx * v
+        q2 = s.Q2 + vx * vx
     else:
-        q1 = s[10] + wx * w
-        q2 = s[11] + wx * wx
-    n = s[22]
-    if MASKED:
-        n = n + tl.where(keep, 1.0, 0.0)
-    out = (
-        s[0] + w,
-        s[1] + wx,
-        s[2] + wx * x,
-        s[3] + w * y,
-        s[4] + v,
-        s[5] + vx,
-        s[6] + v * z,
-        s[7] + w * w,
-        s0,
-        c0,
-        q1,
-        q2,
-        s[12] + w * rho,
-        s[13] + rho * rho,
-        s[14] + x,
-        s[15] + x * x,
-        s[16] + tl.abs(d),
-        s[17] + a * a,
-        s[18] + a * d,
-        s[19] + d * d,
-        zz,
-        b2,
-        n,
-        s[23] + rho,
-        s[24] + phi_p,
-        s[25] + phi_q,
-        s[26] + vx * x,
+        q1 = s.Q1 + wx * w
+        q2 = s.Q2 + wx * wx
+    added = Sums(
+        W0=s.W0 + w,
+        W1=s.W1 + wx,
+        W2=s.W2 + wx * x,
+        Wy=s.Wy + w * e.y,
+        V0=s.V0 + v,
+        V1=s.V1 + vx,
+        Vy=s.Vy + v * e.z,
+        R0=s.R0 + w * w,
+        S0=s0,
+        C0=c0,
+        Q1=q1,
+        Q2=q2,
+        Pw=s.Pw + w * rho,
+        P2=s.P2 + rho * rho,
+        U1=s.U1 + x,
+        U2=s.U2 + x * x,
+        L1=s.L1 + tl.abs(d),
+        Z2=s.Z2 + a * a,
+        Zd=s.Zd + a * d,
+        D2=s.D2 + d * d,
+        ZZ=zz,
+        B2=b2,
+        n=n,
+        A=s.A + rho,
+        Fp=s.Fp + phi_p,
+        Fq=s.Fq + phi_q,
+        V2=s.V2 + vx * x,
     )
-    return choose(s, out, SUMS)
+    return choose(s, added, SUMS)
 
 
 @triton.jit
 def complete(s, SUMS: tl.constexpr, OTHER: tl.constexpr):
     """The sums that unmasked blocks leave out: Σv², Σwv, Σab and Σb² from those with ρ and d."""
-    s0 = s[8]
+    out = replaced(s, C0, s.R0 + s.Pw)
     if not OTHER:
-        s0 = s[7] + 2.0 * s[12] + s[13]
-    out = ()
-    for i in tl.static_range(len(s)):
-        if i == 8:
-            out = out + (s0,)
-        elif i == 9:
-            out = out + (s[7] + s[12],)
-        elif i == 20:
-            out = out + (s[17] + s[18],)
-        elif i == 21:
-            out = out + (s[17] + 2.0 * s[18] + s[19],)
-        else:
-            out = out + (s[i],)
+        out = replaced(out, S0, s.R0 + 2.0 * s.Pw + s.P2)
+    out = replaced(out, ZZ, s.Z2 + s.Zd)
+    out = replaced(out, B2, s.Z2 + 2.0 * s.Zd + s.D2)
     return choose(s, out, SUMS)
 
 
 @triton.jit
 def thin(s):
     """Whether Σv² is small against Σw², or Σb² against Σa²: then `complete` loses digits."""
-    return (tl.sum(s[8] - 0.125 * s[7], 0) < 0.0) | (tl.sum(s[21] - 0.25 * s[17], 0) < 0.0)
+    return (tl.sum(s.S0 - 0.125 * s.R0, 0) < 0.0) | (tl.sum(s.B2 - 0.25 * s.Z2, 0) < 0.0)
+
+
+@triton.jit
+def spoiled(s):
+    """Whether −inf, NaN or +inf has made a sum of lanes other than finite."""
+    sign = tl.sum((s.W1 + s.V1) + (s.U1 + s.Wy + s.Vy), 0)
+    return (sign - sign) != 0.0
 
 
 @triton.jit
 def moves(old_a, new_a, old_b, new_b, unit, DTYPE: tl.constexpr):
     """What moving the references from old to new does (−inf: nothing summed yet).
+
+    With δ in exponents, `ra` = 2^−δa and `rb` = 2^−δb scale w and v. t = ln(ra/rb), and `e`,
+    `phi_p` and `phi_q` are ra·expm1(−t), ra·φ(−t) and rb·φ(t), each from what neither cancels nor
+    overflows.
 
     unit: k where the references are logits (precise), 1 where they are exponents.
     """
@@ -337,17 +319,19 @@ def moves(old_a, new_a, old_b, new_b, unit, DTYPE: tl.constexpr):
     ra = tl.exp2(-da)
     rb = tl.exp2(-db)
     t2 = t * t
-    # ra·expm1(−t), ra·φ(−t) and rb·φ(t), each from what neither cancels nor overflows.
-    if tl.float64 == DTYPE:
-        small = tl.abs(t) < 1e-3
-    else:
-        small = tl.abs(t) < 0.25
+    small = tl.abs(t) < (1e-3 if tl.float64 == DTYPE else 0.25)
     even = t2 * (0.5 + t2 * (1.0 / 24.0 + t2 * (1.0 / 720.0)))
     odd = t2 * t * (1.0 / 6.0 + t2 * (1.0 / 120.0 + t2 * (1.0 / 5040.0)))
-    e = tl.where(small, ra * (even - odd - t), rb - ra)
-    phi_p = tl.where(small, ra * (even - odd), rb - ra + ra * t)
-    phi_q = tl.where(small, rb * (even + odd), ra - rb - rb * t)
-    return (da, db, db - da, ra, rb, e, phi_p, phi_q, t)
+    return Moves(
+        da=da,
+        db=db,
+        ra=ra,
+        rb=rb,
+        e=tl.where(small, ra * (even - odd - t), rb - ra),
+        phi_p=tl.where(small, ra * (even - odd), rb - ra + ra * t),
+        phi_q=tl.where(small, rb * (even + odd), ra - rb - rb * t),
+        t=t,
+    )
 
 
 @triton.jit
@@ -356,143 +340,90 @@ def rebase(s, m, x, DTYPE: tl.constexpr, SUMS: tl.constexpr, OTHER: tl.constexpr
 
     x: by how much the reference of x grows, in the units of x.
     """
-    da = m[0].to(DTYPE)
-    db = m[1].to(DTYPE)
+    da = m.da.to(DTYPE)
+    db = m.db.to(DTYPE)
     x = x.to(DTYPE)
-    ra = m[3].to(DTYPE)
-    rb = m[4].to(DTYPE)
-    e = m[5].to(DTYPE)
+    ra = m.ra.to(DTYPE)
+    rb = m.rb.to(DTYPE)
+    e = m.e.to(DTYPE)
     if OTHER:
-        q0 = s[8]
+        q0 = s.S0
         rq = rb * rb
     else:
-        q0 = s[7]
+        q0 = s.R0
         rq = ra * ra
-    out = (
-        ra * s[0],
-        ra * (s[1] - x * s[0]),
-        ra * (s[2] - x * (2.0 * s[1] - x * s[0])),
-        ra * (s[3] - da * s[0]),
-        rb * s[4],
-        rb * (s[5] - x * s[4]),
-        rb * (s[6] - db * s[4]),
-        ra * ra * s[7],
-        rb * rb * s[8],
-        ra * rb * s[9],
-        rq * (s[10] - x * q0),
-        rq * (s[11] - x * (2.0 * s[10] - x * q0)),
-        ra * (e * s[7] + rb * s[12]),
-        e * (e * s[7] + 2.0 * rb * s[12]) + rb * rb * s[13],
-        s[14] - x * s[22],
-        s[15] - x * (2.0 * s[14] - x * s[22]),
-        s[16],
-        s[17],
-        s[18],
-        s[19],
-        s[20],
-        s[21],
-        s[22],
-        e * s[0] + rb * s[23],
-        ra * s[24] + m[6].to(DTYPE) * s[0] + e * s[23],
-        rb * s[25] + m[7].to(DTYPE) * s[0] - rb * m[8].to(DTYPE) * s[23],
-        rb * (s[26] - x * (2.0 * s[5] - x * s[4])),
+    moved = Sums(
+        W0=ra * s.W0,
+        W1=ra * (s.W1 - x * s.W0),
+        W2=ra * (s.W2 - x * (2.0 * s.W1 - x * s.W0)),
+        Wy=ra * (s.Wy - da * s.W0),
+        V0=rb * s.V0,
+        V1=rb * (s.V1 - x * s.V0),
+        Vy=rb * (s.Vy - db * s.V0),
+        R0=ra * ra * s.R0,
+        S0=rb * rb * s.S0,
+        C0=ra * rb * s.C0,
+        Q1=rq * (s.Q1 - x * q0),
+        Q2=rq * (s.Q2 - x * (2.0 * s.Q1 - x * q0)),
+        Pw=ra * (e * s.R0 + rb * s.Pw),
+        P2=e * (e * s.R0 + 2.0 * rb * s.Pw) + rb * rb * s.P2,
+        U1=s.U1 - x * s.n,
+        U2=s.U2 - x * (2.0 * s.U1 - x * s.n),
+        L1=s.L1,
+        Z2=s.Z2,
+        Zd=s.Zd,
+        D2=s.D2,
+        ZZ=s.ZZ,
+        B2=s.B2,
+        n=s.n,
+        A=e * s.W0 + rb * s.A,
+        Fp=ra * s.Fp + m.phi_p.to(DTYPE) * s.W0 + e * s.A,
+        Fq=rb * s.Fq + m.phi_q.to(DTYPE) * s.W0 - rb * m.t.to(DTYPE) * s.A,
+        V2=rb * (s.V2 - x * (2.0 * s.V1 - x * s.V0)),
     )
-    return choose(s, out, SUMS)
+    return choose(s, moved, SUMS)
 
 
 @triton.jit
-def move(
-    s,
-    old,  # references of a and b, and the parts of K
-    new,  # references of a and b, and K
-    unit,  # of the references, in logits
-    step,  # of the references, in exponents
-    DTYPE: tl.constexpr,
-    SUMS: tl.constexpr,
-    OTHER: tl.constexpr,
-    HALF: tl.constexpr,
-):
-    """A float32 bundle relative to new references, and the parts of K: see `moves` and `gap`."""
-    m = moves(old[0], new[0], old[1], new[1], step, DTYPE)
-    parts = gap(new[2], new[0], new[1], unit, HALF)
-    x = whole_gap(parts).to(DTYPE) - whole_gap(old[2]).to(DTYPE)
-    return rebase(s, m, x, tl.float32, SUMS, OTHER), parts
+def next_reference(ref, rises, top_a, at_top, top_b, scale, HALF: tl.constexpr):
+    """Where references go once a larger logit has turned up.
+
+    rises: whether base's largest logit, top_a, is new; at_top is b there. top_b: the largest b so
+    far, which becomes b's reference where it is more than 20 nats above it.
+    """
+    new_a = tl.where(rises, top_a * scale.unit, ref.a)
+    new_b = tl.where(rises, at_top * scale.unit, ref.b)
+    size = tl.where(rises, at_top - top_a, whole_gap(ref.gap))
+    away = top_b * scale.unit > new_b + scale.far
+    new_b = tl.where(away, top_b * scale.unit, new_b)
+    size = tl.where(away, (new_b - new_a) / scale.unit, size)
+    return Reference(a=new_a, b=new_b, gap=gap(size, new_a, new_b, scale.unit, HALF))
 
 
 @triton.jit
-def to_states(
-    s,
-    ref_a,
-    ref_b,
-    parts,
-    k,
-    inverse_t,
-    SUMS: tl.constexpr,
-    PRECISE: tl.constexpr,
-    OTHER: tl.constexpr,
-):
+def move(s, old, new, scale, DTYPE: tl.constexpr, SUMS: tl.constexpr, OTHER: tl.constexpr):
+    """A float32 bundle relative to new references, by factors of type DTYPE."""
+    m = moves(old.a, new.a, old.b, new.b, scale.step, DTYPE)
+    x = whole_gap(new.gap).to(DTYPE) - whole_gap(old.gap).to(DTYPE)
+    return rebase(s, m, x, tl.float32, SUMS, OTHER)
+
+
+@triton.jit
+def to_states(s, ref, scale, SUMS: tl.constexpr, PRECISE: tl.constexpr, OTHER: tl.constexpr):
     """A bundle of x = d−K in logits, with the x of a state: relative to the references."""
+    factor = scale.inverse_t if PRECISE else scale.k
+    rest = ref.b.to(tl.float64) - ref.a.to(tl.float64)
     if PRECISE:
-        scale = inverse_t
-        rest = (ref_b.to(tl.float64) - ref_a.to(tl.float64)) * tl.cast(inverse_t, tl.float64)
-    else:
-        scale = k
-        rest = ref_b.to(tl.float64) - ref_a.to(tl.float64)
-    rest = rest - whole_gap(parts).to(tl.float64) * tl.cast(scale, tl.float64)
+        rest = rest * tl.cast(factor, tl.float64)
+    rest = rest - whole_gap(ref.gap).to(tl.float64) * tl.cast(factor, tl.float64)
     rest = tl.where(tl.abs(rest) < float("inf"), rest, 0.0)
     scaled = ()
-    for i in tl.static_range(len(s)):
-        if i == 1 or i == 5 or i == 10 or i == 14:
-            scaled = scaled + (s[i] * scale,)
-        elif i == 2 or i == 11 or i == 15 or i == 26:
-            scaled = scaled + (s[i] * scale * scale,)
+    for i in tl.static_range(COUNT):
+        if (LINEAR >> i) & 1:
+            scaled = scaled + (s[i] * factor,)
+        elif (SQUARE >> i) & 1:
+            scaled = scaled + (s[i] * factor * factor,)
         else:
             scaled = scaled + (s[i],)
-    stay = moves(ref_a, ref_a, ref_b, ref_b, 1.0, tl.float32)
-    return rebase(scaled, stay, rest, tl.float32, SUMS, OTHER)
-
-
-@triton.jit
-def tanh(x):
-    """tanh of float32, from its series near 0 and from e^{−2|x|} elsewhere."""
-    x2 = x * x
-    series = 0.33333333 - x2 * (0.13333333 - x2 * (0.053968254 - x2 * 0.021869489))
-    t = tl.exp2(tl.abs(x) * (-2.0 * LOG2E))
-    far = (1.0 - t) / (1.0 + t)
-    return tl.where(tl.abs(x) < 0.25, x - x * x2 * series, tl.where(x < 0.0, -far, far))
-
-
-@triton.jit
-def log1p(x):
-    """ln(1+x) of float64 without losing a small x (Kahan's quotient)."""
-    u = 1.0 + x
-    step = tl.where(u == 1.0, 1.0, u - 1.0)
-    return tl.where(u == 1.0, x, tl.log(u) * (x / step))
-
-
-@triton.jit
-def angles(z2, zd, d2, zz, b2):
-    """cosine, 1−cosine, alpha, ‖d⊥‖/‖a‖ as `closed_form.angle_fields` defines them, in float64."""
-    same = d2 == 0.0
-    cosine = zz / tl.sqrt(z2 * b2)
-    cosine = tl.minimum(tl.maximum(cosine, -1.0), 1.0)
-    cosine = tl.where((z2 == 0.0) | (b2 == 0.0), 0.0, cosine)
-    cosine = tl.where(same, 1.0, cosine)
-    alpha = tl.where(same, 0.0, zd / z2)
-    across2 = d2 - alpha * zd
-    across2 = tl.where(across2 < 0.0, 0.0, across2)
-    one_minus = tl.where(d2 < b2, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)
-    orthogonal = tl.where(same, 0.0, tl.sqrt(across2 / z2))
-    return cosine, one_minus, alpha, orthogonal
-
-
-@triton.jit
-def count(s, elements, SUMS: tl.constexpr):
-    """Add to n, the elements that each lane has seen."""
-    out = ()
-    for i in tl.static_range(len(s)):
-        if i == 22:
-            out = out + (s[i] + elements,)
-        else:
-            out = out + (s[i],)
-    return choose(s, out, SUMS)
+    stay = moves(ref.a, ref.a, ref.b, ref.b, 1.0, tl.float32)
+    return rebase(Sums(*scaled), stay, rest, tl.float32, SUMS, OTHER)
