@@ -96,11 +96,12 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
-        return self.product(x)
+        # not through nn.Module's search for attributes, which costs as much as a launch
+        return self._product(x, self.weight, self._parameters["bias"])
 
     def product(self, x: Tensor) -> Tensor:
         """x·Wᵀ + bias for all rows that are held, merged ones too."""
-        return self._product(x, self.weight, self.bias)
+        return self._product(x, self.weight, self._parameters["bias"])
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias in the type that nn.Linear would return, `weight` being held here."""
