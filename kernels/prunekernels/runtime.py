@@ -13,6 +13,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,7 +129,7 @@ class Op:
         kept = self._choices.get((problem, impl))
         if kept is None:
             kept = self._select(problem, impl)
-            if problem.device.type == "cuda" and untested is None:
+            if problem.device.type == "cuda" and recording.untested is None:
                 keep(self._choices, (problem, impl), kept)
         return kept
 
@@ -202,8 +203,8 @@ class Op:
         index = device.index if device.index is not None else torch.cuda.current_device()
         if (name, index) in self.tested:
             return self.tested[name, index]
-        if untested is not None:
-            untested.append((self.kernels[name], torch.device("cuda", index)))
+        if recording.untested is not None:
+            recording.untested.append((self.kernels[name], torch.device("cuda", index)))
             return None
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
@@ -249,9 +250,20 @@ class Op:
 
 _OPS: dict[str, Op] = {}
 
-#: While launches are recorded instead of run, the kernels that still have to prove themselves and
-#: where, which are then chosen all the same; None otherwise.
-untested: list[tuple[Kernel, torch.device]] | None = None
+
+class _Recording(threading.local):
+    """What a thread collects while it records launches instead of running them; None otherwise.
+
+    Attributes:
+        launches: The launches.
+        untested: Kernels that still have to prove themselves, and where. They count as proven.
+    """
+
+    launches: list[Any] | None = None
+    untested: list[tuple[Kernel, torch.device]] | None = None
+
+
+recording = _Recording()
 
 
 def register(*ops: Op) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from interpreter import run_interpreted
+from prunekernels import runtime
 from prunekernels.launch import calls as launches
 from prunekernels.launch import meta
 from prunekernels.runtime import interpreting, triton_installed
@@ -30,7 +32,11 @@ def test_recorded_launches_do_not_run():
     y = torch.zeros(10)
     with launches.record() as recorded:
         scaled(torch.ones(10), y).run()
+        with ThreadPoolExecutor(1) as other:
+            # another thread's launches are its own
+            assert other.submit(lambda: runtime.recording.launches).result() is None
     assert [call.grid for call in recorded] == [(2, 1, 1)] and not y.any()
+    assert runtime.recording.launches is None
 
 
 @compiled_only

@@ -8,6 +8,7 @@ import pytest
 import torch
 from prunekernels import pair_stats, runtime, vector_stats
 from prunekernels.metrics import eager
+from prunekernels.metrics.result_rows import VECTOR_FLOATS
 from prunekernels.runtime import Kernel, Op, Problem
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -64,7 +65,7 @@ def test_the_public_op_runs_the_registered_kernel(
 
     def kernel(base: Tensor, other: Tensor) -> Tensor:
         seen.append(base.shape)
-        return eager.vector_stats(base, other) + 1.0
+        return eager.vector_stats(base, other, VECTOR_FLOATS) + 1.0
 
     monkeypatch.setattr(Kernel, "run", lambda self, *given: kernel(*given))
     monkeypatch.setattr(runtime, "triton_installed", lambda: True)

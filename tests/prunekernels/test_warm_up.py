@@ -86,8 +86,8 @@ def test_what_is_recorded_is_chosen_untested_and_not_kept(monkeypatch: pytest.Mo
     device = torch.device("cuda", 0)
     with launches.record():
         assert state.select(1).name == "mma_sp"
-        assert runtime.untested == [(state.op.kernels["mma_sp"], device)]
-    assert state.runs == 0 and runtime.untested is None
+        assert runtime.recording.untested == [(state.op.kernels["mma_sp"], device)]
+    assert state.runs == 0 and runtime.recording.untested is None
     state.problem = "wrong"
     with pytest.warns(RuntimeWarning, match="failed its self-test"):
         assert state.select(1).name != "mma_sp"

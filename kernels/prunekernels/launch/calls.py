@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunekernels import runtime
 from prunekernels.compilation import Arch, KernelCase
-from prunekernels.runtime import interpreting, on
+from prunekernels.runtime import interpreting, on, recording
 
 #: Compiled kernels: (kernel's id, device, options) -> (specialisation -> compiled kernel).
 _compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
@@ -23,8 +22,6 @@ _binders: dict[int, tuple[Any, Callable[..., Any]]] = {}
 # absent from builds of torch without CUDA
 _stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
 _current: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
-# the list that takes launches instead of the GPU, if there is one
-_recorded: list[Launch] | None = None
 
 
 class Launch:
@@ -68,8 +65,8 @@ class Launch:
         Raises:
             RuntimeError: The kernel is not compiled yet, and a CUDA graph is being captured.
         """
-        if _recorded is not None:
-            _recorded.append(self)
+        if recording.launches is not None:
+            recording.launches.append(self)
             return
         if interpreting():
             self._call()
@@ -296,17 +293,17 @@ def meta(shape: Sequence[int], dtype: torch.dtype, *, aligned: bool = True) -> T
 
 @contextlib.contextmanager
 def record() -> Iterator[list[Launch]]:
-    """Collect the launches of the block in a list instead of running them.
+    """Collect the launches that this thread makes in the block, instead of running them.
 
     Kernels that have not proven themselves yet count as proven; nothing that is chosen is kept.
     """
-    global _recorded
-    before = _recorded, runtime.untested
-    _recorded, runtime.untested = [], []
+    before = recording.launches, recording.untested
+    launches: list[Launch] = []
+    recording.launches, recording.untested = launches, []
     try:
-        yield _recorded
+        yield launches
     finally:
-        _recorded, runtime.untested = before
+        recording.launches, recording.untested = before
 
 
 def _none(addresses: Sequence[Any]) -> tuple[int, ...]:

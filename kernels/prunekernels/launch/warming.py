@@ -49,7 +49,7 @@ def warm_up(
     for call in calls:
         with record() as launches:
             call()
-            for kernel, device in set(runtime.untested or ()) - proven:
+            for kernel, device in set(runtime.recording.untested or ()) - proven:
                 proven.add((kernel, device))
                 with contextlib.suppress(Exception):  # its results are not there
                     kernel.load().self_test(device)

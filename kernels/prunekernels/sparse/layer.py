@@ -209,7 +209,7 @@ class Calls:
         kernel = self.op.kernels[choice.name]
         with on(x):
             prepare = getattr(kernel.load(), "prepared", None)
-            prepares = key is not None and runtime.untested is None
+            prepares = key is not None and runtime.recording.untested is None
             if prepares and prepare is not None and x.is_contiguous():
                 call = prepare(x, *arguments)
                 if call is not None:
