@@ -421,6 +421,8 @@ class PairSums:
 def cut_rows(tile: Tensor) -> list[tuple[Tensor, ...]]:
     """Each row of a tile, cut into pieces for dot products."""
     pieces = -(-tile.shape[1] // DOT_PIECE)
+    if pieces == 1:
+        return [(row,) for row in tile.unbind(0)]
     return [row.chunk(pieces) for row in tile.unbind(0)]
 
 

@@ -2,11 +2,15 @@
 
 `PairSums` has eighteen sums to serve and finds ids, margins and excluded elements on its way; at
 the sizes of one decoding step that bookkeeping takes longer than the four sums Σw, Σwx, Σv, Σvx.
-Here a block of rows takes eleven passes in two buffers. Rows that hold −inf, NaN or +inf, or reach
-so far down that their weights would underflow, are left to `PairSums`.
+Here a block of rows takes nine passes in two buffers. Rows that hold −inf, NaN or +inf are left to
+`PairSums`; so are, at temperatures that spread rows out, those whose weights would underflow: there
+a CPU's exponential is many times slower.
 """
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import torch
 from torch import Tensor
@@ -19,7 +23,6 @@ from prunekernels.metrics.sums.eager import (
     DOT_ROW,
     GROUP_ROWS,
     PairSums,
-    cut_rows,
     tile_elements,
 )
 
@@ -30,6 +33,9 @@ _REACH = 80.0
 _ONE_TILE = 1 << 18
 # b−a is summed as it is where max b and max a are this close: it costs no digit of a KL.
 _CLOSE = 2.0
+# Where they are further apart than this, b−a rounds too much: `PairSums` takes the difference off
+# the larger of them first.
+_APART = 16.0
 
 
 def suffices(options: PairOptions, vocab: int, device: torch.device, subset: bool) -> bool:
@@ -86,21 +92,23 @@ class LightSums:
 
     def _add_block(self, start: int, base: Tensor, other: Tensor) -> None:
         rows = slice(start, start + base.shape[0])
-        tops = base.amax(-1).tolist(), other.amax(-1).tolist()
-        lows = base.amin().item(), other.amin().item()
-        reach = _REACH * self.options.temperature
-        # a comparison with NaN is False, and so is one of an infinite difference
-        if not all(max(top) - low < reach for top, low in zip(tops, lows, strict=True)):
+        references = base.amax(-1, keepdim=True), other.amax(-1, keepdim=True)
+        tops = [reference.squeeze(-1).tolist() for reference in references]
+        gaps = [beta - alpha for alpha, beta in zip(*tops, strict=True)]
+        # a comparison with NaN is False
+        near = all(abs(gap) < _APART for gap in gaps)
+        if self.left or not (near and self._is_narrow(tops, base, other)):
+            # where some rows are masked, the others are likely to be
             self._leave(rows, base, other)
             return
         if self.labels is not None:
             index = self.labels[rows, None]
             self.label_logits[0, rows] = base.gather(1, index).squeeze(1).double()
             self.label_logits[1, rows] = other.gather(1, index).squeeze(1).double()
-        gaps = [beta - alpha for alpha, beta in zip(*tops, strict=True)]
-        offsets = [0.0 if abs(gap) <= _CLOSE else gap for gap in gaps]
-        references = torch.tensor(tops).unsqueeze(-1)
-        offset = torch.tensor(offsets).unsqueeze(-1) if any(offsets) else None
+        offsets, offset = [0.0] * len(gaps), None
+        if any(abs(gap) > _CLOSE for gap in gaps):
+            rounded = torch.tensor([gap if abs(gap) > _CLOSE else 0.0 for gap in gaps])
+            offsets, offset = rounded.tolist(), rounded.unsqueeze(-1)
         total = [[0.0] * base.shape[0] for _ in range(4)]
         for column in range(0, self.shape[1], self.columns):
             tile = slice(column, column + self.columns)
@@ -111,21 +119,37 @@ class LightSums:
         for mass, moment in zip(masses, moments, strict=True):  # x relative to β−α
             for i, (gap, exact) in enumerate(zip(gaps, offsets, strict=True)):
                 moment[i] -= (gap - exact) * mass[i]
+        if not all(map(math.isfinite, itertools.chain(*tops, *masses, *moments))):
+            self._leave(rows, base, other)
+            return
         self.found[:, rows] = torch.tensor([*tops, *masses, *moments], dtype=torch.float64)
 
+    def _is_narrow(self, tops: list[list[float]], base: Tensor, other: Tensor) -> bool:
+        """Whether no weight can underflow; not looked at where only few elements would."""
+        temperature = self.options.temperature
+        if temperature >= 1.0:
+            return True
+        lows = base.amin().item(), other.amin().item()
+        # a comparison with NaN is False, and so is one of an infinite difference
+        return all(
+            max(top) - low < _REACH * temperature for top, low in zip(tops, lows, strict=True)
+        )
+
     def _tile(
-        self, a: Tensor, b: Tensor, references: Tensor, offset: Tensor | None
+        self,
+        a: Tensor,
+        b: Tensor,
+        references: tuple[Tensor, Tensor],
+        offset: Tensor | None,
     ) -> list[list[float]]:
         """Σw, Σv, Σwx and Σvx of each row of a tile."""
         weight, x, *copies = self._views(a.shape)
         if copies:
             a, b = copies[0].copy_(a), copies[1].copy_(b)
-        pieces: list[tuple[Tensor, ...]] = []
         if self.divergences:
             torch.sub(b, a, out=x)
             if offset is not None:
                 x -= offset
-            pieces = cut_rows(x)
         masses, moments = [], []
         for logits, reference in ((a, references[0]), (b, references[1])):
             torch.sub(logits, reference, out=weight)
@@ -133,15 +157,9 @@ class LightSums:
                 weight *= 1.0 / self.options.temperature
             torch.exp(weight, out=weight)
             masses.append(weight.sum(-1).tolist())
-            moments.append(
-                [
-                    sum(torch.dot(w, d).item() for w, d in zip(*row, strict=True))
-                    for row in zip(cut_rows(weight), pieces, strict=True)
-                ]
-                if pieces
-                else [0.0] * len(masses[0])
-            )
-        return masses + moments
+            if self.divergences:
+                moments.append(torch.mul(weight, x, out=weight).sum(-1).tolist())
+        return masses + (moments or [[0.0] * a.shape[0]] * 2)
 
     def _views(self, shape: torch.Size) -> list[Tensor]:
         views = self.views.get(shape)
