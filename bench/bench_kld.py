@@ -28,7 +28,7 @@ import prunekit as pk
 from bench import kld_copies
 from bench.bounds import RESULTS
 from bench.result_rows import provenance, write_csv
-from prunekit.divergence.loading import bytes_in_memory
+from prunekit.divergence.loading import bytes_in_memory, fingerprint_of
 from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout
 
@@ -145,11 +145,20 @@ def cost(options: argparse.Namespace) -> None:
     def report() -> None:
         kl_report(model, other, tokenizer, read[: 255 * windows], batch_size=2, progress=False)
 
+    def hashing() -> None:
+        for each in (model, other):
+            fingerprint_of(each)
+
     batch = batches[0][:, :64]
     model(input_ids=batch, use_cache=False)
     spent = {
         name: seconds(run)
-        for name, run in (("passes", passes), ("command", command), ("report", report))
+        for name, run in (
+            ("passes", passes),
+            ("command", command),
+            ("hashing", hashing),
+            ("report", report),
+        )
     }
     scored = 255 * windows
     beyond = spent["command"] / spent["passes"] - 1
@@ -174,8 +183,8 @@ def memory(text: list[str], positions: int, model: int) -> dict[str, Any]:
     """Peak of the command line's process on a long text, and the size of its cache."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "text.txt"
-        file.write_text("\n\n".join(text * (1 + positions // 2000)), encoding="utf-8")
         limit = -(-positions // 255)
+        file.write_text("\n\n".join(text * limit), encoding="utf-8")
         arguments = ["kld", "demo", "--text", str(file), "--limit", str(limit), "--quiet"]
         arguments += ["--output", f"{folder}/out"]
         found = subprocess.run(
@@ -183,6 +192,7 @@ def memory(text: list[str], positions: int, model: int) -> dict[str, Any]:
         )
         told = json.loads(found.stdout.splitlines()[-1])
         assert told["status"] == 0, found.stderr
+        plan = json.loads((Path(folder) / "out" / "kld.json").read_text())["plan"]
         cache = sum(p.stat().st_size for p in Path(folder).glob("out/reference/rows-*"))
         load = subprocess.run(
             [sys.executable, "-c", PROBE, "inspect", "demo", "--quiet"],
@@ -193,12 +203,12 @@ def memory(text: list[str], positions: int, model: int) -> dict[str, Any]:
         alone = json.loads(load.stdout.splitlines()[-1])
     peak = told["peak"] - told["before"]
     return {
-        "memory_positions": limit * 255,
+        "memory_positions": plan["positions"],
         "model_bytes": model,
         "peak_bytes": peak,
         "loading_peak_bytes": alone["peak"] - alone["before"],
         "peak_of_model_and_64mb": f"{peak / (model + 64e6):.3f}",
-        "cache_of_states": f"{cache / (limit * 255 * 576 * 4):.4f}",
+        "cache_of_states": f"{cache / (plan['positions'] * 576 * 4):.4f}",
     }
 
 

@@ -100,6 +100,7 @@ def kld_cost() -> str:
         ],
         ["the whole command", f"{row['command_cpu_s']} s"],
         ["beyond the passes", f"{float(row['beyond_share']):.0%}"],
+        ["of it, SHA-256 of both models' weights", f"{row['hashing_cpu_s']} s"],
         ["`compare --kl-report`, as many positions", f"{row['report_cpu_s']} s"],
         [f"peak memory, {row['memory_positions']} positions", f"{peak:.0f} MB"],
         [f"… of the model ({model:.0f} MB) and 64 MB", f"{row['peak_of_model_and_64mb']}×"],

@@ -7,7 +7,6 @@ what is missing is computed: a killed run goes on, another text's cache is not m
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import shutil
@@ -25,7 +24,7 @@ from prunekit.divergence.capture import Capture, CaptureWriter, check_same, is_c
 from prunekit.divergence.llama_file import LlamaFile
 from prunekit.divergence.llama_file import write as write_llama
 from prunekit.divergence.loading import LoadedModel
-from prunekit.divergence.processes import by_main, together
+from prunekit.divergence.processes import by_main, free_memory, together
 from prunekit.divergence.rows import Options, Readout, Rows, states_of
 from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError
@@ -130,7 +129,7 @@ def cached(
         facts = _told(side, loaded, wanted)
         _write(folder, windows, loaded, facts, tokenizer, options)
         loaded = None
-    gc.collect()
+    free_memory()
     held = Capture(folder)
     held.check(windows)
     source = side.source if isinstance(side.source, str) else None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import re
 import tempfile
@@ -12,7 +11,6 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
-from torch import cuda
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit.checkpoint.sources import located
@@ -21,7 +19,7 @@ from prunekit.divergence import windows as plans
 from prunekit.divergence.candidates import Side, floor_side, sides
 from prunekit.divergence.loading import load_any
 from prunekit.divergence.measuring import Compared, compared
-from prunekit.divergence.processes import by_main
+from prunekit.divergence.processes import by_main, free_memory
 from prunekit.divergence.reference import Planner, Reference, cached, recorded
 from prunekit.divergence.result import Candidate, Kld
 from prunekit.divergence.rows import Options
@@ -195,9 +193,7 @@ def _compared(
     except Exception as failed:  # a model's own code may fail in any way; the others go on
         known = isinstance(failed, PrunekitError)
         error = one_line(failed) if known else f"{type(failed).__name__}: {one_line(failed)}"
-    gc.collect()
-    if cuda.is_available():
-        cuda.empty_cache()
+    free_memory()
     return Candidate(side.name, found, error)
 
 
