@@ -38,6 +38,9 @@ GOALS = {
     "sparse24_gate_up": 2.5,
     "bitmap_linear": 2.5,
     "PackedLinear": 2.5,
+    "vector_stats": 4.0,
+    "pair_stats KL": 8.0,
+    "pair_stats core": 8.0,
 }
 
 
@@ -110,6 +113,9 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
         "bitmap_linear": lambda: prunekernels.bitmap_linear(x, bitmap),
         # the module that `swap_` puts into a model
         "PackedLinear": lambda: module(x),
+        "vector_stats": lambda: prunekernels.vector_stats(x, x),
+        "pair_stats KL": lambda: prunekernels.pair_stats(x, x, fields=("kl_base_other",)),
+        "pair_stats core": lambda: prunekernels.pair_stats(x, x),
     }
 
 

@@ -11,6 +11,7 @@ are then evaluated as `closed_form` defines them, with exponents in base 2 (`sum
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Sequence
@@ -276,6 +277,7 @@ def _width(sums):
     return len(HEAD) + sums.bit_count()
 
 
+@functools.cache
 def summed(options: PairOptions) -> int:
     """The constant SUMS of `bundle_triton`: the sums that a state holds for these options."""
     return bundle.wanted(options.sums(float32=True))

@@ -147,7 +147,11 @@ class PairOptions:
         Args:
             float32: whether they are summed in float32, where the precise level needs φ sums too.
         """
-        return needed_sums.sums(self.asked, weights=self.weights, precise=float32 and self.precise)
+        precise = float32 and self.precise
+        return self._kept(
+            f"_sums_{float32}",
+            lambda: needed_sums.sums(self.asked, weights=self.weights, precise=precise),
+        )
 
 
 #: What was found good, by the arguments of `PairOptions.checked`.
