@@ -123,5 +123,5 @@ def __dir__() -> list[str]:
 # puts off importing torch and transformers, so that --help answers at once (argv[0] is "-m" while
 # `python -m prunekit` looks for its __main__).
 if Path(sys.argv[0] if sys.argv else "").stem not in ("prunekit", "-m"):
-    importlib.import_module("prunekit.models.dropped")
+    importlib.import_module("prunekit.models.quantizer")
     importlib.import_module("prunekernels.moved").keep_old_names(_MOVED)

@@ -11,6 +11,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -223,7 +224,7 @@ def swap_(
             else:
                 decisions[name] = _pack_(model, name, module, chosen, least, tokens)
         fused = merge_(model) if merge else {}
-        refuse_save_pretrained_(model)
+        save_packed_(model)
         if warm_up:
             warm_up_(model, warm_up, progress=progress)
     except BaseException:
@@ -355,20 +356,39 @@ def _merge_(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     return dict.fromkeys(names, "+".join(name.rpartition(".")[2] for name in names))
 
 
-class _Refusal:
-    """Stands for `save_pretrained` of one model whose layers are packed."""
+class _PackedSaving:
+    """Stands for `save_pretrained` of one model whose layers are packed.
 
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        raise PrunekitError(
-            "save_pretrained would write packed layers under names that no stock model has: use "
-            "prunekit.save(model, tokenizer, folder), or unswap_(model) first"
-        )
+    Trainers call it with arguments of their own; the model's own tensors are what is written.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(
+        self,
+        save_directory: Any,
+        is_main_process: bool = True,
+        *args: Any,
+        push_to_hub: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Write the packed checkpoint that `from_pretrained` reads once prunekit is imported."""
+        from prunekit.checkpoint.writing import write_packed
+
+        if push_to_hub:
+            raise PrunekitError(
+                "a packed model can't be pushed to the Hub from here: prunekit.save it, and upload "
+                "the folder"
+            )
+        if is_main_process:
+            write_packed(self.model, Path(save_directory))
 
 
-def refuse_save_pretrained_(model: PreTrainedModel) -> None:
-    """Make `save_pretrained` of this model, if it has packed layers, raise and name the way."""
+def save_packed_(model: PreTrainedModel) -> None:
+    """Make `save_pretrained` of this model, if it has packed layers, write them packed."""
     if is_packed(model):
-        vars(model)["save_pretrained"] = _Refusal()
+        vars(model)["save_pretrained"] = _PackedSaving(model)
 
 
 def _mergeable(parts: Sequence[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +27,13 @@ from prunekit.checkpoint.sources import located
 from prunekit.errors import PrunekitError, one_line
 from prunekit.models import dropped as modeling
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, check_supported
+from prunekit.models.quantizer import DamagedWeightsError
 from prunekit.models.skeletons import make_packed_config_, skeleton_of
-from prunekit.packed.described import PACKED_FIELD, check_packed
-from prunekit.packed.modules import packed_layers, prove_kernels
+from prunekit.packed.described import PACKED_FIELD, QUANT_METHOD, check_described
+from prunekit.packed.modules import prove_kernels
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import quiet_transformers
-from prunekit.swap import merge_, refuse_save_pretrained_
+from prunekit.swap import merge_
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
@@ -105,13 +107,16 @@ def _load_folder(
             ignore_mismatched_sizes=True,  # so that they are reported, below, rather than raised
             output_loading_info=True,
         )
+    except DamagedWeightsError as error:
+        if not former:
+            _check_packed_tensors(folder, getattr(config, PACKED_FIELD, None), shapes)
+        raise PrunekitError(f"{folder}: {error}") from error
     except PrunekitError as error:  # a model class found its configuration wrong
         raise PrunekitError(f"{folder}: {error}") from error
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise PrunekitError(f"{folder} couldn't be loaded: {one_line(error)}") from error
     check_complete(folder, model, found, files, shapes)
-    if hasattr(model.config, PACKED_FIELD):
-        _finish_packed_(folder, model, dtype)
+    merge_(model)
     return model, _load_tokenizer(folder, config)
 
 
@@ -131,27 +136,31 @@ def _read_former(
     return type(skeleton), state
 
 
-def _finish_packed_(folder: Path, model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Check the packed layers, convert them, merge them, and leave a model like a swapped one."""
-    try:
-        check_packed(model)
-    except PrunekitError as error:
-        raise PrunekitError(f"{folder}: {error}") from error
-    delattr(model.config, PACKED_FIELD)
-    if not any(getattr(model.config, field) for field in modeling.DROP_LISTS.values()):
-        modeling.make_stock_(model)
-    if dtype is not None:
-        for _, layer in packed_layers(model):
-            layer.to(dtype)
-    merge_(model)
-    refuse_save_pretrained_(model)
+def _check_packed_tensors(folder: Path, field: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Say which packed tensor of those that the configuration describes the files lack."""
+    if field is None:
+        return
+    for name, described in check_described(field).items():
+        for part, (_, *shape) in dict(described.get("tensors", {})).items():
+            held = shapes.get(f"{name}.{part}")
+            if held is None:
+                raise PrunekitError(
+                    f"{folder}: {name}.{part} is missing from the weights: copy them again"
+                )
+            if held != tuple(shape):
+                raise PrunekitError(
+                    f"{folder}: {name}.{part} has shape {held}, config.json implies "
+                    f"{tuple(shape)}: copy the checkpoint again"
+                )
 
 
 def _read_config(folder: Path) -> tuple[PretrainedConfig, bool]:
     """The configuration, and whether the tensors are in a layout of `former_layouts`."""
     path = folder / "config.json"
     raw = read_json(path)
-    quantization = raw.pop("quantization_config", None)
+    quantization = raw.pop("quantization_config", None) or {}
+    if quantization.get("quant_method") == QUANT_METHOD:
+        quantization = {}  # our own, which the configuration's class says itself
     if quantization and layout_of(quantization) is None:
         raise PrunekitError(f"{folder} is quantised: load the model it was made from")
     name = str(raw.get("model_type", "")).removeprefix(MODEL_TYPE_PREFIX)

@@ -82,7 +82,7 @@ def save(
             elif not is_packed(model):
                 model.save_pretrained(new)
             else:
-                _write_packed(model, new, packed=format == "auto")
+                write_packed(model, new) if format == "auto" else _write_dense(model, new)
             tokenizer.save_pretrained(new)
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise PrunekitError(f"{folder} can't be written: {one_line(error)}") from error
@@ -106,12 +106,15 @@ def check_format(format: str) -> None:
         raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(SAVE_FORMATS)}")
 
 
-def _write_packed(model: PreTrainedModel, folder: Path, *, packed: bool) -> None:
-    """Write a model with packed layers, as they are or dense."""
+def write_packed(model: PreTrainedModel, folder: Path) -> None:
+    """Write a model with packed layers as they are, without its tokenizer."""
     config = copy.deepcopy(model.config)
-    if packed:
-        make_packed_config_(config, describe_packed(model))
-    _write(model, config, packed_state(model) if packed else dense_state(model), folder)
+    make_packed_config_(config, describe_packed(model))
+    _write(model, config, packed_state(model), folder)
+
+
+def _write_dense(model: PreTrainedModel, folder: Path) -> None:
+    _write(model, copy.deepcopy(model.config), dense_state(model), folder)
 
 
 def _write_former(arch: Architecture, folder: Path, layout: str) -> None:

@@ -47,7 +47,7 @@ from prunekit.models.layouts import (
     moved_pattern,
 )
 from prunekit.models.weight_refs import fused_experts
-from prunekit.packed.described import PACKED_FIELD, install_skeletons_
+from prunekit.packed.described import PACKED_FIELD, QUANT_METHOD, install_skeletons_
 
 DROP_LISTS = {"attn": "drop_attn_list", "mlp": "drop_mlp_list"}
 
@@ -234,9 +234,16 @@ class _DroppedConfig:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.drop_attn_list = normalize_drop_list(drop_attn_list)
         self.drop_mlp_list = normalize_drop_list(drop_mlp_list)
+        if getattr(self, PACKED_FIELD, None) is not None:  # written before there was a quantizer
+            self.quantization_config = {"quant_method": QUANT_METHOD}
         # AutoModelForCausalLM looks a class up after it has made the configuration. Registering it
         # no sooner keeps `import prunekit` from importing every architecture's modeling module.
         model_class(base_model_type(self))
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written into config.json: whatever class opens it, `quantizer.py` is asked."""
+        written: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
+        return {**written, "quantization_config": {"quant_method": QUANT_METHOD}}
 
 
 def normalize_drop_list(listed: list[int] | list[bool] | None) -> list[int]:

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 
 from prunekit.models import dropped as modeling
 from prunekit.models.layouts import base_model_type
-from prunekit.packed.described import PACKED_FIELD
+from prunekit.packed.described import PACKED_FIELD, QUANT_METHOD
 
 
 def skeleton_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -30,6 +30,7 @@ def skeleton_of(config: PretrainedConfig, dtype: torch.dtype = torch.float32) ->
 def make_packed_config_(config: PretrainedConfig, packed: Mapping[str, Any]) -> None:
     """Turn a configuration into that of a `prunekit_<base>` model with packed layers."""
     setattr(config, PACKED_FIELD, packed)
+    config.quantization_config = {"quant_method": QUANT_METHOD}
     vars(config).pop("model_type", None)
     config.__class__ = modeling.CONFIG_CLASSES[base_model_type(config)]
     for field in modeling.DROP_LISTS.values():

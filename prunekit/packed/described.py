@@ -7,8 +7,8 @@ prunekit refuses it instead of making weights up, and a field in its configurati
         "format": "2:4", "shape": [576, 1536], "dtype": "bfloat16",
         "tensors": {"packed": ["int32", 36, 6912], "header": ["int64", 4]}}, ...}}
 
-The tensors are `<module>.<tensor>` in the safetensors files. A model class of `modeling.py` makes
-the listed layers packed and empty while it is built (on the meta device, by `from_pretrained`), so
+The tensors are `<module>.<tensor>` in the safetensors files. The listed layers are made packed and
+empty while a model is built (on the meta device, by `from_pretrained`: `models/quantizer.py`), so
 the files' tensors go straight into their buffers: no dense weight ever exists. Merged projections
 are written one by one: how layers are merged is no property of a checkpoint.
 """
@@ -26,6 +26,7 @@ from prunekit.packed.formats import FORMATS
 from prunekit.packed.modules import PackedLinear, packed_layers
 
 PACKED_FIELD = "packed_layers"
+QUANT_METHOD = "prunekit"  # in "quantization_config", so that transformers asks our quantizer
 PACKED_VERSION = 1
 
 

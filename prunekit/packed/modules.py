@@ -12,8 +12,9 @@ layer returns autocast's type, as nn.Linear does; float32 values are multiplied 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -133,6 +134,16 @@ class PackedLinear(nn.Module):
         dense.bias = self.bias
         share_hooks_(dense, self)
         return dense.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """As for any module; says that the weight takes no part in training."""
+        if mode and not self.training:
+            warnings.warn(
+                "packed weights are not trained, only what lies between them: "
+                "prunekit.unswap_(model) before training",
+                stacklevel=2,
+            )
+        return super().train(mode)
 
     def describe(self) -> dict[str, Any]:
         """What `skeleton` needs to make an empty one; JSON-serialisable."""

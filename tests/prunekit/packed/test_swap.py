@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import prunekit as pk
 from prunekit.errors import PrunekitError
@@ -211,19 +212,33 @@ def test_gradients_reach_what_lies_before(tiny_24, token_ids):
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_save_pretrained_is_refused_while_layers_are_packed(tiny_24, tmp_path):
+def test_save_pretrained_writes_packed_layers_packed(tiny_24, tmp_path, token_ids):
     model = tiny_24("llama")
     pk.swap_(model, min_speedup=2.0)
     model.save_pretrained(tmp_path / "nothing packed")
     pk.swap_(model)
+    want = logits(model, token_ids)
     for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        with pytest.raises(PrunekitError, match=r"use prunekit\.save.*unswap_\(model\) first"):
-            each.save_pretrained(tmp_path / "packed")
-        assert not (tmp_path / "packed").exists()
+        each.save_pretrained(tmp_path / "packed", state_dict=each.state_dict())  # as a trainer does
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+        assert any(isinstance(module, PackedLinear) for module in again.modules())
+        assert_close(logits(again, token_ids), want)
+        each.save_pretrained(tmp_path / "no main process", is_main_process=False)
+        assert not (tmp_path / "no main process").exists()
+        with pytest.raises(PrunekitError, match="upload the folder"):
+            each.save_pretrained(tmp_path / "hub", push_to_hub=True)
         pk.unswap_(each)
         each.save_pretrained(tmp_path / "dense")
         again = type(model).from_pretrained(tmp_path / "dense").state_dict()
         assert all(torch.equal(tensor, again[name]) for name, tensor in each.state_dict().items())
+
+
+def test_training_says_that_packed_weights_are_not_trained(tiny_24):
+    model = tiny_24("llama")
+    pk.swap_(model)
+    with pytest.warns(UserWarning, match=r"not trained.*unswap_\(model\) before training"):
+        model.train()
+    assert model.training and model.model.layers[0].mlp.down_proj.training
 
 
 def test_what_stays_dense_and_why(tiny_24):
