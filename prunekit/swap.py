@@ -11,7 +11,6 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
+from prunekit.models.packed_saving import save_packed_
 from prunekit.models.weight_refs import expert_tensors
-from prunekit.packed.described import is_packed
 from prunekit.packed.formats import FORMATS
 from prunekit.packed.modules import (
     FusedGatedMLP,
@@ -202,7 +201,7 @@ def swap_(
     """
     chosen = _checked_formats(formats)
     if tokens < 1 or min(warm_up, default=1) < 1:
-        given = min(tokens, *warm_up)
+        given = min((tokens, *warm_up))
         raise PrunekitError(f"tokens is {given}: give the tokens per call, from 1")
     device = _device(model)
     least = min_speedup
@@ -354,41 +353,6 @@ def _merge_(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     for place, name in enumerate(names[1:], start=1):
         _replace_(model, name, MergedPart(owner, place))
     return dict.fromkeys(names, "+".join(name.rpartition(".")[2] for name in names))
-
-
-class _PackedSaving:
-    """Stands for `save_pretrained` of one model whose layers are packed.
-
-    Trainers call it with arguments of their own; the model's own tensors are what is written.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __call__(
-        self,
-        save_directory: Any,
-        is_main_process: bool = True,
-        *args: Any,
-        push_to_hub: bool = False,
-        **kwargs: Any,
-    ) -> None:
-        """Write the packed checkpoint that `from_pretrained` reads once prunekit is imported."""
-        from prunekit.checkpoint.writing import write_packed
-
-        if push_to_hub:
-            raise PrunekitError(
-                "a packed model can't be pushed to the Hub from here: prunekit.save it, and upload "
-                "the folder"
-            )
-        if is_main_process:
-            write_packed(self.model, Path(save_directory))
-
-
-def save_packed_(model: PreTrainedModel) -> None:
-    """Make `save_pretrained` of this model, if it has packed layers, write them packed."""
-    if is_packed(model):
-        vars(model)["save_pretrained"] = _PackedSaving(model)
 
 
 def _mergeable(parts: Sequence[Any]) -> bool:

@@ -9,8 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from prunekit.checkpoint.former_layouts import FORMER_LAYOUTS, former_state
@@ -20,9 +19,9 @@ from prunekit.files.atomic import replaced_folder
 from prunekit.models import dropped as modeling
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS, base_model_type
+from prunekit.models.packed_saving import write_packed, write_state
 from prunekit.models.saveable import check_saveable
-from prunekit.models.skeletons import make_packed_config_, skeleton_of
-from prunekit.packed.described import dense_state, describe_packed, is_packed, packed_state
+from prunekit.packed.described import dense_state, is_packed
 from prunekit.packed.modules import packed_layers
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import quiet_transformers
@@ -106,15 +105,8 @@ def check_format(format: str) -> None:
         raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(SAVE_FORMATS)}")
 
 
-def write_packed(model: PreTrainedModel, folder: Path) -> None:
-    """Write a model with packed layers as they are, without its tokenizer."""
-    config = copy.deepcopy(model.config)
-    make_packed_config_(config, describe_packed(model))
-    _write(model, config, packed_state(model), folder)
-
-
 def _write_dense(model: PreTrainedModel, folder: Path) -> None:
-    _write(model, copy.deepcopy(model.config), dense_state(model), folder)
+    write_state(model, copy.deepcopy(model.config), dense_state(model), folder)
 
 
 def _write_former(arch: Architecture, folder: Path, layout: str) -> None:
@@ -122,16 +114,7 @@ def _write_former(arch: Architecture, folder: Path, layout: str) -> None:
     config = copy.deepcopy(arch.model.config)
     state, quantization = former_state(arch, layout)
     config.quantization_config = quantization
-    _write(arch.model, config, state, folder)
-
-
-def _write(
-    model: PreTrainedModel, config: PretrainedConfig, state: dict[str, Tensor], folder: Path
-) -> None:
-    """Write `state` as a model of `config`'s class."""
-    skeleton = skeleton_of(config, model.dtype)  # what is written says its type
-    skeleton.generation_config = model.generation_config
-    skeleton.save_pretrained(folder, state_dict=state)
+    write_state(arch.model, config, state, folder)
 
 
 def _with_zeros(arch: Architecture) -> PreTrainedModel:

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from prunekit.errors import PrunekitError
 from prunekit.models import dropped
 from prunekit.models.layouts import base_model_type, check_supported
+from prunekit.models.packed_saving import save_packed_
 from prunekit.packed.described import PACKED_FIELD, QUANT_METHOD, check_packed, install_skeletons_
 from prunekit.packed.modules import PackedLinear
 
@@ -78,8 +79,6 @@ class PackedQuantizer(HfQuantizer):
 
     def postprocess_model(self, model: PreTrainedModel, **kwargs: Any) -> None:
         """Check the packed layers, convert them, and leave a model like a swapped one."""
-        from prunekit.swap import save_packed_
-
         self.remove_quantization_config(model)
         try:
             check_packed(model)
@@ -100,7 +99,7 @@ class PackedQuantizer(HfQuantizer):
         save_packed_(model)
 
     def is_serializable(self) -> bool:
-        """Packed layers are written by `save_pretrained`, see `prunekit.swap`."""
+        """Packed layers are written by `save_pretrained`, see `packed_saving`."""
         return True
 
     @property
