@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interp
 SLOTS = {"core/bf16": 32.2, "core/fp32": 36.5, "core/fp16": 33.5}
 SLOTS |= {"precise/bf16": 55.2, "precise/fp32": 57.0}
 # of a choice of fields: 4 sums, 10, and 7
-SLOTS |= {"kl/bf16": 16.0, "kl/fp32": 17.5, "prob/bf16": 24.0, "precise_kl/bf16": 40.0}
+SLOTS |= {"kl/bf16": 16.0, "kl/fp32": 18.5, "prob/bf16": 24.0, "precise_kl/bf16": 40.0}
 #: The same by one warp to a split.
 WARP_SLOTS = {"core/bf16": 31.0, "core/fp32": 35.0, "core/fp16": 35.5}
 WARP_SLOTS |= {"precise/bf16": 54.3, "precise/fp32": 59.0}
