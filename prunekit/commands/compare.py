@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from math import isnan
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -30,9 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dense", nargs="?", metavar="DENSE", help="'demo', folder, .gguf, Hub id")
     parser.add_argument("pruned", nargs="?", metavar="PRUNED", help="its pruned or dropped copy")
     parser.add_argument("--prompts", metavar="FILE", help="open prompts (the built-in ones)")
+    parser.add_argument("--prompt-field", default="prompt", help="their field in rows (prompt)")
     parser.add_argument("--choices", metavar="FILE", help="questions (the built-in ones)")
     parser.add_argument("--no-choices", action="store_true", help="leave questions out")
-    parser.add_argument("--limit", type=options.positive, help="use at most so many of each")
+    parser.add_argument(
+        "--limit",
+        type=options.positive,
+        help="use at most so many of each; of a --kl-report, windows",
+    )
     parser.add_argument(
         "--max-new-tokens", type=options.positive, default=48, help="longest text (48)"
     )
@@ -82,7 +88,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
     from prunekit.evaluation.items import load_choices, load_prompts
 
-    prompts = [item.prompt for item in load_prompts(args.prompts)][: args.limit]
+    prompts = [item.prompt for item in load_prompts(args.prompts, args.prompt_field)][: args.limit]
     choices = None if args.no_choices else load_choices(args.choices)[: args.limit]
 
     options.find(sources)
@@ -135,11 +141,14 @@ def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> 
         tokenizer,
         text,
         context=args.context,
+        limit=args.limit,
         batch_size=args.batch_size,
         progress=not args.quiet,
     )
     names = _names(*sources)
-    data = {"dense": names[0], "pruned": names[1], "context": args.context, **found}
+    numbers = {name: None if isnan(value) else value for name, value in found.items()}
+    numbers["context"] = int(found["context"])
+    data = {"dense": names[0], "pruned": names[1], **numbers}
     options.emit(args, answer, lambda: data, lambda: kl_table(found, names))
 
 

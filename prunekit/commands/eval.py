@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prunekit.commands import options
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--few-shot", type=options.whole, help="examples (the task's own number)")
     parser.add_argument("--task-folder", metavar="DIR", help="task definitions of your own (.yaml)")
     parser.add_argument("--chat", action="store_true", help="ask through the chat template")
+    parser.add_argument("-o", "--output", metavar="FILE.json", help="write the scores there too")
     options.add_running(parser)
     options.add_common(parser)
 
@@ -42,6 +45,9 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     tasks = [task.strip() for task in (args.tasks or "").split(",") if task.strip()]
     if not tasks:
         raise PrunekitError("which tasks? give --tasks, such as --tasks arc_easy,gsm8k")
+
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise PrunekitError(f"--output {args.output}: its folder does not exist; create it first")
 
     from prunekit.evaluation.tasks import run_tasks
 
@@ -65,10 +71,18 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
             seed=args.seed,
         )
         del model  # before the next one is loaded
+    data = {name: [asdict(score) for score in scores] for name, scores in found.items()}
+    if args.output:
+        from prunekit.files.atomic import replaced_file
+
+        asked = {"tasks": tasks, "limit": args.limit, "few_shot": args.few_shot, "chat": args.chat}
+        record = {"models": sources, **asked, "seed": args.seed, "scores": data}
+        with replaced_file(Path(args.output)) as file:
+            file.write_text(json.dumps(record, ensure_ascii=False, indent=2) + "\n", "utf-8")
     options.emit(
         args,
         answer,
-        lambda: {name: [asdict(score) for score in scores] for name, scores in found.items()},
+        lambda: data,
         lambda: _shown(found),
     )
 

@@ -59,9 +59,11 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
     from prunekit import checkpoint
     from prunekit.packed.described import is_packed
+    from prunekit.packed.modules import packed_layers
 
     checkpoint.check_format(args.format)
     model, tokenizer = options.load(source, args)
+    already = sum(1 for _ in packed_layers(model))
     report = pack(model, args)
     if not is_packed(model):
         reasons = [m.reason for m in report.left_dense if m.reason != "output head"]
@@ -82,8 +84,14 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     options.emit(
         args,
         answer,
-        lambda: {"model": source, "output": folder, **sizes, "report": report.to_dict()},
-        lambda: _shown(report, folder, sizes["folder_bytes"], args.verbose),
+        lambda: {
+            "model": source,
+            "output": folder,
+            "packed_before": already,
+            **sizes,
+            "report": report.to_dict(),
+        },
+        lambda: _shown(report, already, args, sizes["folder_bytes"]),
     )
 
 
@@ -105,12 +113,18 @@ def facts(model: Any, folder: str) -> dict[str, int]:
     }
 
 
-def _shown(report: SwapReport, folder: str, size: int, verbose: bool) -> Any:
+def _shown(report: SwapReport, already: int, args: argparse.Namespace, size: int) -> Any:
     from rich.console import Group
     from rich.text import Text
 
     from prunekit.report import terminal
 
-    lines = [report.table(verbose=verbose), "", report.verdict]
-    lines.append(f"Saved to {folder} ({terminal.size(size)}).")
+    lines = []
+    if already:
+        lines.append(f"{already} layers of {args.model} were packed before.")
+    if report.swapped or not already:
+        lines += [report.table(verbose=args.verbose), "", report.verdict]
+    if args.format == "dense":
+        lines.append("Packed layers were written as dense tensors.")
+    lines.append(f"Saved to {args.output} ({terminal.size(size)}).")
     return Group(*(Text(line) for line in lines))

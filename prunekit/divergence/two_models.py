@@ -34,6 +34,7 @@ def kl_report(
     text: str | Sequence[int],
     *,
     context: int = 512,
+    limit: int | None = None,
     batch_size: int = 8,
     progress: bool = True,
 ) -> dict[str, float]:
@@ -45,11 +46,13 @@ def kl_report(
         tokenizer: Encodes `text`; may be None for token ids.
         text: A text, or its token ids.
         context: Window length in tokens, 2 or more; shortened to what both models can read.
+        limit: At most so many windows, from the text's beginning.
         batch_size: Windows per forward pass.
         progress: Show a progress bar on a terminal.
 
     Returns:
-        What `prunekernels.summarize` returns for all scored positions: nats, shares of 1, and
+        `context`, the window length that was used, and what `prunekernels.summarize` returns for
+        all scored positions: nats, shares of 1, and
         standard errors that treat positions as independent (they are not quite: those of one
         window share its text).
 
@@ -64,10 +67,10 @@ def kl_report(
             f"a text of {len(ids)} tokens has nothing to predict: pass a longer one"
         )
     for model in (dense, pruned):
-        limit = getattr(model.config, "max_position_embeddings", None)
-        context = context if limit is None else min(context, limit)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        context = context if longest is None else min(context, longest)
         check_length(model, min(context, len(ids)) - 1)
-    windows = planned("strided", [ids], context=context)
+    windows = planned("strided", [ids], context=context, limit=limit)
     other = Readout.of(pruned)
     base = shared_readout(Readout.of(dense), other)
     runs = [range(i, min(i + batch_size, len(windows))) for i in range(0, len(windows), batch_size)]
@@ -84,4 +87,4 @@ def kl_report(
         found = compare(sides[0], sides[1], windows.labels(run), level="precise").to("cpu")
         check_finite(found, windows, run, ("dense model", "pruned model"))
         parts.append(found)
-    return summarize(PairStats.cat(distributed.gather(parts)))
+    return {"context": float(context), **summarize(PairStats.cat(distributed.gather(parts)))}

@@ -72,12 +72,13 @@ def load_choices(path: str | Path | None = None) -> list[Choice]:
     return _checked(source, choices)
 
 
-def load_prompts(path: str | Path | None = None) -> list[Prompt]:
+def load_prompts(path: str | Path | None = None, field: str = "prompt") -> list[Prompt]:
     """Read open prompts.
 
     Args:
-        path: A .jsonl or .json file of objects with the field `prompt`, and optionally `id` and
+        path: A .jsonl or .json file of objects with the prompt in `field`, and optionally `id` and
             `topic`, or a .txt file with one prompt per line. None reads the built-in set.
+        field: Field of the prompt in objects.
 
     Raises:
         PrunekitError: As in `load_choices`.
@@ -87,7 +88,10 @@ def load_prompts(path: str | Path | None = None) -> list[Prompt]:
         lines = enumerate(_read(source).splitlines(), 1)
         prompts = [Prompt(str(number), text.strip()) for number, text in lines if text.strip()]
     else:
-        prompts = [_prompt(where, number, record) for where, number, record in _records(source)]
+        prompts = [
+            _prompt(where, number, record, field if path else "prompt")
+            for where, number, record in _records(source)
+        ]
     return _checked(source, prompts)
 
 
@@ -167,15 +171,16 @@ def _choice(where: str, number: int, record: dict[str, Any]) -> Choice:
     return Choice(_id(where, number, record), question, options, answer, _topic(where, record))
 
 
-def _prompt(where: str, number: int, record: dict[str, Any]) -> Prompt:
-    text = _text(where, record, "prompt")
+def _prompt(where: str, number: int, record: dict[str, Any], field: str) -> Prompt:
+    text = _text(where, record, field)
     return Prompt(_id(where, number, record), text, _topic(where, record))
 
 
 def _text(where: str, record: dict[str, Any], field: str) -> str:
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        _fail(where, f"'{field}' is missing or empty", f'add "{field}": "..."')
+        found = ", ".join(map(str, record)) or "none"
+        _fail(where, f"'{field}' is missing or empty (fields: {found})", f'add "{field}": "..."')
     return value.strip()
 
 

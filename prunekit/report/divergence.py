@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import exp
+from math import exp, isnan
 from typing import Any
 
 from prunekit.report import terminal
@@ -21,7 +21,7 @@ def kl_table(found: Mapping[str, float], names: tuple[str, str]) -> Any:
 
     def error(key: str, scale: float = 1.0, digits: int = 6) -> str:
         value, spread = scale * found[key], scale * found[f"{key}_stderr"]
-        return f"{value:.{digits}f} ± {spread:.{digits}f}"
+        return f"{value:.{digits}f}" + ("" if isnan(spread) else f" ± {spread:.{digits}f}")
 
     perplexity = [
         (f"PPL of {dense}", f"{exp(found['ln_ppl_base']):.4f}"),

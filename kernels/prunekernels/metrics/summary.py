@@ -27,7 +27,8 @@ def summarize(stats: PairStats) -> dict[str, float]:
         token; `estimate_valid`, the share where the second-order estimates apply. With labels:
         `prob_delta_mean`, `prob_delta_rms`, `prob_delta_max`, `prob_delta_min`, `prob_delta_p…`
         (of q−p at the label), `ln_ppl_base`, `ln_ppl_other`, `ln_ppl_ratio` (their difference)
-        and `ppl_ratio`. A key with `_stderr` is the standard error of the one without.
+        and `ppl_ratio`. A key with `_stderr` is the standard error of the one without;
+        of one row it is NaN.
 
     Raises:
         ValueError: if no row is left.
@@ -73,8 +74,8 @@ def summarize(stats: PairStats) -> dict[str, float]:
 
 
 def _stderr(values: Tensor) -> float:
-    """Standard error of the mean; 0 for a single value."""
-    return float(values.std(correction=1) / len(values) ** 0.5) if len(values) > 1 else 0.0
+    """Standard error of the mean; NaN for a single value, which says nothing of its spread."""
+    return float(values.std(correction=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
 
 
 def _spread(name: str, values: Tensor) -> dict[str, float]:

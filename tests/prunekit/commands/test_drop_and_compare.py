@@ -107,6 +107,25 @@ def test_kl_report(here, capsys):
     assert snapshot(here) == before  # nothing is written
 
 
+def test_a_kl_report_states_the_windows_that_it_used(here, capsys):
+    line = "compare dense dense --kl-report --json --text long.txt"
+
+    def report(more: str) -> dict[str, float]:
+        assert cli.main([*line.split(), *more.split()]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    one, two = report("--context 16 --limit 1"), report("--context 16 --limit 2")
+    assert one["rows"] == 15 and two["rows"] == 30
+    wide = report("--context 100000")
+    assert wide["context"] < 100000 and wide["rows"] >= wide["context"] - 1
+    # one position has no spread: its errors are null, not 0
+    single = report("--context 2 --limit 1")
+    assert single["rows"] == 1
+    assert single["kl_mean_stderr"] is None and single["same_top_stderr"] is None
+    assert cli.main([*line.replace("--json ", "").split(), "--context", "2", "--limit", "1"]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+
 def test_names_of_a_pair_are_short_and_differ():
     from prunekit.commands.compare import _names
 

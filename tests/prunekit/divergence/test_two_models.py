@@ -106,7 +106,7 @@ def test_equals_kld_over_strided_windows(tiny, perturbed, word_tokenizer):
     summary = alone["pruned"]["summary"]
     for name, value in summary.items():
         assert value == pytest.approx(both[name], rel=1e-6, abs=1e-9), name
-    assert set(both) - set(summary) == {"estimate_valid"}
+    assert set(both) - set(summary) == {"estimate_valid", "context"} and both["context"] == CONTEXT
 
 
 def test_a_model_and_itself(tiny):

@@ -38,6 +38,16 @@ def test_user_files(tmp_path: Path) -> None:
     assert load_prompts(write(tmp_path, "p.jsonl", line)) == [Prompt("7", "Go on.", "t")]
 
 
+def test_prompts_are_read_from_the_field_that_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, "rows.jsonl", json.dumps({"question": "Why?", "answer": "So."}))
+    assert [item.prompt for item in load_prompts(path, "question")] == ["Why?"]
+    with pytest.raises(
+        PrunekitError, match=r"'prompt' is missing or empty \(fields: question, answer"
+    ):
+        load_prompts(path)
+    assert load_prompts(None, "question") == load_prompts()  # the built-in set has its own field
+
+
 GOOD = '{"question": "q", "options": ["a", "b"], "answer": 0}'
 
 
@@ -50,7 +60,11 @@ GOOD = '{"question": "q", "options": ["a", "b"], "answer": 0}'
         ("x.json", "[\n" + GOOD + ",\n]", r"line 3, column 1: not valid JSON"),
         ("x.json", GOOD, r"put the objects in one \[...\] list, or use .jsonl"),
         ("x.jsonl", GOOD + "\n3", "line 2: not a JSON object"),
-        ("x.jsonl", GOOD.replace('"q"', '" "'), "line 1: 'question' is missing or empty; add"),
+        (
+            "x.jsonl",
+            GOOD.replace('"q"', '" "'),
+            r"line 1: 'question' is missing or empty \(fields: question",
+        ),
         ("x.jsonl", GOOD.replace(', "b"', ""), "line 1: 'options' is not a list of two or more"),
         ("x.jsonl", GOOD.replace('"b"', "4"), "line 1: an option is empty or not text"),
         ("x.jsonl", GOOD.replace('"b"', '" a"'), "line 1: two options are the same"),

@@ -98,6 +98,25 @@ def test_a_wrong_second_model_is_found_before_the_first_is_scored(
     assert "./no/such/model doesn't exist" in capsys.readouterr().err
 
 
+def test_scores_are_written_where_output_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    from prunekit.commands import options
+    from prunekit.evaluation import tasks
+
+    score = tasks.TaskScore("arc_easy", "acc", 0.5, 0.1, 4, True)
+    monkeypatch.setattr(options, "load", lambda *a, **k: (None, None))
+    monkeypatch.setattr(tasks, "run_tasks", lambda *a, **k: [score])
+    file = tmp_path / "scores.json"
+    line = ["eval", "demo", "--tasks", "arc_easy", "--limit", "4", "--json"]
+    assert cli.main([*line, "--output", str(file)]) == 0
+    written = json.loads(file.read_text())
+    assert written["scores"] == json.loads(capsys.readouterr().out)
+    assert written["models"] == {"demo": "demo"} and written["limit"] == 4
+    assert cli.main([*line, "--output", str(tmp_path / "none" / "x.json")]) == 2
+    assert "create it first" in capsys.readouterr().err
+
+
 def test_numbers_are_taken_with_their_errors_and_filters() -> None:
     results = {
         "arc": {"alias": "arc", "acc,none": 0.5, "acc_stderr,none": 0.1, "sample_len": 4},
