@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 import prunekit as pk
 from bench.bench_quality import rows as texts
-from bench.harness import RESULTS, provenance, write_csv
+from bench.harness import RESULTS, provenance
+from bench.result_rows import write_csv
 
 CALIBRATION = pk.Calibration(samples=8)
 PRUNINGS: dict[str, Callable[[PreTrainedModel], object]] = {
