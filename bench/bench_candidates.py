@@ -66,6 +66,13 @@ DRAWS = (
         )
         for level in ("core", "KL", "full")
     ),
+    Draw(
+        "vector_stats",
+        "statistics",
+        ("prunekernels",),
+        "prunekernels warp",
+        ("torch cosine fp32",),
+    ),
 )
 
 
@@ -78,6 +85,7 @@ def plan(session: Session) -> list[Case]:
             Case("linear", "unstructured", "bfloat16", {"M": 1, **small, "sparsity": 0.5}),
             *bench_block.plan(session),
             Case("pair_stats", "statistics", "float32", {"N": 4, "V": 1000}),
+            Case("vector_stats", "statistics", "float32", {"N": 4, "D": 64}),
         ]
     cases = []
     for N, K in SHAPES:
@@ -95,6 +103,8 @@ def plan(session: Session) -> list[Case]:
         ("bfloat16", 2048, 32000),
     ):
         cases.append(Case("pair_stats", "statistics", dtype, {"N": N, "V": V}))
+    for N in (2048, 60):
+        cases.append(Case("vector_stats", "statistics", "bfloat16", {"N": N, "D": 4096}))
     return cases
 
 

@@ -164,9 +164,17 @@ def _ours(inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
     return found.kl_base_other, found.kl_other_base, found.cos_prob, found.entropy_base
 
 
-def _ours_kl(inputs: Inputs) -> tuple[Tensor, Tensor]:
+def _by_name(impl: str, run: Callable[..., Any], inputs: Inputs, **options: Any) -> Any:
+    """`run` by a kernel that has to be asked for; absent where it cannot run."""
+    try:
+        return run(inputs, impl=impl, **options)
+    except ValueError as error:
+        raise Absent(str(error)) from error
+
+
+def _ours_kl(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
     found = prunekernels.pair_stats(
-        inputs.base, inputs.other, fields=("kl_base_other", "kl_other_base")
+        inputs.base, inputs.other, fields=("kl_base_other", "kl_other_base"), **options
     )
     return found.kl_base_other, found.kl_other_base
 
@@ -313,6 +321,14 @@ _LOGITS = (
         "prunekernels full", functools.partial(_ours, level="full"), STATISTICS, precision=FLOAT32
     ),
     MetricPeer("prunekernels KL", _ours_kl, ("kl", "reverse_kl"), precision=FLOAT32),
+    *(
+        MetricPeer(f"prunekernels {level} warp", run, returns, precision=FLOAT32)
+        for level, run, returns in (
+            ("core", functools.partial(_by_name, "triton_warp", _ours), STATISTICS),
+            ("full", functools.partial(_by_name, "triton_warp", _ours, level="full"), STATISTICS),
+            ("KL", functools.partial(_by_name, "triton_warp", _ours_kl), ("kl", "reverse_kl")),
+        )
+    ),
     MetricPeer(
         "torch eager",
         lambda i: statistics(i.base, i.other)[:4],
