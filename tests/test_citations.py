@@ -39,3 +39,9 @@ def test_cited_source_files_exist() -> None:
         pattern = r"`((?:bench|docs|kernels|prunekit|tests)/[\w/]+\.(?:py|md|sh|csv))`"
         for name in re.findall(pattern, text):
             assert (ROOT / name).is_file(), f"{path} cites {name}"
+
+
+def test_no_page_is_cited_that_only_its_author_has() -> None:
+    for path, text in TEXTS.items():
+        cited = re.search(r"\((METRICS|SPARSE|PRUNING|STYLE|DESIGN)(: |, \")", text)
+        assert cited is None, f"{path} cites {cited}"

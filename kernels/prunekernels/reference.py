@@ -1,7 +1,7 @@
 """Every op as the plainest torch: the executable specification that tests compare with.
 
 float64 in, float64 out; nothing is chunked, fused or fast. Each line is one definition of
-METRICS ("What is reported"), so that a reader can check it against a textbook. Divergences are
+docs/metrics.md, "Fields", so that a reader can check it against a textbook. Divergences are
 written as sums of terms that cannot be negative (φ(t) = eᵗ−1−t), which float64 evaluates to full
 precision however small they are.
 """

@@ -1,4 +1,4 @@
-"""Pair statistics of logits that are never materialised (METRICS: `head_pair_stats`)."""
+"""Pair statistics of logits that are never materialised (docs/metrics.md)."""
 
 from __future__ import annotations
 

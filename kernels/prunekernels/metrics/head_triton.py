@@ -1,4 +1,4 @@
-"""Pair statistics of logits that never exist (METRICS: `head_pair_stats`).
+"""Pair statistics of logits that never exist (docs/metrics.md).
 
 A program multiplies a block of base rows and the same block of other rows with one tile of the
 head after another, so that the two accumulators share each tile that is read. What leaves the

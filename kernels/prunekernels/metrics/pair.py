@@ -1,4 +1,4 @@
-"""Statistics of pairs of logit rows (METRICS: "What is reported")."""
+"""Statistics of pairs of logit rows (docs/metrics.md, "Fields")."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ A state is one float64 number per row and name of `STATE_FIELDS`: references α,
 there), the two largest logits, the first id of the largest, the label's logit and whether it is
 there, and the sums of `closed_form`. Moving the references from (α, β) to (α*, β*), with δa = α*−α,
 δb = β*−β, s = δb−δa, turns a' into a'−δa, b' into b'−δb and x into x−s, so that every sum becomes
-one of the sums' combinations (METRICS, "One pass"); states with the same references then add. Ids
-are exact in float64.
+one of the sums' combinations (docs/metrics.md, "Moving the references"); states with the same
+references then add. Ids are exact in float64.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Angles between pairs of vectors such as hidden states (METRICS: `VectorStats`)."""
+"""Angles between pairs of vectors such as hidden states (docs/metrics.md)."""
 
 from __future__ import annotations
 

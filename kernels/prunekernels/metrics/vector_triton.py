@@ -1,4 +1,4 @@
-"""Angles of pairs of vectors, every row of every layer in one launch (METRICS: `VectorStats`).
+"""Angles of pairs of vectors, every row of every layer in one launch (docs/metrics.md).
 
 With h (base) and h+Δ (other): the five sums ‖h‖², ⟨h, Δ⟩, ‖Δ‖², ⟨h, h+Δ⟩, ‖h+Δ‖² in float32 lanes,
 added and turned into the fields in float64 (`closed_form.angle_fields`) by the same program: a few

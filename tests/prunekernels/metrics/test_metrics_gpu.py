@@ -117,7 +117,7 @@ def test_rows_that_share_the_machine_differently(rows: int, impl: str) -> None:
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("level", ["core", "precise"])
 def test_adversarial_rows(level: str, impl: str) -> None:
-    """Fields that METRICS bounds wherever the references lie; the interpreter tests hold all."""
+    """Fields with a bound wherever the references lie; the interpreter tests hold all."""
     cases = adversarial(4096 * 5 + 200)
     base, other = (torch.stack([p[side] for p in cases.values()]).cuda() for side in (0, 1))
     found = pair_stats(base, other, level=level, impl=impl).as_dict()

@@ -41,7 +41,7 @@ def test_all_by_warps_in_the_interpreter():
     run_interpreted(__file__, "-m", "slow or not slow", "-k", "not head", impl="triton_warp")
 
 
-# Absolute floors where float32 sums limit what a value near zero can be (METRICS: error table),
+# Absolute floors where float32 sums limit what a value near zero can be (docs/metrics.md),
 # and a relative one: float32 results, of sums whose terms carry a few roundings each.
 FLOORS = {
     "one_minus_cos_logit": 3e-11,
