@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -112,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; the process's own by default.
     """
+    _show_what_can_be_shown()
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except BaseException as error:
@@ -159,6 +161,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {one_line(error)}"
     if isinstance(error, MemoryError) or "out of memory" in str(error).lower():
         return 2, "error: out of memory (lower --batch-size, use a smaller model or --device cpu)"
+    if isinstance(error, RuntimeError) and "not implemented for '" in str(error):
+        return 2, f"error: {one_line(error)}: this device lacks it in this type (--dtype float32)"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return 2, f"error: {one_line(error)} (free some space or use another --output)"
     if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -167,6 +171,13 @@ def explain(error: BaseException) -> tuple[int, str]:
         f"internal error: {type(error).__name__}: {one_line(error)} "
         "(this is a bug in prunekit: set PRUNEKIT_TRACEBACK=1 to see the traceback, and report it)"
     )
+
+
+def _show_what_can_be_shown() -> None:
+    """Replace characters that the terminal's or file's encoding lacks, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _speaks() -> bool:

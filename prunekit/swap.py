@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
+from prunekit.models.causal import check_causal
 from prunekit.models.packed_saving import save_packed_
 from prunekit.models.weight_refs import expert_tensors
 from prunekit.packed.formats import FORMATS
@@ -197,8 +198,11 @@ def swap_(
         What became of each linear layer, and why.
 
     Raises:
-        PrunekitError: An argument or the model's device does not fit; the model is unchanged.
+        PrunekitError: An argument, the model or its device does not fit; the model is unchanged.
     """
+    check_causal(model)
+    if merge:
+        Architecture(model)  # what `merge_` asks for is known before anything is packed
     chosen = _checked_formats(formats)
     if tokens < 1 or min(warm_up, default=1) < 1:
         given = min((tokens, *warm_up))

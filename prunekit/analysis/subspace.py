@@ -23,6 +23,7 @@ from prunekit.analysis.transcripts import TOP_TOKENS, TopToken, named, top_token
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.models.generation import Rollout
+from prunekit.models.token_ids import check_ids, tokenize
 from prunekit.process.progress import track
 
 # How an option may be spelled behind "Answer:"; the first that is one token each is taken.
@@ -195,11 +196,13 @@ def subspace(
         # the right option's token is each prompt's one-token continuation
         rollouts = [
             Rollout(
-                tuple(tokenizer(question_text(choices[index]))["input_ids"]),
+                tuple(tokenize(tokenizer, question_text(choices[index]))["input_ids"]),
                 (ids[choices[index].answer],),
             )
             for index in group
         ]
+        for rollout in rollouts:
+            check_ids(dense, rollout.ids, "a question")
         batches = step_batches(ours, rollouts, batch_size)
         for batch in track(batches, "subspace", enabled=progress, count=len):
             batch = replace(batch, prompts=[group[row] for row in batch.prompts])
@@ -289,5 +292,5 @@ def _logprobs(head: Any, state: torch.Tensor, subset: torch.Tensor, temperature:
 
 def _single(tokenizer: Any, text: str) -> int | None:
     """The id of `text` if it is one token."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    ids = tokenize(tokenizer, text, add_special_tokens=False)["input_ids"]
     return int(ids[0]) if len(ids) == 1 else None

@@ -26,6 +26,7 @@ from prunekit.checkpoint.manifest import read_json, verify_manifest
 from prunekit.checkpoint.sources import located
 from prunekit.errors import PrunekitError, one_line
 from prunekit.models import dropped as modeling
+from prunekit.models.causal import COMPUTES_IN, check_computes
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_type, check_supported
 from prunekit.models.quantizer import DamagedWeightsError
 from prunekit.models.skeletons import make_packed_config_, skeleton_of
@@ -85,7 +86,7 @@ def load(
 def _load_folder(
     folder: Path, dtype: torch.dtype | None, device: torch.device | str | None, verify: bool
 ) -> Loaded:
-    config, former = _read_config(folder)
+    config, former = _read_config(folder, dtype)
     files = weight_files(folder)
     if verify:
         verify_manifest(folder)
@@ -154,7 +155,7 @@ def _check_packed_tensors(folder: Path, field: Any, shapes: Mapping[str, tuple[i
                 )
 
 
-def _read_config(folder: Path) -> tuple[PretrainedConfig, bool]:
+def _read_config(folder: Path, dtype: torch.dtype | None) -> tuple[PretrainedConfig, bool]:
     """The configuration, and whether the tensors are in a layout of `former_layouts`."""
     path = folder / "config.json"
     raw = read_json(path)
@@ -184,6 +185,8 @@ def _read_config(folder: Path) -> tuple[PretrainedConfig, bool]:
             f"{path} is not a valid {name} configuration ({one_line(error)}): copy it again"
         ) from error
     check_supported(config)
+    if dtype is None and isinstance(config.dtype, torch.dtype):
+        check_computes(config.dtype, f"the checkpoint {folder}")
     return config, bool(quantization)
 
 
@@ -208,8 +211,12 @@ def _parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if dtype is None or dtype == "auto":
         return None
     parsed = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+    if not isinstance(parsed, torch.dtype):
         raise PrunekitError(f"unknown dtype {dtype!r}: use float32, bfloat16 or float16")
+    if parsed not in COMPUTES_IN:
+        raise PrunekitError(
+            f"models do not compute in dtype {dtype!r}: use float32, bfloat16 or float16"
+        )
     return parsed
 
 

@@ -58,10 +58,11 @@ def save(
         The folder.
 
     Raises:
-        PrunekitError: Unknown format; the model is not what its configuration says
+        PrunekitError: Unknown format; no tokenizer; the model is not what its configuration says
             (`prunekit.models.saveable`); or the folder is not empty or can't be written.
     """
     check_format(format)
+    _check_tokenizer(tokenizer)
     check_saveable(model)
     arch = Architecture(model)
     dropped = {
@@ -97,6 +98,15 @@ def save(
         }
         write_manifest(new, facts)
     return Path(folder)
+
+
+def _check_tokenizer(tokenizer: Any) -> None:
+    """Raise a PrunekitError unless `tokenizer` can be written beside the model."""
+    if not callable(getattr(tokenizer, "save_pretrained", None)):
+        raise PrunekitError(
+            f"the tokenizer is {type(tokenizer).__name__}, and a checkpoint needs one: pass a "
+            "transformers tokenizer, such as AutoTokenizer.from_pretrained(…) of the original model"
+        )
 
 
 def check_format(format: str) -> None:

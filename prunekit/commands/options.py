@@ -192,12 +192,21 @@ def emit(
     if not distributed.is_main():
         return
     if args.json:
-        json.dump(data(), answer, ensure_ascii=False, allow_nan=False, indent=2)
-        answer.write("\n")
+        answer.write(_json(data(), answer.encoding or "utf-8") + "\n")
     elif not args.quiet:
         from prunekit.report import terminal
 
         terminal.show(shown(), answer)
+
+
+def _json(data: Any, encoding: str) -> str:
+    """`data` as JSON that `encoding` can hold: characters that it lacks become escapes."""
+    text = json.dumps(data, ensure_ascii=False, allow_nan=False, indent=2)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return json.dumps(data, allow_nan=False, indent=2)
+    return text
 
 
 def whole(text: str) -> int:

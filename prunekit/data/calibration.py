@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from prunekit.data import text_files
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
+from prunekit.models.token_ids import check_ids, check_special, tokenize
 from prunekit.process import distributed
 from prunekit.process.progress import track
 
@@ -89,7 +90,8 @@ def tokens(
 
     Raises:
         PrunekitError: The source can't be read or holds too few tokens, the length exceeds the
-            model's context, or the tokenizer is missing.
+            model's context, the tokenizer is missing, or it makes ids that the model's embedding
+            lacks.
     """
     context = Architecture(model).context_length
     if calibration.length > context:
@@ -104,7 +106,9 @@ def tokens(
             f"calibration from '{calibration.source}' needs the tokenizer: pass tokenizer=…, or "
             "token tensors"
         )
-    return _windows(calibration, tokenizer)
+    found = _windows(calibration, tokenizer)
+    check_ids(model, found, f"calibration from '{calibration.source}'")
+    return found
 
 
 def sequences(
@@ -138,7 +142,6 @@ def sequences(
     if not found:
         raise PrunekitError("calibration has no sequences: give at least one")
     context = Architecture(model).context_length
-    vocabulary = model.get_input_embeddings().weight.shape[0]
     for index, sequence in enumerate(found):
         name = f"calibration sequence {index}"
         if sequence.ndim != 1 or sequence.is_floating_point() or sequence.dtype == torch.bool:
@@ -149,10 +152,7 @@ def sequences(
             raise PrunekitError(
                 f"{name} has {len(sequence)} tokens: give 1 to {context}, the model's context"
             )
-        if int(sequence.min()) < 0 or int(sequence.max()) >= vocabulary:
-            raise PrunekitError(
-                f"{name} holds token ids outside 0..{vocabulary - 1}: use this model's tokenizer"
-            )
+        check_ids(model, sequence, name)
     return [sequence.to("cpu", torch.int64) for sequence in found]
 
 
@@ -225,7 +225,9 @@ def _first_tokens(model: PreTrainedModel, count: int, generator: torch.Generator
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(model.config, name, None)
         if token is not None:
-            return torch.full((count,), token[0] if isinstance(token, list) else token)
+            first = token[0] if isinstance(token, list) else token
+            check_special(model, name, [first])
+            return torch.full((count,), first)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return torch.randint(vocabulary, (count,), generator=generator)
 
@@ -279,6 +281,7 @@ def _windows(calibration: Calibration, tokenizer: Any) -> Tensor:
 
 def _tokenize(documents: Sequence[str], tokenizer: Any) -> list[int]:
     """Token ids of the texts, each followed by the end-of-sequence token if there is one."""
-    encoded = tokenizer(list(documents), add_special_tokens=False, verbose=False)["input_ids"]
+    options = {"add_special_tokens": False, "verbose": False}
+    encoded = tokenize(tokenizer, documents, **options)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return [token for ids in encoded for token in [*ids, *end]]

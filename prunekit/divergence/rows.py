@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.scoring import right_padded
 from prunekit.models.architectures import input_device
+from prunekit.models.token_ids import check_ids
 
 _LOGITS_PER_CHUNK = 2**22  # logits of one side held at once: 16 MiB in float32
 _FEWEST_ROWS = 64  # multiplied by a head at once on a CPU, so that reading the head costs little
@@ -247,8 +248,13 @@ def states_of(
         ids: Token ids of each window; the last is not read.
         firsts: Index of each window's first scored token.
         batch_tokens: Padded tokens per forward pass (one window may exceed it).
+
+    Raises:
+        PrunekitError: A window holds an id that the model's embedding lacks.
     """
     fed = [list(window[:-1]) for window in ids]
+    for window in fed:
+        check_ids(model, window, "the text")
     longest = max(map(len, fed))
     size = max(1, batch_tokens // longest)
     parts = []

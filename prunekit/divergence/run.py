@@ -26,6 +26,7 @@ from prunekit.divergence.rows import Options
 from prunekit.errors import PrunekitError, one_line
 from prunekit.evaluation.items import load_heldout
 from prunekit.files.locks import locked
+from prunekit.models.token_ids import tokenize
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 
@@ -217,7 +218,7 @@ def _documents(
         found, held = [], 0
         for document in islice(text_files.read(dataset, text_field=text_field, seed=seed), tokens):
             found.append(document)
-            held += len(tokenizer(document, verbose=False)["input_ids"])
+            held += len(tokenize(tokenizer, document, verbose=False)["input_ids"])
             if held >= tokens:
                 break
         return found

@@ -20,6 +20,7 @@ from prunekit.divergence.windows import planned
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import text_ids
 from prunekit.evaluation.scoring import check_length
+from prunekit.models.token_ids import check_ids
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
@@ -67,6 +68,7 @@ def kl_report(
             f"a text of {len(ids)} tokens has nothing to predict: pass a longer one"
         )
     for model in (dense, pruned):
+        check_ids(model, ids, "the text")
         longest = getattr(model.config, "max_position_embeddings", None)
         context = context if longest is None else min(context, longest)
         check_length(model, min(context, len(ids)) - 1)

@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from prunekit.data.text_files import clean
 from prunekit.errors import PrunekitError
+from prunekit.models.token_ids import tokenize
 
 KINDS = ("llama.cpp", "strided", "documents")
 JOIN = "\n\n"  # between documents that are read as one text
@@ -220,13 +222,14 @@ def of_text(
     """
     options: dict[str, Any] = {"context": context, "stride": stride, "limit": limit}
     if kind == "documents":
-        encoded = tokenizer(list(documents), verbose=False)["input_ids"]
+        encoded = tokenize(tokenizer, documents, verbose=False)["input_ids"]
         return planned(kind, encoded, **options)
     offsets = tokenizer.is_fast and len(documents) >= FEWEST_DOCUMENTS
-    encoded = tokenizer(JOIN.join(documents), verbose=False, return_offsets_mapping=offsets)
+    text = JOIN.join(map(clean, documents))
+    encoded = tokenize(tokenizer, text, verbose=False, return_offsets_mapping=offsets)
     document_of = None
     if offsets:
-        ends = np.cumsum([len(text) + len(JOIN) for text in documents])
+        ends = np.cumsum([len(clean(document)) + len(JOIN) for document in documents])
         begins = np.array([begin for begin, _ in encoded["offset_mapping"]])
         last = len(documents) - 1
         document_of = np.minimum(np.searchsorted(ends, begins, side="right"), last).tolist()

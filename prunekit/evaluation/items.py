@@ -12,6 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
+from prunekit.data.text_files import clean, utf8
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:  # Python 3.10 keeps it elsewhere
@@ -116,14 +117,7 @@ def _source(path: str | Path | None, builtin: str, suffixes: tuple[str, ...]) ->
 
 
 def _read(source: Traversable) -> str:
-    try:
-        return source.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise PrunekitError(
-            f"{source}: not UTF-8 at byte {error.start}; save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise PrunekitError(f"{source}: {error.strerror}; check its permissions") from error
+    return utf8(source)
 
 
 def _records(source: Traversable) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -161,7 +155,7 @@ def _choice(where: str, number: int, record: dict[str, Any]) -> Choice:
         _fail(where, "'options' is not a list of two or more", 'write "options": ["...", "..."]')
     if not all(isinstance(option, str) and option.strip() for option in options):
         _fail(where, "an option is empty or not text", "write each option as a non-empty string")
-    options = tuple(option.strip() for option in options)
+    options = tuple(clean(option.strip()) for option in options)
     if len(set(options)) < len(options):
         _fail(where, "two options are the same", "make every option different")
     answer = record.get("answer")
@@ -181,21 +175,21 @@ def _text(where: str, record: dict[str, Any], field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         found = ", ".join(map(str, record)) or "none"
         _fail(where, f"'{field}' is missing or empty (fields: {found})", f'add "{field}": "..."')
-    return value.strip()
+    return clean(value.strip())
 
 
 def _id(where: str, number: int, record: dict[str, Any]) -> str:
     value = record.get("id", str(number))
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         _fail(where, "'id' is not a text or a whole number", "correct it or leave it out")
-    return str(value)
+    return clean(str(value))
 
 
 def _topic(where: str, record: dict[str, Any]) -> str:
     value = record.get("topic", "")
     if not isinstance(value, str):
         _fail(where, "'topic' is not text", "correct it or leave it out")
-    return value
+    return clean(value)
 
 
 def _checked(source: Traversable, items: list[Item]) -> list[Item]:

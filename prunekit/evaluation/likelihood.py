@@ -20,6 +20,7 @@ from prunekit.evaluation.scoring import (
     continuation_nlls,
     sequence_token_nlls,
 )
+from prunekit.models.token_ids import tokenize
 from prunekit.process.ambient import usual_torch
 
 
@@ -290,13 +291,13 @@ def text_ids(
     """Token ids of a text, with the tokenizer's own special tokens; token ids stay as they are.
 
     Raises:
-        PrunekitError: A text, and no tokenizer.
+        PrunekitError: A text, and no tokenizer, or one that fails on it.
     """
     if not isinstance(text, str):
         return [int(token) for token in torch.as_tensor(text).flatten()]
     if tokenizer is None:
         raise PrunekitError("a text needs a tokenizer: pass one, or pass token ids")
-    return list(tokenizer(text, verbose=False)["input_ids"])
+    return list(tokenize(tokenizer, text, verbose=False)["input_ids"])
 
 
 def _encode(
@@ -308,9 +309,9 @@ def _encode(
     all options share with the question alone is the question.
     """
     context = f"Question: {choice.question}\nAnswer:"
-    alone: list[int] = tokenizer(context)["input_ids"]
+    alone: list[int] = tokenize(tokenizer, context)["input_ids"]
     texts = [f"{context} {option}" for option in choice.options]
-    whole: list[list[int]] = tokenizer(texts)["input_ids"]
+    whole: list[list[int]] = tokenize(tokenizer, texts)["input_ids"]
     shared = len(alone)
     for ids in whole:
         shared = next((i for i in range(shared) if i >= len(ids) or ids[i] != alone[i]), shared)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import input_device
+from prunekit.models.token_ids import check_ids
 from prunekit.process.progress import track
 
 # Logits held at once: 64 MiB in fp32.
@@ -60,6 +61,8 @@ def sequence_token_nlls(
     scored = [i for i, sequence in enumerate(sequences) if len(sequence) > firsts[i]]
     if not scored:
         return results
+    for sequence in sequences:
+        check_ids(model, sequence, "a text")
     check_model(model, sequences[scored[0]])
     # The last token is only ever predicted, never read.
     fed = [list(sequence[:-1]) for sequence in sequences]
@@ -112,6 +115,8 @@ def continuation_nlls(
     Raises:
         PrunekitError: The model has no key-value cache; else see `check_model`, `check_length`.
     """
+    for prefix, few in zip(prefixes, continuations, strict=True):
+        check_ids(model, [*prefix, *(token for ids in few for token in ids)], "a question")
     check_model(model, prefixes[0])
     # A continuation's last token is only ever predicted, never read.
     read = [max(map(len, few)) - 1 for few in continuations]

@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 
 from prunekit.errors import PrunekitError
 from prunekit.models.absent import Absent, AbsentAttention
+from prunekit.models.causal import check_causal
 from prunekit.models.layouts import (
     LAYOUTS,
     SUBLAYERS,
@@ -84,14 +85,23 @@ class Architecture:
         model: A transformers causal language model of a supported architecture, dense or dropped.
 
     Raises:
-        PrunekitError: The architecture, or this variant of it, is not supported; the message
-            lists what is.
+        PrunekitError: The object is no transformers model, or wraps one, or lacks its decoder
+            layers or head where they are looked for; or the architecture, or this variant of it,
+            is not supported. The message says what to pass instead.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
+        check_causal(model)
         check_supported(model.config)
         self.model = model
         self.layout = LAYOUTS[base_model_type(model.config)]
+        try:
+            model.get_submodule(self.layout.layers)
+        except AttributeError:
+            raise PrunekitError(
+                f"{type(model).__name__} is a model without its head: load it whole, with "
+                "prunekit.load or AutoModelForCausalLM"
+            ) from None
 
     def _part(self, dotted: str) -> nn.Module:
         return self.model.get_submodule(dotted)
@@ -134,9 +144,14 @@ class Architecture:
         """The output head.
 
         Raises:
-            PrunekitError: It is offloaded.
+            PrunekitError: It is offloaded, or there is none.
         """
         module = self.model.get_output_embeddings()
+        if module is None:
+            raise PrunekitError(
+                f"{type(self.model).__name__} has no output head, so it gives no probabilities of "
+                "tokens: load it with prunekit.load or AutoModelForCausalLM"
+            )
         config = self.model.config
         return Head(
             _on_a_device(module.weight, "head").detach(),

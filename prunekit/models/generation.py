@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prunekit.errors import PrunekitError
+from prunekit.data.text_files import clean
+from prunekit.errors import PrunekitError, one_line
 from prunekit.models.architectures import Architecture, input_device
+from prunekit.models.token_ids import check_ids, check_special, check_tokenizer, tokenize
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
 
@@ -55,32 +57,71 @@ def encode(tokenizer: Any, prompts: Sequence[str], *, chat: Chat = "auto") -> li
         One list of token ids per prompt, unpadded.
 
     Raises:
-        PrunekitError: A prompt is empty, `chat` is unknown, or "always" without a chat template.
+        PrunekitError: A prompt is empty, `chat` is unknown, "always" without a chat template, or
+            the template can't be applied to one user turn.
     """
     if chat not in get_args(Chat):
         raise PrunekitError(f"unknown chat '{chat}': use one of {', '.join(get_args(Chat))}")
-    templated = chat == "always" or (chat == "auto" and bool(tokenizer.chat_template))
-    if templated and not tokenizer.chat_template:
+    check_tokenizer(tokenizer)
+    template = getattr(tokenizer, "chat_template", None)
+    templated = chat == "always" or (chat == "auto" and bool(template))
+    if templated and not template:
         raise PrunekitError("this tokenizer has no chat template: use chat='auto' or 'never'")
     found: list[list[int]] = []
-    for index, text in enumerate(prompts):
+    for index, text in enumerate(map(clean, prompts)):
         if not text.strip():
             raise PrunekitError(f"prompt {index} is empty: remove it or write something")
         if templated:
-            turn = [{"role": "user", "content": text}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+            text = _as_turn(tokenizer, text)
         # a rendered template already spells its special tokens out
-        ids = tokenizer(text, add_special_tokens=not templated)["input_ids"]
+        ids = tokenize(tokenizer, text, add_special_tokens=not templated)["input_ids"]
         if not ids:
             raise PrunekitError(f"prompt {index} has no tokens: write something longer")
         found.append([int(token) for token in ids])
     return found
 
 
+def _as_turn(tokenizer: Any, text: str) -> str:
+    """`text` as one user turn, through the tokenizer's chat template.
+
+    Raises:
+        PrunekitError: The template is not one that can be chosen, does not compile, wants other
+            roles or parts, or leaves the text out.
+    """
+
+    def rendered(content: str) -> str:
+        turn = [{"role": "user", "content": content}]
+        try:
+            made = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program, and raises what it likes
+            named = tokenizer.chat_template
+            which = f" (templates: {', '.join(named)})" if isinstance(named, dict) else ""
+            raise PrunekitError(
+                f"the tokenizer's chat template can't be applied to one user turn{which}: "
+                f"{one_line(error)}; set tokenizer.chat_template to one that can, or use "
+                "chat='never' (--chat never)"
+            ) from error
+        return str(made)
+
+    found = rendered(text)
+    # a template may change a text on its way in, but two texts must not become the same
+    if found == rendered(f"{text} {text}"):
+        raise PrunekitError(
+            "the tokenizer's chat template leaves out what the user says as plain text: set "
+            "tokenizer.chat_template to one that keeps it, or use chat='never' (--chat never)"
+        )
+    return found
+
+
 def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new: int) -> None:
-    """Raise a PrunekitError unless each prompt and `new` more tokens fit the model's context."""
+    """Raise a PrunekitError unless the model can read each prompt and `new` more tokens.
+
+    Raises:
+        PrunekitError: They exceed its context, or a prompt holds an id that its embedding lacks.
+    """
     limit = Architecture(model).context_length
     for index, ids in enumerate(prompts):
+        check_ids(model, ids, f"prompt {index}")
         if len(ids) + new > limit:
             raise PrunekitError(
                 f"prompt {index} has {len(ids)} tokens and {new} more are asked for, but the "
@@ -151,11 +192,17 @@ def generate(
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
-    """The token ids that end a text, by the model's generation settings or else its config."""
+    """The token ids that end a text, by the model's generation settings or else its config.
+
+    Raises:
+        PrunekitError: One is no id of the model's embedding.
+    """
     for config in (getattr(model, "generation_config", None), model.config):
         ends = getattr(config, "eos_token_id", None)
         if ends is not None:
-            return [ends] if isinstance(ends, int) else list(ends)
+            found = [ends] if isinstance(ends, int) else list(ends)
+            check_special(model, "eos_token_id", found)
+            return found
     return []
 
 

@@ -174,7 +174,7 @@ def test_line_separators_inside_json_strings(tmp_path):
         ("object.json", '{"text": "a"}', "holds a JSON dict: give a list"),
         ("item.json", '["a", {"body": "b"}]', "item 2 has no field 'text'"),
         ("fake.parquet", "hello", "is no readable parquet file"),
-        ("latin.txt", None, "is not UTF-8 text .byte 1.: convert"),
+        ("latin.txt", None, "is not UTF-8 text .byte 1.: save it as UTF-8"),
         ("table.csv", "text\na", "table.csv' is no text source: give a .txt"),
     ],
 )

@@ -90,7 +90,7 @@ def test_unreadable_files(tmp_path: Path) -> None:
     with pytest.raises(PrunekitError, match="no such file; check the path"):
         load_prompts(tmp_path / "absent.txt")
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(PrunekitError, match="not UTF-8 at byte 3; save the file as UTF-8"):
+    with pytest.raises(PrunekitError, match=r"not UTF-8 text \(byte 3\): save it as UTF-8"):
         load_prompts(tmp_path / "latin.txt")
 
 
