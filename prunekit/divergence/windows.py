@@ -23,8 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from prunekit.data.text_files import clean
 from prunekit.errors import PrunekitError
+from prunekit.files.texts import clean
 from prunekit.models.token_ids import tokenize
 
 KINDS = ("llama.cpp", "strided", "documents")

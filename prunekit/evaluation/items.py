@@ -12,8 +12,8 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from prunekit.data.text_files import clean, utf8
 from prunekit.errors import PrunekitError
+from prunekit.files.texts import clean, utf8
 
 if TYPE_CHECKING:  # Python 3.10 keeps it elsewhere
     from importlib.resources.abc import Traversable

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from prunekit.data.text_files import clean
 from prunekit.errors import PrunekitError, one_line
+from prunekit.files.texts import clean
 from prunekit.models.architectures import Architecture, input_device
 from prunekit.models.token_ids import check_ids, check_special, check_tokenizer, tokenize
 from prunekit.process.ambient import usual_torch

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit.data.text_files import clean
 from prunekit.errors import PrunekitError, one_line
+from prunekit.files.texts import clean
 
 
 def check_tokenizer(tokenizer: Any) -> None:

@@ -26,9 +26,10 @@ from transformers import (
 
 import prunekit as pk
 from prunekit import PrunekitError, cli
-from prunekit.data.text_files import clean, read_file
+from prunekit.data.text_files import read_file
 from prunekit.evaluation.items import Choice, load_choices, load_prompts
 from prunekit.evaluation.likelihood import option_logliks, perplexity
+from prunekit.files.texts import clean
 from prunekit.models.generation import encode, generate
 
 IDS = torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import io
 import shlex
 import shutil
 import subprocess
@@ -107,10 +107,10 @@ def test_help_imports_nothing_heavy():
 
 
 def test_a_reader_that_stops_listening_is_no_error(here, capfd, monkeypatch):
-    def gone(*_, **__):
-        raise BrokenPipeError(32, "Broken pipe")
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
 
-    monkeypatch.setattr(sys, "stdout", sys.stdout)
-    monkeypatch.setattr(json, "dump", gone)
+    monkeypatch.setattr(sys, "stdout", Gone())
     assert cli.main(["doctor", "--json"]) == 141
     assert capfd.readouterr() == ("", "")
