@@ -10,6 +10,7 @@ import numpy as np
 
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
+from prunekit.analysis.subspace import Item
 from prunekit.analysis.transcripts import Generation, TopToken
 from prunekit.report import answer_charts, grid_charts, sentences, summary_tables
 from prunekit.report.charts import Figure, compact, compact_number
@@ -57,7 +58,7 @@ def tables(study: Findings) -> list[summary_tables.Table]:
 
 
 def payload(study: Findings) -> dict[str, Any]:
-    """The data that `assets/page.js` draws."""
+    """The data that the page's scripts draw."""
     decoding = study.decoding
     return {
         "names": study.meta["names"],
@@ -66,6 +67,9 @@ def payload(study: Findings) -> dict[str, Any]:
         "sentences": [{"text": said.text, "warn": said.warn} for said in sentences.describe(study)],
         "tables": [table.to_dict() for table in tables(study)],
         "figures": [figure.to_dict() for figure in figures(study)],
+        "questions": []
+        if study.subspace is None
+        else [_question(item) for item in study.subspace.items],
         "texts_lead": _TEXTS_LEAD,
         "generations": []
         if decoding is None
@@ -77,7 +81,8 @@ def payload(study: Findings) -> dict[str, Any]:
 _TEXTS_LEAD = (
     "Both models answer the same prompts greedily. Up to the first difference they write the same "
     "tokens; the shade behind a token is how far apart the two distributions were when it was "
-    "chosen. Point at a token for both models' five most likely ones."
+    "chosen. Point at a token, tap it or go to it with Tab and the arrow keys for the five tokens "
+    "that each model found most likely."
 )
 
 
@@ -123,6 +128,16 @@ def _chips(meta: Mapping[str, Any]) -> list[str]:
         f"{meta['dtype']} on {meta['device']}",
         f"seed {meta['seed']}",
     ]
+
+
+def _question(item: Item) -> dict[str, Any]:
+    return {
+        "question": item.question,
+        "options": list(item.options),
+        "answer": item.answer,
+        "dense": compact(item.logprobs_dense),
+        "pruned": compact(item.logprobs_pruned),
+    }
 
 
 def _text(decoding: Decoding, index: int) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from importlib import resources
 from string import Template
 from typing import Any
 
+_SCRIPTS = ("page", "texts", "questions")  # the last one draws
+
 
 def render(payload: dict[str, Any]) -> str:
-    """The page that shows `payload` (what `assets/page.js` reads), as UTF-8 text.
+    """The page that shows `payload` (what the scripts in `assets` read), as UTF-8 text.
 
     Everything in `payload` may be text that a model wrote: it enters the page as JSON only, and the
     script puts it into the document as text, never as HTML.
@@ -20,7 +22,7 @@ def render(payload: dict[str, Any]) -> str:
     return Template(_asset("page.html")).substitute(
         title=escape(title),
         style=_asset("page.css"),
-        script=_asset("page.js"),
+        script="\n\n".join(_asset(f"{name}.js") for name in _SCRIPTS),
         methods=_asset("methods.html"),
         data=embed(payload),
     )

@@ -43,8 +43,12 @@ const color = (role) => `var(--${role})`;
 
 // ---- tooltip ---------------------------------------------------------------------------------
 
+// One tip at a time. `gone` undoes what its owner marked; `place` gives the point it belongs to when the page scrolls.
 const tip = byId("tip");
-function showTip(content, x, y) {
+let owner = {};
+function showTip(content, x, y, { gone, place } = {}) {
+  if (owner.gone && owner.gone !== gone) owner.gone();
+  owner = { gone, place };
   tip.replaceChildren(content);
   tip.hidden = false;
   const { width, height } = tip.getBoundingClientRect();
@@ -53,9 +57,40 @@ function showTip(content, x, y) {
   tip.style.left = `${left}px`;
   tip.style.top = `${top}px`;
 }
-const hideTip = () => { tip.hidden = true; };
-addEventListener("scroll", hideTip, { passive: true });
+function hideTip() {
+  tip.hidden = true;
+  owner.gone?.();
+  owner = {};
+}
+function moveTip() {
+  const at = owner.place?.();
+  if (at) showTip(tip.firstChild, ...at, owner); else hideTip();
+}
+addEventListener("scroll", moveTip, { passive: true });
 addEventListener("keydown", (event) => { if (event.key === "Escape") hideTip(); });
+// A tap shows a tip that stays: a finger that is lifted leaves the element without going elsewhere.
+addEventListener("pointerdown", (event) => { if (!event.target.closest?.("[data-tips]")) hideTip(); });
+function tips(element, show) {
+  element.setAttribute("data-tips", "");
+  element.addEventListener("pointermove", show);
+  element.addEventListener("pointerdown", show);
+  element.addEventListener("pointercancel", hideTip);
+  element.addEventListener("pointerleave", (event) => { if (event.pointerType !== "touch") hideTip(); });
+}
+
+// ---- names that are too long -----------------------------------------------------------------
+
+const middle = (text, most) => text.length <= most ? text : `${text.slice(0, Math.ceil((most - 1) / 2))}…${text.slice(text.length - Math.floor((most - 1) / 2))}`;
+
+// Names of at most so many characters each: what all of them begin with gives way first, then their middles.
+function shortened(names, most) {
+  if (names.every((name) => name.length <= most)) return names;
+  const parts = names.map((name) => /^((?:✓ )?[A-Z]\. )?(.*)$/s.exec(name).slice(1).map((part) => part ?? ""));
+  let alike = names.length > 1 ? Math.min(...parts.map(([, text]) => text.length)) : 0;
+  for (const [, text] of parts) while (!text.startsWith(parts[0][1].slice(0, alike))) alike -= 1;
+  alike = parts[0][1].lastIndexOf(" ", alike - 1) + 1;
+  return parts.map(([mark, text]) => mark + middle(alike > 8 ? `…${text.slice(alike)}` : text, most - mark.length));
+}
 
 // ---- scales ----------------------------------------------------------------------------------
 
@@ -152,9 +187,12 @@ function plot(chart, group) {
   return box;
 }
 
+// What a chart shows, for those who hear it: some have categories where others have a named axis.
+const labelOf = (chart, value, by) => `${chart.title}: ${value} by ${by || chart.categories.join(", ")}. Arrow keys read the values.`;
+
 function paintAxes(chart, state, [low, high], width) {
   const height = 270, left = 56, right = 10, top = 8, bottom = 42;
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: "0", "aria-label": `${chart.title}: ${chart.y_label} by ${chart.x_label}. Arrow keys read the values.` });
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: "0", "aria-label": labelOf(chart, chart.y_label, chart.x_label) });
   const shown = chart.series.filter((series) => !state.hidden.has(series.name));
   const positions = [...new Set(chart.series.flatMap((series) => series.x))].sort((a, b) => a - b);
   const gap = Math.min(...positions.slice(1).map((x, i) => x - positions[i]), positions.length > 1 ? Infinity : 1);
@@ -240,9 +278,9 @@ function hover(svg, chart, shown, positions, px, cursor, top, width) {
     cursor.setAttribute("x1", px(x));
     cursor.setAttribute("x2", px(x));
     cursor.setAttribute("visibility", "visible");
-    showTip(tipTable(chart, shown, x), clientX, clientY);
+    showTip(tipTable(chart, shown, x), clientX, clientY, { gone });
   };
-  const leave = () => { cursor.setAttribute("visibility", "hidden"); hideTip(); };
+  const gone = () => cursor.setAttribute("visibility", "hidden");
   const point = (event) => {
     if (!positions.length) return;
     const frame = svg.getBoundingClientRect();
@@ -250,10 +288,8 @@ function hover(svg, chart, shown, positions, px, cursor, top, width) {
     const nearest = positions.reduce((best, position, index) => Math.abs(px(position) - x) < Math.abs(px(positions[best]) - x) ? index : best, 0);
     show(nearest, event.clientX, event.clientY);
   };
-  svg.addEventListener("pointermove", point);
-  svg.addEventListener("pointerdown", point);
-  svg.addEventListener("pointerleave", leave);
-  svg.addEventListener("blur", leave);
+  tips(svg, point);
+  svg.addEventListener("blur", hideTip);
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!step || !positions.length) return;
@@ -286,7 +322,7 @@ function wrapLabel(svg, name, x, y, room) {
     else lines[lines.length - 1] += (lines.at(-1) ? " " : "") + word;
   }
   lines.slice(0, 2).forEach((line, index) => {
-    const cut = line.length > most ? `${line.slice(0, most - 1)}…` : line;
+    const cut = middle(line, most);
     svg.append(shape("text", { x, y: y + index * 12, "text-anchor": "middle" }, index === 1 && lines.length > 2 ? `${cut}…` : cut));
   });
 }
@@ -297,16 +333,18 @@ function paintHorizontalBars(chart, state, [low, high], width) {
   const row = bar * Math.max(1, shown.length) + gap;
   const height = top + bottom + row * chart.categories.length;
   const left = Math.min(width * 0.42, 20 + 6.6 * Math.max(4, ...chart.categories.map((name) => name.length)));
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": chart.title });
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: "0", "aria-label": labelOf(chart, chart.x_label, chart.y_label) });
   const px = (x) => left + (x - low) / (high - low) * (width - left - 14);
   for (const tick of linearTicks(low, high, 4)) {
     svg.append(shape("line", { class: "grid-line", x1: px(tick), x2: px(tick), y1: top, y2: height - bottom }));
     svg.append(shape("text", { x: px(tick), y: height - bottom + 15, "text-anchor": "middle" }, number(tick)));
   }
+  const names = shortened(chart.categories, Math.floor((left - 12) / 6.3));
   chart.categories.forEach((name, index) => {
     const y = top + index * row;
-    const most = Math.floor((left - 12) / 6.3);
-    svg.append(shape("text", { x: left - 8, y: y + row / 2, "text-anchor": "end" }, name.length > most ? `${name.slice(0, most - 1)}…` : name));
+    const text = shape("text", { x: left - 8, y: y + row / 2 + gap / 2, "text-anchor": "end" }, names[index]);
+    text.append(shape("title", {}, name));
+    svg.append(text);
     shown.forEach((series, order) => {
       const i = series.x.indexOf(index);
       if (i < 0 || series.mean[i] === null) return;
@@ -315,9 +353,18 @@ function paintHorizontalBars(chart, state, [low, high], width) {
       svg.append(rect);
     });
     const target = shape("rect", { x: 0, width, y, height: row, fill: "transparent" });
-    target.addEventListener("pointermove", (event) => showTip(tipTable(chart, shown, index), event.clientX, event.clientY));
-    target.addEventListener("pointerleave", hideTip);
+    tips(target, (event) => showTip(tipTable(chart, shown, index), event.clientX, event.clientY));
     svg.append(target);
+  });
+  let at = -1;
+  svg.addEventListener("blur", hideTip);
+  svg.addEventListener("keydown", (event) => {
+    const step = { ArrowUp: -1, ArrowDown: 1, ArrowLeft: -1, ArrowRight: 1 }[event.key];
+    if (!step) return;
+    event.preventDefault();
+    at = Math.max(0, Math.min(names.length - 1, at + step));
+    const frame = svg.getBoundingClientRect();
+    showTip(tipTable(chart, shown, at), frame.left + left, frame.top + top + at * row);
   });
   svg.append(shape("text", { class: "axis-label", x: (left + width) / 2, y: height - 6, "text-anchor": "middle" }, chart.x_label));
   return svg;
@@ -344,11 +391,10 @@ function dataTable(chart) {
 
 function drawFigures() {
   const host = byId("charts");
-  host.append(node("h2", { text: "Charts" }), node("p", { class: "lead", text: "Point at a curve for its value and interval, click a name to hide it, and switch the scale. Bands are 95 % intervals over prompts." }));
+  host.append(node("h2", { text: "Charts" }), node("p", { class: "lead", text: "Point at a curve or tap it for its value and interval, click a name to hide it, and switch the scale. Bands are 95 % intervals over prompts." }));
   for (const figure of study.figures) {
-    host.append(node("h3", { id: figure.key, text: figure.title }), node("p", { class: "lead", text: figure.text }));
     const grid = node("div", { class: figure.charts.length % 2 ? "grid" : "grid even" });
-    host.append(grid);
+    host.append(node("div", { class: "titled" }, node("h3", { id: figure.key, text: figure.title }), node("p", { class: "lead", text: figure.text })), grid);
     const groups = figure.share_y ? [figure.charts] : figure.charts.map((chart) => [chart]);
     for (const charts of groups) {
       const group = { charts, state: { hidden: new Set(), log: charts[0].log }, listeners: [], redraw() { for (const listener of this.listeners) listener(); } };
@@ -386,109 +432,18 @@ function cell(value, index) {
   return node("td", { class: "num" }, `${number(value.mean)}${unit} `, node("small", { text: interval(value.low, value.high) }));
 }
 
-// ---- texts -----------------------------------------------------------------------------------
-
-// From nothing at 0.001 nats to full at 10, by powers of ten.
-const shadeOf = (kl) => kl === null || kl === undefined || kl <= 1e-3 ? 0 : 0.65 * Math.min(1, (Math.log10(kl) + 3) / 4) ** 1.7;
-const visible = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/\r/g, "␍");
-const reading = { item: null, filter: "all", query: "" };
-
-function tokenNodes(item, side) {
-  const tokens = item[side], split = item.divergence;
-  const made = tokens.map((token, step) => {
-    const comparable = side === "dense" || split === null || step <= split;
-    const classes = [split === null || step < split ? "same" : "", step === split ? "first" : ""].filter(Boolean).join(" ");
-    const span = node("span", { class: classes, "data-step": step, style: comparable ? `background:rgba(var(--mark),${shadeOf(item.kl[step]).toFixed(3)})` : "" });
-    token.split(/(\n)/).forEach((part) => span.append(part === "\n" ? node("i", { class: "glyph", text: "⏎" }) : "", part));
-    return span;
-  });
-  if (split === tokens.length) made.push(node("span", { class: "first end", text: " ends here " }));
-  return made;
-}
-
-function tokenTip(item, side, step) {
-  const content = node("div");
-  if (side === "pruned" && item.divergence !== null && step > item.divergence) {
-    content.append(node("b", { text: `step ${step}` }), node("div", { text: "After the first difference the two models continue different texts: their distributions are not comparable token by token." }));
-    return content;
-  }
-  const facts = [`step ${step}`, `KL ${number(item.kl[step])} nats`];
-  if (item.cosine[step] !== undefined) facts.push(`cosine p ${number(item.cosine[step])}`);
-  content.append(node("b", { text: facts.join(" · ") }));
-  if (side === "dense" && item.divergence !== null && step > item.divergence) content.append(node("div", { text: "(both models on the dense text)" }));
-  const [dense, pruned] = item.top[step] ?? [[], []];
-  if (dense.length) {
-    const table = node("table", {}, node("tr", {}, node("th", { text: study.names.dense, colspan: "2" }), node("th", { text: study.names.pruned, colspan: "2" })));
-    for (let rank = 0; rank < dense.length; rank++) {
-      const cells = [dense[rank], pruned[rank]].flatMap((entry) => entry ? [node("td", {}, node("code", { text: visible(entry[0]) })), node("td", { text: percent(entry[1]) })] : [node("td"), node("td")]);
-      table.append(node("tr", {}, ...cells));
-    }
-    content.append(table);
-  }
-  return content;
-}
-
-const percent = (share) => share === null ? "–" : share >= 0.0995 ? `${(100 * share).toFixed(1)} %` : `${(100 * share).toPrecision(2)} %`;
-
-function showItem(item) {
-  reading.item = item;
-  byId("prompt-text").textContent = item.prompt;
-  byId("dense-tokens").replaceChildren(...tokenNodes(item, "dense"));
-  byId("pruned-tokens").replaceChildren(...tokenNodes(item, "pruned"));
-  byId("measures").replaceChildren(...item.measures.map(([name, value]) => node("div", {}, node("dt", { text: name }), node("dd", { text: typeof value === "string" ? value : number(value) }))));
-  listPrompts();
-}
-
-function listPrompts() {
-  const query = reading.query.toLowerCase();
-  const wanted = study.generations.filter((item) => (reading.filter === "all" || (reading.filter === "same") === (item.divergence === null))
-    && (!query || [item.prompt, item.dense.join(""), item.pruned.join("")].some((text) => text.toLowerCase().includes(query))));
-  byId("prompts").replaceChildren(...wanted.map((item) => {
-    const label = item.divergence === null ? "identical" : `differs from step ${item.divergence}`;
-    return node("li", {}, node("button", { type: "button", "aria-current": String(item === reading.item), onclick: () => showItem(item) },
-      item.prompt.length > 90 ? `${item.prompt.slice(0, 88)}…` : item.prompt, node("small", { text: label })));
-  }));
-  if (!wanted.length) byId("prompts").append(node("li", { class: "none", text: "No prompt matches." }));
-}
-
-function drawReader() {
-  if (!study.generations.length) { byId("texts").hidden = true; return; }
-  byId("texts-lead").textContent = study.texts_lead;
-  byId("dense-name").append(study.names.dense);
-  byId("pruned-name").append(study.names.pruned);
-  for (const [value, text] of [["all", "All"], ["different", "Different"], ["same", "Identical"]]) {
-    const button = node("button", { type: "button", text, "aria-pressed": String(value === "all"), onclick: () => {
-      reading.filter = value;
-      for (const other of byId("filter").children) other.setAttribute("aria-pressed", String(other === button));
-      listPrompts();
+// Buttons of which one is pressed.
+function choose(host, choices, then) {
+  for (const [value, text] of choices) {
+    const button = node("button", { type: "button", text, "aria-pressed": String(value === choices[0][0]), onclick: () => {
+      for (const other of host.children) other.setAttribute("aria-pressed", String(other === button));
+      then(value);
     } });
-    byId("filter").append(button);
+    host.append(button);
   }
-  byId("search").addEventListener("input", (event) => { reading.query = event.target.value; listPrompts(); });
-  byId("shade-legend").append(node("span", {}, "KL(dense‖pruned) per token: ≤ 0.001", node("span", { class: "ramp" }), "≥ 10 nats"),
-    node("span", { text: "grey: the same tokens in both" }), node("span", {}, node("span", { class: "box", text: "first difference" })));
-  for (const side of ["dense", "pruned"]) {
-    const host = byId(`${side}-tokens`);
-    const point = (event) => {
-      const span = event.target.closest?.("[data-step]");
-      for (const marked of document.querySelectorAll(".tokens .hit")) marked.classList.remove("hit");
-      if (!span) { hideTip(); return; }
-      const step = Number(span.dataset.step);
-      const both = reading.item.divergence === null || step <= reading.item.divergence;
-      for (const other of both ? ["dense", "pruned"] : [side]) byId(`${other}-tokens`).querySelector(`[data-step="${step}"]`)?.classList.add("hit");
-      showTip(tokenTip(reading.item, side, step), event.clientX, event.clientY);
-    };
-    host.addEventListener("pointermove", point);
-    host.addEventListener("pointerdown", point);
-    host.addEventListener("pointerleave", hideTip);
-  }
-  showItem(study.generations.find((item) => item.divergence !== null) ?? study.generations[0]);
 }
 
 byId("theme").addEventListener("click", () => {
   const root = document.documentElement;
   root.dataset.theme = root.dataset.theme === "dark" ? "light" : "dark";
 });
-drawSummary();
-drawFigures();
-drawReader();
