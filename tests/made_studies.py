@@ -140,6 +140,10 @@ def make_study(size: float = 0.1, right: tuple[int, int] = (50, 48), **meta: obj
         subspace=make_subspace(),
         theory=theory(layers),
         scores=scores,
+        right={
+            name: tuple(question < found for question in range(72))
+            for name, found in zip(("dense", "pruned"), right, strict=True)
+        },
     )
 
 

@@ -11,7 +11,7 @@ from prunekit.analysis.grid import MetricGrid, interval_from_dict, interval_to_d
 from prunekit.analysis.quality import Scores
 from prunekit.analysis.subspace import Subspace
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.intervals import Interval
+from prunekit.evaluation.intervals import Interval, Paired, paired
 
 SCHEMA_VERSION = 1
 SECTIONS = ("layerwise", "accumulated", "removal", "decoding", "subspace", "theory", "scores")
@@ -45,6 +45,8 @@ class Findings:
         subspace: Answer options against the full vocabulary.
         theory: Rows of `theory.theory`, on the layerwise grid (on `removal` where there is one).
         scores: For "dense" and "pruned", single-step and generative scores.
+        right: For "dense" and "pruned", whether the single-step answer to each question is right;
+            made with the scores.
     """
 
     meta: dict[str, Any]
@@ -55,6 +57,13 @@ class Findings:
     subspace: Subspace | None = None
     theory: list[dict[str, Any]] | None = None
     scores: dict[str, Scores] | None = None
+    right: dict[str, tuple[bool, ...]] | None = None
+
+    def accuracy_change(self) -> Paired | None:
+        """How the single-step accuracy changed on the same questions, or None without any."""
+        if self.right is None:
+            return None
+        return paired(self.right["dense"], self.right["pruned"], seed=int(self.meta["seed"]))
 
     def summary(self) -> dict[str, Interval | float]:
         """The study in some thirty numbers, each with its interval over prompts.
@@ -62,7 +71,9 @@ class Findings:
         From teacher-forced decoding: the similarities in h, z and p, KL both ways with estimate
         and validity, flipped (share of steps whose top token changed); `first_divergence` over
         the prompts that diverge. `layerwise_…` average over layers and sublayers, and the scores
-        are named `dense_…` and `pruned_…`.
+        are named `dense_…` and `pruned_…`. `accuracy_difference` is pruned minus dense, paired by
+        question; `accuracy_gained` and `accuracy_lost` count the questions that turn right and
+        wrong, and `accuracy_mcnemar_p` is McNemar's exact p-value.
         """
         found: dict[str, Interval | float] = {}
         seed = int(self.meta["seed"])
@@ -85,6 +96,12 @@ class Findings:
                 )
         for model, values in (self.scores or {}).items():
             found |= {f"{model}_{name}": value for name, value in values.items()}
+        change = self.accuracy_change()
+        if change is not None:
+            found["accuracy_difference"] = change.difference
+            found["accuracy_gained"] = float(change.gained)
+            found["accuracy_lost"] = float(change.lost)
+            found["accuracy_mcnemar_p"] = change.p
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -104,6 +121,9 @@ class Findings:
                 model: {name: interval_to_dict(value) for name, value in values.items()}
                 for model, values in self.scores.items()
             },
+            "right": None
+            if self.right is None
+            else {model: list(answers) for model, answers in self.right.items()},
         }
 
     @classmethod
@@ -130,6 +150,7 @@ class Findings:
                 model: {name: interval_from_dict(value) for name, value in values.items()}
                 for model, values in models.items()
             },
+            "right": lambda models: {model: tuple(answers) for model, answers in models.items()},
         }
         sections = {
             name: None if data.get(name) is None else read(data[name])

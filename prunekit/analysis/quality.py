@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,21 @@ from prunekit.evaluation.likelihood import option_logliks
 from prunekit.process import distributed
 
 Scores = dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class SingleStep:
+    """A model's answers to multiple-choice questions.
+
+    Attributes:
+        scores: "accuracy" and "accuracy_normalised" with Wilson intervals, and "chance".
+        right: Per question whether the option with the highest summed log-likelihood is the right
+            one: the answers behind "accuracy", which pair two models on the same questions.
+    """
+
+    scores: Scores
+    right: tuple[bool, ...]
+
 
 # Generative score -> per-prompt measure of `Decoding.sequence`, for the pruned and the dense model.
 _GENERATIVE = {
@@ -33,13 +49,10 @@ _SAME_TEXT = {"identical": 1.0, "exact_prefix_share": 1.0, "chrf": 100.0}
 
 def single_step(
     model: PreTrainedModel, tokenizer: Any, choices: Sequence[Choice], *, progress: bool = False
-) -> Scores:
+) -> SingleStep:
     """Multiple-choice accuracy by option log-likelihood, summed and per character.
 
     Every process scores its share of the questions; all get the result.
-
-    Returns:
-        "accuracy" and "accuracy_normalised" with Wilson intervals, and "chance".
     """
     share = distributed.shard(choices)
     answered: list[tuple[float, float, float]] = []
@@ -52,11 +65,12 @@ def single_step(
     table = np.array(distributed.gather(answered), np.float64)
     right, right_normalised, chance = table.sum(0)
     guess = float(chance / len(table))
-    return {
+    scores = {
         "accuracy": wilson(int(right), len(table)),
         "accuracy_normalised": wilson(int(right_normalised), len(table)),
         "chance": Interval(guess, guess, guess, len(table)),
     }
+    return SingleStep(scores, tuple(bool(answer) for answer in table[:, 0]))
 
 
 def generative(sequence: Mapping[str, Array], *, dense: bool = False, seed: int = 0) -> Scores:

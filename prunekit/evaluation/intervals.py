@@ -1,8 +1,9 @@
-"""Intervals for scores: percentile bootstrap over prompts, and Wilson's for accuracies."""
+"""Intervals for scores: bootstrap over prompts, Wilson's for accuracies, paired differences."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -104,6 +105,98 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     # At 0 and n successes one end equals the proportion exactly; rounding must not cross it.
     low, high = min(centre - half, share), max(centre + half, share)
     return Interval(share, max(0.0, low), min(1.0, high), n)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """What changed from one model to another on the same questions.
+
+    Attributes:
+        difference: Accuracy of the second minus that of the first, with its paired interval.
+        gained: Questions that only the second answers right.
+        lost: Questions that only the first answers right.
+        p: Two-sided p-value of McNemar's exact test, between 0 and 1.
+    """
+
+    difference: Interval
+    gained: int
+    lost: int
+    p: float
+
+
+def paired_difference(
+    first: ArrayLike,
+    second: ArrayLike,
+    *,
+    draws: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Mean of second minus first on the same items, with a paired percentile bootstrap interval.
+
+    Items are resampled with both models' values together (Efron and Tibshirani 1993, "An
+    Introduction to the Bootstrap", chapter 8), so that what makes an item hard for both models
+    cancels. Arithmetic is in float64. Where no item differs the interval has no width: that says
+    nothing about the items that were not asked.
+
+    Args:
+        first: (n, ...) numbers of the first model, NaN where an item was not measured.
+        second: (n, ...) numbers of the second model, of the same items in the same order.
+        draws: Number of resamples.
+        seed: Seed of the resampling.
+        level: Coverage, between 0 and 1.
+
+    Raises:
+        PrunekitError: The shapes differ, there is no item, or a parameter is out of range.
+    """
+    before, after = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if before.shape != after.shape:
+        raise PrunekitError(
+            f"paired values of shapes {before.shape} and {after.shape}: pass the same items, in "
+            "the same order, for both models"
+        )
+    return bootstrap_mean(after - before, draws=draws, seed=seed, level=level)
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided p-value of McNemar's test in its exact, binomial form (McNemar 1947).
+
+    If both models were equally good, each question that only one of them answers right would fall
+    to either with probability 1/2. The sum of binomial coefficients is exact.
+
+    Args:
+        gained: Questions that only the second model answers right.
+        lost: Questions that only the first answers right.
+
+    Raises:
+        PrunekitError: A count is negative.
+    """
+    if min(gained, lost) < 0:
+        raise PrunekitError(f"{gained} gained and {lost} lost: pass counts that are not negative")
+    n = gained + lost
+    term = tail = 1
+    for k in range(min(gained, lost)):
+        term = term * (n - k) // (k + 1)
+        tail += term
+    return min(1.0, 2 * tail / 2**n)
+
+
+def paired(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> Paired:
+    """The change of accuracy between two models that answered the same questions.
+
+    Args:
+        first: Whether the first model is right, per question.
+        second: Whether the second is, for the same questions in the same order.
+        seed: Seed of the interval's resampling.
+
+    Raises:
+        PrunekitError: The numbers of questions differ, or there are none.
+    """
+    difference = paired_difference(first, second, seed=seed)
+    pairs = list(zip(first, second, strict=True))
+    gained = sum(b and not a for a, b in pairs)
+    lost = sum(a and not b for a, b in pairs)
+    return Paired(difference, gained, lost, mcnemar(gained, lost))
 
 
 def _check_level(level: float) -> None:

@@ -11,13 +11,15 @@ import numpy as np
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
 from prunekit.analysis.grid import MetricGrid
-from prunekit.evaluation.intervals import Interval
+from prunekit.evaluation.intervals import Interval, Paired, wilson
 from prunekit.report.summary_tables import Value, number
 
 # Below this share of valid positions an estimate is called unusable, below the second doubtful.
 _UNUSABLE, _DOUBTFUL = 0.5, 0.9
 # Fewer than these are called few.
 _FEW_PROMPTS, _FEW_QUESTIONS = 12, 50
+# Below this p-value McNemar's test shows a change.
+_SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,16 @@ def describe(study: Findings) -> list[Sentence]:
         if "accuracy" in values
     }
     if accuracies:
-        said.append(_single_step(accuracies))
+        said += _single_step(accuracies, study.accuracy_change())
     if study.decoding is not None:
         said.append(_texts(study.decoding))
         identical = float(study.decoding.sequence["identical"].mean())
-        if accuracies and _unchanged(accuracies) and identical < 0.5:
+        if _unchanged(study.accuracy_change()) and identical < 0.5:
             said.append(
                 Sentence(
                     "So here the single-step score does not show what happened to the generated "
-                    "texts: most of them differ from the dense model's, while the accuracy stays "
-                    "within the dense model's interval."
+                    "texts: most of them differ from the dense model's, while the paired "
+                    "difference of the accuracy on the same questions cannot be told from zero."
                 )
             )
         said += _limits(len(study.decoding.generations), accuracies)
@@ -100,25 +102,40 @@ def _estimate(grid: MetricGrid) -> Sentence:
     return Sentence(f"The second-order estimate of KL is valid at {where}; {compared}.")
 
 
-def _unchanged(accuracies: Mapping[str, Interval]) -> bool:
-    """Whether enough questions were asked, and the pruned score is in the dense one's interval."""
-    dense, pruned = accuracies["dense"], accuracies["pruned"]
-    inside = float(dense.low) <= float(pruned.mean) <= float(dense.high)
-    return inside and int(dense.n) >= _FEW_QUESTIONS
+def _unchanged(change: Paired | None) -> bool:
+    """Whether enough questions were asked, and neither interval nor test shows a change."""
+    if change is None or int(change.difference.n) < _FEW_QUESTIONS:
+        return False
+    includes_zero = float(change.difference.low) <= 0 <= float(change.difference.high)
+    return includes_zero and change.p >= _SIGNIFICANT
 
 
-def _single_step(accuracies: Mapping[str, Interval]) -> Sentence:
+def _single_step(accuracies: Mapping[str, Interval], change: Paired | None) -> list[Sentence]:
     dense, pruned = (Value.of(accuracies[name], "%", 100) for name in ("dense", "pruned"))
-    if dense.low <= pruned.mean <= dense.high:
-        verdict = "the pruned score is within the dense one's interval"
-    elif pruned.high >= dense.low and dense.high >= pruned.low:
-        verdict = "outside the dense one's interval, though the two intervals overlap"
+    found = [
+        Sentence(
+            f"Single-step: accuracy on {accuracies['dense'].n} multiple-choice questions goes from "
+            f"{dense} to {pruned}."
+        )
+    ]
+    if change is None:  # a study of a former version: two intervals alone say little of a change
+        return found
+    n, difference = int(change.difference.n), change.difference
+    if not change.gained and not change.lost:
+        most = number(100 * float(wilson(0, n).high))
+        text = (
+            f"On the same {n} questions no answer turns from right to wrong or back; up to {most} "
+            "% of such questions may still do so (95 % interval)."
+        )
     else:
-        verdict = "the intervals do not overlap"
-    return Sentence(
-        f"Single-step: accuracy on {accuracies['dense'].n} multiple-choice questions goes from "
-        f"{dense} to {pruned}; {verdict}."
-    )
+        includes = float(difference.low) <= 0 <= float(difference.high)
+        text = (
+            f"On the same {n} questions the paired difference is "
+            f"{Value.of(difference, 'points', 100)}, an interval that "
+            f"{'includes' if includes else 'excludes'} zero: {change.lost} right answers turn "
+            f"wrong and {change.gained} wrong ones right (McNemar's exact p = {number(change.p)})."
+        )
+    return [*found, Sentence(text)]
 
 
 def _texts(decoding: Decoding) -> Sentence:

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.analysis import quality
-from prunekit.analysis.quality import Scores
+from prunekit.analysis.quality import SingleStep
 from prunekit.evaluation.items import Choice
 from prunekit.models import generation
 from prunekit.models.generation import Rollout
@@ -44,7 +44,7 @@ class Baseline:
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
         self.chat, self.progress = chat, progress
         self._rollouts: dict[str, Rollout] = {}
-        self._scores: dict[tuple[Choice, ...], Scores] = {}
+        self._answers: dict[tuple[Choice, ...], SingleStep] = {}
 
     def rollouts(self, prompts: Sequence[str]) -> list[Rollout]:
         """The dense model's greedy continuation of each prompt.
@@ -68,11 +68,11 @@ class Baseline:
         self._rollouts |= zip(new, distributed.gather(found), strict=True)
         return [self._rollouts[text] for text in prompts]
 
-    def single_step(self, choices: Sequence[Choice]) -> Scores:
+    def single_step(self, choices: Sequence[Choice]) -> SingleStep:
         """`quality.single_step` of the dense model."""
         asked = tuple(choices)
-        if asked not in self._scores:
-            self._scores[asked] = quality.single_step(
+        if asked not in self._answers:
+            self._answers[asked] = quality.single_step(
                 self.dense, self.tokenizer, asked, progress=self.progress
             )
-        return self._scores[asked]
+        return self._answers[asked]

@@ -240,11 +240,14 @@ def _scores(asked: _Comparison, study: Study) -> Study:
     assert study.decoding is not None
     setup, sequence = asked.setup, study.decoding.sequence
     found: dict[str, Scores] = {}
+    right: dict[str, tuple[bool, ...]] = {}
     for name, model in (("dense", setup.dense), ("pruned", asked.pruned)):
         found[name] = quality.generative(sequence, dense=name == "dense", seed=setup.seed)
         if setup.choices:
-            found[name] |= setup.single_step(model)
-    return replace(study, scores=found)
+            answered = setup.single_step(model)
+            found[name] |= answered.scores
+            right[name] = answered.right
+    return replace(study, scores=found, right=right or None)
 
 
 class _Maker(NamedTuple):

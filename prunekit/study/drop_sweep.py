@@ -135,7 +135,7 @@ def _scores(setup: Setup, model: PreTrainedModel) -> Scores:
     """Single-step scores, generative ones, and `_METRICS` of one model."""
     decoding = setup.decode(model)
     return {
-        **setup.single_step(model),
+        **setup.single_step(model).scores,
         **quality.generative(decoding.sequence, seed=setup.seed),
         **{name: decoding.teacher_forced.interval(name, seed=setup.seed) for name in _METRICS},
     }

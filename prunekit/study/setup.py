@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from prunekit.analysis import decoding, quality
 from prunekit.analysis.decoding import Decoding
-from prunekit.analysis.quality import Scores
+from prunekit.analysis.quality import SingleStep
 from prunekit.analysis.spaces import Weights
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
@@ -107,7 +107,7 @@ class Setup:
         asked = list(zip(self.prompts, self.rollouts(), strict=True))
         return over_shares(asked, decoded, gather_decoding)
 
-    def single_step(self, model: PreTrainedModel) -> Scores:
+    def single_step(self, model: PreTrainedModel) -> SingleStep:
         """`quality.single_step` of a model, the dense model's from the baseline."""
         if model is self.dense:
             return self.baseline.single_step(self.choices)

@@ -36,9 +36,9 @@ def test_sentences_say_whether_the_estimate_holds():
 @pytest.mark.parametrize(
     ("right", "verdict", "claim"),
     [
-        ((50, 48), "within the dense one's interval", True),
-        ((50, 40), "though the two intervals overlap", False),
-        ((50, 20), "the intervals do not overlap", False),
+        ((50, 48), "includes zero: 2 right answers turn wrong and 0 wrong ones right", True),
+        ((50, 40), "excludes zero: 10 right answers turn wrong and 0 wrong ones right", False),
+        ((50, 50), "no answer turns from right to wrong or back; up to 5.0", True),
     ],
     ids=str,
 )
@@ -48,12 +48,23 @@ def test_sentences_claim_no_more_than_the_scores_show(right, verdict, claim):
     assert ("does not show what happened" in text) == claim
 
 
+def test_equal_accuracies_may_hide_flips_and_old_studies_claim_no_change():
+    whole = make_study(right=(36, 36))
+    swapped = replace(whole, right={**whole.right, "pruned": whole.right["dense"][::-1]})
+    text = said(swapped)
+    assert "paired difference is 0 points [" in text and "36 right answers turn wrong" in text
+    assert "and 36 wrong ones right (McNemar's exact p = 1)" in text
+    old = said(replace(whole, right=None))
+    assert "paired" not in old and "does not show what happened" not in old
+
+
 def test_sentences_about_few_prompts_and_questions():
     whole = make_study()
     assert "Only" not in said(whole)
     decoding = replace(whole.decoding, generations=whole.decoding.generations[:5])
     few = {name: {"accuracy": wilson(6, 10)} for name in ("dense", "pruned")}
-    text = said(replace(whole, decoding=decoding, scores=few))
+    right = dict.fromkeys(few, (True,) * 6 + (False,) * 4)
+    text = said(replace(whole, decoding=decoding, scores=few, right=right))
     assert "Only 5 prompts" in text and "Only 10 questions" in text
     assert "does not show what happened" not in text
 

@@ -98,6 +98,13 @@ def test_study_of_a_dropped_model(dropped, word_tokenizer):
     assert summary["kl_dense_pruned"].n == 5
     accuracy = np.mean(option_logliks(dropped[1], word_tokenizer, CHOICES, progress=False).correct)
     assert summary["pruned_accuracy"].mean == pytest.approx(accuracy)
+    for name in ("dense", "pruned"):
+        assert len(study.right[name]) == len(CHOICES)
+        assert np.mean(study.right[name]) == pytest.approx(study.scores[name]["accuracy"].mean)
+    turned = np.subtract(study.right["pruned"], study.right["dense"], dtype=float)
+    assert summary["accuracy_difference"].mean == pytest.approx(turned.mean())
+    assert summary["accuracy_gained"] == (turned > 0).sum()
+    assert summary["accuracy_lost"] == (turned < 0).sum()
     assert summary["dense_identical"].mean == 1 and summary["dense_chrf"].mean == 100
     nll = study.decoding.sequence["nll_pruned_text"].mean()
     assert summary["pruned_perplexity"].mean == pytest.approx(np.exp(nll))
