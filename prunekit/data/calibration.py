@@ -134,6 +134,10 @@ def sequences(
     """
     if isinstance(calibration, Calibration):
         return list(tokens(calibration, model, tokenizer, progress=progress))
+    if isinstance(calibration, str | Path) or not all(isinstance(t, Tensor) for t in calibration):
+        raise PrunekitError(
+            "calibration holds no token tensors: give them, or Calibration(source) for a file"
+        )
     found = list(calibration)
     if isinstance(calibration, Tensor) and calibration.ndim != 2:
         raise PrunekitError(

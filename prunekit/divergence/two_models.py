@@ -20,6 +20,7 @@ from prunekit.divergence.windows import planned
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.likelihood import text_ids
 from prunekit.evaluation.scoring import check_length
+from prunekit.models.causal import check_measured
 from prunekit.models.token_ids import check_ids
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
@@ -62,6 +63,7 @@ def kl_report(
             logits are not finite.
     """
     check_pair(dense, pruned)
+    check_measured(dense)
     ids = text_ids(tokenizer, text)
     if len(ids) < 2:
         raise PrunekitError(

@@ -61,6 +61,15 @@ def check_computes(dtype: torch.dtype, what: str) -> None:
         )
 
 
+def check_measured(model: PreTrainedModel) -> None:
+    """Raise a PrunekitError unless the metrics read the type that `model` computes in."""
+    if model.dtype == torch.float64:
+        raise PrunekitError(
+            "the metrics read float32, bfloat16 and float16, and the model is in float64: use "
+            "model.float()"
+        )
+
+
 def _holds(wrapper: Any, attribute: str) -> bool:
     found = getattr(wrapper, attribute, None)
     return callable(found) if attribute == "merge_and_unload" else isinstance(found, nn.Module)

@@ -63,6 +63,8 @@ def encode(tokenizer: Any, prompts: Sequence[str], *, chat: Chat = "auto") -> li
     if chat not in get_args(Chat):
         raise PrunekitError(f"unknown chat '{chat}': use one of {', '.join(get_args(Chat))}")
     check_tokenizer(tokenizer)
+    if isinstance(prompts, str) or not all(isinstance(text, str) for text in prompts):
+        raise PrunekitError("prompts are not a list of texts: give one, such as ['Hello']")
     template = getattr(tokenizer, "chat_template", None)
     templated = chat == "always" or (chat == "auto" and bool(template))
     if templated and not template:

@@ -26,6 +26,7 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 from prunekit.models import generation
 from prunekit.models.architectures import Architecture
+from prunekit.models.causal import check_measured
 from prunekit.models.generation import Rollout
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
@@ -157,6 +158,7 @@ def _checked(asked: _Comparison, sections: Sequence[str] | None) -> tuple[str, .
     ours, theirs = check_pair(setup.dense, asked.pruned)
     for model in (setup.dense, asked.pruned):
         check_finite(model)
+        check_measured(model)
     wanted = _sections(sections, theirs, len(ours.layers), setup.choices)
     Reader(ours, theirs, temperature=setup.temperature, lens=asked.lens, weights=setup.weights)
     if asked.layerwise_prompts < 1 or asked.layerwise_steps < 1:

@@ -27,6 +27,7 @@ from transformers import (
 import prunekit as pk
 from prunekit import PrunekitError, cli
 from prunekit.data.text_files import read_file
+from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import Choice, load_choices, load_prompts
 from prunekit.evaluation.likelihood import option_logliks, perplexity
 from prunekit.files.texts import clean
@@ -181,6 +182,24 @@ def test_a_model_or_checkpoint_in_float8_is_refused(tmp_path):
     with pytest.raises(PrunekitError, match=r"float8_e4m3fn.*use float32"):
         pk.load(folder)
     assert pk.load(folder, dtype="float32")[0].dtype == torch.float32
+
+
+def test_the_metrics_say_that_they_do_not_read_float64():
+    model, tokenizer = tiny_model().double(), tiny_tokenizer()
+    for run in (
+        lambda: pk.compare(model, model, ["a"], tokenizer=tokenizer, **QUIET),
+        lambda: kl_report(model, model, tokenizer, "some text", **QUIET),
+    ):
+        with pytest.raises(PrunekitError, match=r"float64: use model\.float"):
+            run()
+
+
+@pytest.mark.parametrize("wrong", ["one text", [5], [None], [b"bytes"]])
+def test_what_is_no_list_of_texts_or_tokens_is_named(wrong):
+    with pytest.raises(PrunekitError, match="not a list of texts"):
+        pk.compare(tiny_model(), tiny_model(), wrong, tokenizer=tiny_tokenizer(), **QUIET)
+    with pytest.raises(PrunekitError, match=r"no token tensors.*Calibration"):
+        pk.prune_(tiny_model(), pk.Wanda(0.5), wrong, **QUIET)
 
 
 def without_special_tokens():
