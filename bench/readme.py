@@ -393,14 +393,18 @@ def demo() -> str:
     dropped, wanda = found["summary"].values()
 
     def cell(summary: dict[str, Any], name: str, form: str) -> str:
-        value = summary[name]
-        return form.format(value["mean"] if isinstance(value, dict) else value)
+        return form.format(summary[name]["mean"])
 
     body = [
-        [label, *(cell(summary, name, form) for summary in (dropped, wanda))]
+        [
+            label,
+            *(cell(summary, name, form) for summary in (dropped, wanda)),
+            f"{dropped[name]['n']} {'questions' if 'accuracy' in name else 'prompts'}",
+        ]
         for label, name, form in DEMO
+        if name in dropped  # results of a former version lack what was added since
     ]
-    return table(["", *found["summary"]], body)
+    return table(["", *found["summary"], "n"], body)
 
 
 DEMO = (
@@ -412,6 +416,7 @@ DEMO = (
     ("positions where the estimate is valid", "estimate_valid", "{:.0%}"),
     ("single-step: multiple-choice accuracy, dense", "dense_accuracy", "{:.1%}"),
     ("single-step: multiple-choice accuracy, pruned", "pruned_accuracy", "{:.1%}"),
+    ("single-step: pruned − dense on the same questions", "accuracy_difference", "{:+.1%}"),
     ("generated texts identical to the dense model's", "pruned_identical", "{:.0%}"),
     ("generated texts: chrF to the dense model's", "pruned_chrf", "{:.1f}"),
 )

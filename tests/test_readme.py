@@ -44,3 +44,16 @@ def test_statistics_were_five_times_as_fast_as_the_research_code():
             if row["op"] == "pair_stats" and row["shape"] == "N=64 V=49152" and row["p50_ms"]
         }
     assert times["research code"] > 5 * times["prunekernels core"]
+
+
+def test_the_readme_counts_what_the_demo_asks():
+    from prunekit.commands.demo import FULL
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"the {FULL.choices} questions can hardly" in text
+    assert f"hardly one of {FULL.prompts}\ngreedy texts" in text
+    assert f"{FULL.choices} questions and {FULL.sweep_prompts} prompts at each count" in text
+    block = text.partition("<!-- measured: demo -->")[2].partition("<!-- end -->")[0]
+    for line in block.strip().splitlines()[2:]:
+        n = f"{FULL.choices} questions" if "accuracy" in line else f"{FULL.prompts} prompts"
+        assert line.endswith(f"| {n} |"), line

@@ -22,12 +22,16 @@ from prunekit.analysis.steps import StepBatch, final_states, step_batches
 from prunekit.analysis.transcripts import TOP_TOKENS, TopToken, named, top_tokens
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
-from prunekit.models.generation import Rollout
+from prunekit.models.generation import Chat, Rollout, encode
 from prunekit.models.token_ids import check_ids, tokenize
 from prunekit.process.progress import track
 
 # How an option may be spelled behind "Answer:"; the first that is one token each is taken.
 SPELLINGS = (" {upper}", "{upper}", " {lower}", "{lower}")
+
+# What a chat is asked for, and the words behind which either kind of model names a letter.
+INSTRUCTION = "Answer with the letter of the right option."
+OPENING = "Answer:"
 
 # Metric of the grid -> field of PairStats.subset.
 SUBSET_FIELDS = {
@@ -109,11 +113,38 @@ class Subspace:
         return cls(tuple(data["tokens"]), tuple(data["token_ids"]), grid, tuple(items))
 
 
-def question_text(choice: Choice) -> str:
-    """The prompt whose next token is the answer's letter."""
+def question_ids(
+    tokenizer: Any, choices: Sequence[Choice], *, chat: Chat = "auto"
+) -> list[list[int]]:
+    """Token ids of the prompts whose next token is the answer's letter.
+
+    Through a chat template the question, its options and `INSTRUCTION` are the user's turn and
+    `OPENING` begins the model's reply: a model that was taught to chat names a letter there, and
+    hardly ever behind plain text. Without one, `OPENING` follows the options on a new line.
+
+    Args:
+        tokenizer: A transformers tokenizer.
+        choices: The questions.
+        chat: Whether they are asked through the chat template, see `generation.encode`.
+
+    Returns:
+        One list of token ids per question.
+
+    Raises:
+        PrunekitError: See `generation.encode`.
+    """
+    templated = chat == "always" or (chat == "auto" and bool(tokenizer.chat_template))
+    asked = [
+        f"{_listed(choice)}\n{INSTRUCTION}" if templated else _listed(choice) for choice in choices
+    ]
+    return encode(tokenizer, asked, chat=chat, opening=OPENING)
+
+
+def _listed(choice: Choice) -> str:
+    """A question and its options, each on a line behind its letter."""
     options = zip(string.ascii_uppercase, choice.options, strict=False)
     listed = "\n".join(f"{letter}. {option}" for letter, option in options)
-    return f"{choice.question}\n{listed}\nAnswer:"
+    return f"{choice.question}\n{listed}"
 
 
 def option_tokens(
@@ -163,6 +194,7 @@ def subspace(
     temperature: float = 1.0,
     weights: Weights = "base",
     level: Level = "precise",
+    chat: Chat = "auto",
     batch_size: int = 8,
     progress: bool = False,
 ) -> Subspace:
@@ -172,11 +204,12 @@ def subspace(
         dense: The dense model.
         pruned: Its pruned or dropped copy.
         tokenizer: The tokenizer of both.
-        choices: The questions, at least one, asked as plain text (`question_text`).
+        choices: The questions, at least one.
         options: Option tokens, see `option_tokens`.
         temperature: T in p = softmax(z / T).
         weights: Whose distribution weighs the second-order estimates, see `Reader`.
         level: Precision of the divergences.
+        chat: Whether questions are asked through the chat template, see `question_ids`.
         batch_size: Questions run together.
         progress: Show a progress bar (on a terminal only).
 
@@ -188,6 +221,7 @@ def subspace(
         raise PrunekitError("no multiple-choice questions: give at least one")
     reader = Reader(ours, theirs, temperature=temperature, weights=weights, level=level)
     all_ids = option_tokens(tokenizer, max(len(choice.options) for choice in choices), options)
+    prompts = question_ids(tokenizer, choices, chat=chat)
     found: list[MetricGrid] = []
     items: dict[int, Item] = {}
     for count in sorted({len(choice.options) for choice in choices}):
@@ -195,11 +229,7 @@ def subspace(
         ids = all_ids[:count]
         # the right option's token is each prompt's one-token continuation
         rollouts = [
-            Rollout(
-                tuple(tokenize(tokenizer, question_text(choices[index]))["input_ids"]),
-                (ids[choices[index].answer],),
-            )
-            for index in group
+            Rollout(tuple(prompts[index]), (ids[choices[index].answer],)) for index in group
         ]
         for rollout in rollouts:
             check_ids(dense, rollout.ids, "a question")

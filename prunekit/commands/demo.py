@@ -188,6 +188,16 @@ def _say(args: argparse.Namespace, what: str) -> None:
         print(f"prunekit: {what} …", file=sys.stderr)
 
 
+def _whose(counts: Mapping[str, int], swept: int) -> str:
+    """What the demo's numbers are numbers of."""
+    part = f" ({swept} of them in the sweep)" if swept else ""
+    return (
+        f"The {counts['choices']} questions and {counts['prompts']} prompts{part} are prunekit's "
+        "own: the numbers compare these models on them and stand for no public benchmark. Another "
+        "CPU may give other texts with the same seed.\n"
+    )
+
+
 def _shown(studies: Mapping[str, Study], pages: Mapping[str, str], seconds: float) -> Any:
     from rich.console import Group
     from rich.text import Text
@@ -203,6 +213,8 @@ def _shown(studies: Mapping[str, Study], pages: Mapping[str, str], seconds: floa
         parts.append(Text(name, style="bold"))
         parts += [terminal.sentence(said) for said in sentences.describe(study)]
         parts.append(Text())
+    counts = next(iter(studies.values())).meta["counts"]
+    parts.append(Text(_whose(counts, rows[0]["scores"]["chrf"]["n"] if rows else 0)))
     parts.append(Text(f"Done in {seconds:.0f} s. Open the pages:"))
     parts += [Text(f"  {page}") for page in pages.values()]
     return Group(*parts)

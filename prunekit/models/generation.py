@@ -45,13 +45,17 @@ class Rollout:
         return self.prompt + self.continuation
 
 
-def encode(tokenizer: Any, prompts: Sequence[str], *, chat: Chat = "auto") -> list[list[int]]:
+def encode(
+    tokenizer: Any, prompts: Sequence[str], *, chat: Chat = "auto", opening: str = ""
+) -> list[list[int]]:
     """Token ids of each prompt, as one user turn where the tokenizer has a chat template.
 
     Args:
         tokenizer: A transformers tokenizer.
         prompts: Texts.
         chat: "auto" applies the chat template if there is one, "never" doesn't, "always" insists.
+        opening: How the reply begins: behind the template's generation prompt, or on a line of its
+            own behind a plain prompt.
 
     Returns:
         One list of token ids per prompt, unpadded.
@@ -74,7 +78,9 @@ def encode(tokenizer: Any, prompts: Sequence[str], *, chat: Chat = "auto") -> li
         if not text.strip():
             raise PrunekitError(f"prompt {index} is empty: remove it or write something")
         if templated:
-            text = _as_turn(tokenizer, text)
+            text = _as_turn(tokenizer, text) + opening
+        elif opening:
+            text = f"{text}\n{opening}"
         # a rendered template already spells its special tokens out
         ids = tokenize(tokenizer, text, add_special_tokens=not templated)["input_ids"]
         if not ids:

@@ -60,6 +60,11 @@ def describe(study: Findings) -> list[Sentence]:
     return said
 
 
+def _prompts(grid: MetricGrid) -> str:
+    n = len(grid.labels["prompt"])
+    return f"{n} prompt" if n == 1 else f"{n} prompts"
+
+
 def _hierarchy(grid: MetricGrid) -> Sentence:
     if not float(np.nanmax(grid["kl_dense_pruned"])) and not float(
         np.nanmax(grid["h_one_minus_cosine"])
@@ -67,8 +72,9 @@ def _hierarchy(grid: MetricGrid) -> Sentence:
         return Sentence("The two models are identical at every position that was looked at.")
     h, z, p = (Value.of(grid.interval(f"{space}_cosine")) for space in "hzp")
     return Sentence(
-        f"Reading the dense model's own text, the pruned model's hidden states have cosine {h} to "
-        f"the dense ones, its logits {z}, and its next-token probabilities {p}."
+        f"Reading the dense model's own text ({_prompts(grid)}), the pruned model's "
+        f"hidden states have cosine {h} to the dense ones, its logits {z}, and its "
+        f"next-token probabilities {p}."
     )
 
 
@@ -76,8 +82,8 @@ def _divergence(grid: MetricGrid) -> Sentence:
     kl = Value.of(grid.interval("kl_dense_pruned"), "nats")
     flipped = Value.of(grid.interval("flipped"), "%", 100)
     return Sentence(
-        f"KL(dense‖pruned) averages {kl} per token; the most likely next token is another one at "
-        f"{flipped} of the positions."
+        f"KL(dense‖pruned) averages {kl} per token of {_prompts(grid)}; the most likely next "
+        f"token is another one at {flipped} of the positions."
     )
 
 
@@ -86,7 +92,7 @@ def _estimate(grid: MetricGrid) -> Sentence:
     exact, estimate = (float(grid.interval(m).mean) for m in ("kl_dense_pruned", "kl_estimate"))
     ratio = estimate / exact if exact > 0 else math.nan
     compared = f"its mean is {number(ratio)} times the exact one" if exact > 0 else "not comparable"
-    where = f"{number(100 * share)} % of the positions"
+    where = f"{number(100 * share)} % of the positions of {_prompts(grid)}"
     if share < _UNUSABLE:
         return Sentence(
             f"The second-order estimate of KL is not usable here: the change is small enough for "

@@ -152,7 +152,9 @@ def inside_table(grid: MetricGrid) -> Table:
         ["most likely token changes", value("flipped", "%", 100), "share of the positions"],
     ]
     columns = ("Inside the model, both reading the dense model's text", "mean", "")
-    return Table("From hidden state to logit to probability", columns, rows)
+    prompts = len(grid.labels["prompt"])
+    title = f"From hidden state to logit to probability: {prompts} prompts"
+    return Table(title, columns, rows)
 
 
 def scores_table(scores: Mapping[str, Scores], first_divergence: Floats) -> Table:
@@ -175,7 +177,9 @@ def scores_table(scores: Mapping[str, Scores], first_divergence: Floats) -> Tabl
     ]
     first = Value.of(bootstrap_mean(first_divergence), "tokens")
     rows.append(["generated: first difference after", NONE, first, "of the texts that differ"])
-    return Table("Single-step against generative", ("Score", "dense", "pruned", ""), rows)
+    asked = f" ({int(dense['accuracy'].n)} questions)" if "accuracy" in dense else ""
+    title = f"Single-step{asked} against generative ({len(first_divergence)} prompts)"
+    return Table(title, ("Score", "dense", "pruned", ""), rows)
 
 
 def subspace_tables(found: Subspace) -> list[Table]:
@@ -218,9 +222,10 @@ def subspace_tables(found: Subspace) -> list[Table]:
     ]
     names = ", ".join(repr(token) for token in found.tokens)
     columns = ("At the answer position", f"among {names}", "whole vocabulary", "")
+    n = f"{len(found.items)} questions"
     return [
-        Table("Answer options against the whole vocabulary", columns, both),
-        Table("At the answer position", ("", "dense", "pruned", ""), each),
+        Table(f"Answer options against the whole vocabulary: {n}", columns, both),
+        Table(f"At the answer position: {n}", ("", "dense", "pruned", ""), each),
     ]
 
 

@@ -43,7 +43,9 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     from prunekit.report.answer_charts import SHOWN
     from prunekit.report.summary_tables import Value
 
-    made = plain_table("As more sublayers go", ["dropped", *(name for _, name, _ in SHOWN)])
+    questions, prompts = (int(rows[0]["scores"][key]["n"]) for key in ("accuracy", "chrf"))
+    title = f"As more sublayers go: {questions} questions, {prompts} prompts"
+    made = plain_table(title, ["dropped", *(name for _, name, _ in SHOWN)])
     for row in rows:
         cells = []
         for key, _, scale in SHOWN:

@@ -224,6 +224,7 @@ def _subspace(asked: _Comparison, study: Study) -> Study:
             share,
             temperature=setup.temperature,
             weights=setup.weights,
+            chat=setup.chat,
             batch_size=setup.batch_size,
             progress=setup.progress,
         )

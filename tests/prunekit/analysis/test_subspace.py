@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from prunekit.analysis.subspace import option_tokens, question_text, rank_agreement, subspace
+from prunekit.analysis.subspace import option_tokens, question_ids, rank_agreement, subspace
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import Choice
 
@@ -28,7 +30,7 @@ def test_equals_plain_evaluation(tiny, word_tokenizer, perturbed, name):
     assert [item.id for item in found.items] == ["a", "b", "c", "d"]
     assert found.grid.labels["prompt"] == [0, 1, 2, 3]
     for index, (choice, item) in enumerate(zip(CHOICES, found.items, strict=True)):
-        ids = torch.tensor([word_tokenizer(question_text(choice))["input_ids"]])
+        ids = torch.tensor(question_ids(word_tokenizer, [choice]))
         z = [m(ids).logits[0, -1].double() / 0.8 for m in (model, pruned)]
         options = list(found.token_ids[: len(choice.options)])
         p, q = (row.softmax(-1) for row in z)
@@ -54,6 +56,21 @@ def test_equals_plain_evaluation(tiny, word_tokenizer, perturbed, name):
         assert item.logprobs_dense == pytest.approx(p[options].log().tolist(), rel=1e-4)
         assert item.logprobs_pruned == pytest.approx(q[options].log().tolist(), rel=1e-4)
         assert [token.id for token in item.top_pruned] == q.topk(5).indices.tolist()
+
+
+def test_questions_are_asked_where_the_model_answers(word_tokenizer):
+    asked = f"{CHOICES[2].question}\nA. w40\nB. w41"
+    plain = word_tokenizer(f"{asked}\nAnswer:")["input_ids"]
+    assert question_ids(word_tokenizer, CHOICES[2:3]) == [plain]
+    tokenizer = copy.deepcopy(word_tokenizer)
+    tokenizer.chat_template = (
+        "{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}"
+        "{% if add_generation_prompt %} w3 {% endif %}"
+    )
+    turn = f"w1 {asked}\nAnswer with the letter of the right option. w2 w3 Answer:"
+    wanted = tokenizer(turn, add_special_tokens=False)["input_ids"]
+    assert question_ids(tokenizer, CHOICES[2:3]) == [wanted] and wanted != plain
+    assert question_ids(tokenizer, CHOICES[2:3], chat="never") == [plain]
 
 
 def test_rank_agreement_by_hand():

@@ -27,6 +27,7 @@ def said(study: Study) -> str:
 def test_sentences_say_whether_the_estimate_holds():
     small, middle, large = (make_study(size) for size in (0.005, 0.15, 2.0))
     assert "estimate of KL is valid at" in said(small)
+    assert said(small).count("24 prompts") == 3
     assert not any(one.warn for one in sentences.describe(small))
     assert "so take it with care" in said(middle)
     assert "is not usable here" in said(large)

@@ -52,6 +52,8 @@ def test_terminal_tables_show_the_numbers(study):
             summary_tables.number(float(getattr(found, end))) for end in ("mean", "low", "high")
         ]
         assert f"{ends[0]} nats [{ends[1]}, {ends[2]}]" in summary
+    assert "to probability: 24 prompts" in summary
+    assert "Single-step (72 questions) against generative (24 prompts)" in summary
     assert "estimates valid" in summary and "first difference after" in summary
     assert "single-step: accuracy" in summary and "69.44 % [" in summary and "66.67 % [" in summary
     other = make_study(size=2.0)
@@ -71,6 +73,7 @@ def test_terminal_tables_show_the_numbers(study):
     ]
     assert [word for word in row.split() if word in wanted] == wanted
     swept = text(terminal.sweep_table(sweep_rows()))
+    assert "24 questions, 24 prompts" in swept
     assert "60" in swept and "58" in swept and "30" in swept
 
 
