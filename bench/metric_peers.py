@@ -164,14 +164,6 @@ def _ours(inputs: Inputs, **options: Any) -> tuple[Tensor, ...]:
     return found.kl_base_other, found.kl_other_base, found.cos_prob, found.entropy_base
 
 
-def _by_name(impl: str, run: Callable[..., Any], inputs: Inputs, **options: Any) -> Any:
-    """`run` by a kernel that has to be asked for; absent where it cannot run."""
-    try:
-        return run(inputs, impl=impl, **options)
-    except ValueError as error:
-        raise Absent(str(error)) from error
-
-
 def _ours_kl(inputs: Inputs, **options: Any) -> tuple[Tensor, Tensor]:
     found = prunekernels.pair_stats(
         inputs.base, inputs.other, fields=("kl_base_other", "kl_other_base"), **options
@@ -322,11 +314,17 @@ _LOGITS = (
     ),
     MetricPeer("prunekernels KL", _ours_kl, ("kl", "reverse_kl"), precision=FLOAT32),
     *(
-        MetricPeer(f"prunekernels {level} warp", run, returns, precision=FLOAT32)
-        for level, run, returns in (
-            ("core", functools.partial(_by_name, "triton_warp", _ours), STATISTICS),
-            ("full", functools.partial(_by_name, "triton_warp", _ours, level="full"), STATISTICS),
-            ("KL", functools.partial(_by_name, "triton_warp", _ours_kl), ("kl", "reverse_kl")),
+        MetricPeer(
+            f"prunekernels {level} warp",
+            functools.partial(run, impl="triton_warp", **options),
+            returns,
+            precision=FLOAT32,
+            on_cpu=False,
+        )
+        for level, run, options, returns in (
+            ("core", _ours, {}, STATISTICS),
+            ("full", _ours, {"level": "full"}, STATISTICS),
+            ("KL", _ours_kl, {}, ("kl", "reverse_kl")),
         )
     ),
     MetricPeer(
