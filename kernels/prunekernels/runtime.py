@@ -145,8 +145,13 @@ class Op:
                 )
             return Choice(impl, "asked for")
         if problem.device.type != "cuda":
-            reason = self._blocker(next(iter(self.kernels), "triton"), problem)
-            reason = reason or "the interpreter is slower; ask for impl='triton' to use it"
+            first = next(iter(self.kernels), "triton")
+            if first not in self.kernels or not triton_installed():
+                reason = self._blocker(first, problem) or ""
+            elif interpreting():
+                reason = "the interpreter is slower; ask for impl='triton' to use it"
+            else:
+                reason = f"the kernels need a GPU, and this runs on {_place(problem.device)}"
             return Choice("eager", f"{reason}: {self.eager}" if self.eager else reason)
         reasons: list[str] = []
         for name, why in self._preferred(problem):
@@ -158,7 +163,7 @@ class Op:
 
     def _preferred(self, problem: Problem) -> Sequence[tuple[str, str]]:
         if self.order is None:
-            return [(name, "tensors are on cuda") for name in (*self.kernels, "triton")[:1]]
+            return [(name, "this runs on a GPU") for name in (*self.kernels, "triton")[:1]]
         capability = torch.cuda.get_device_capability(problem.device)
         tokens, rows, columns = problem.shape
         return self.order(tokens, rows, columns, capability, problem.dtype.itemsize)
@@ -174,7 +179,10 @@ class Op:
         kernel, device = self.kernels[name], problem.device
         if not kernel.tensor_cores:
             if device.type != "cuda" and not interpreting():
-                return f"tensors are on {device.type} and TRITON_INTERPRET=1 is not set"
+                return (
+                    f"Triton kernels need a GPU, and these tensors are on {_place(device)} "
+                    "(TRITON_INTERPRET=1 interprets them, slowly)"
+                )
             return None
         if problem.dtype not in (torch.bfloat16, torch.float16):
             return f"the tensor cores multiply bfloat16 and float16 values, not {problem.dtype}"
@@ -316,6 +324,10 @@ def triton_installed() -> bool:
         return importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):
         return False
+
+
+def _place(device: torch.device) -> str:
+    return "the CPU" if device.type == "cpu" else device.type
 
 
 def interpreting() -> bool:

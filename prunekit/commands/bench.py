@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import cycle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from prunekit.commands import options
@@ -14,14 +17,15 @@ if TYPE_CHECKING:
     from prunekit.speed.timing import Times
     from prunekit.speed.variants import Variant
 
-SUMMARY = "measure a model's speed and size: dense, dropped, 2:4, bitmap"
+SUMMARY = "measure a model's speed and size: dense, dropped, 2:4, bitmap, your checkpoints"
 DESCRIPTION = """\
 Time one model on this machine: reading a prompt and writing tokens with a KV cache, as it is,
 with a quarter of its attentions dropped, packed 2:4 and packed as a bitmap. The variants take
 turns, so that a change of clocks hits all alike, and each is checked before it is timed.
 
 Which weights go makes no difference to speed, so they are chosen by size alone: prune with
-`prunekit prune` or `drop` for a model worth keeping. All variants are in memory at once.
+`prunekit prune` or `drop` for a model worth keeping. Such checkpoints are measured as they are
+when they follow the model. All variants are in memory at once.
 """
 EXAMPLE = "prunekit bench demo --batch 1 8 --new 16 --output out/bench"
 FILES = ("bench.json", "speed.png")
@@ -31,6 +35,12 @@ _ROLES = {"dense": "dense", "dropped": "h", "2:4": "p", "bitmap": "z"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
+    parser.add_argument(
+        "checkpoints",
+        nargs="*",
+        metavar="CHECKPOINT",
+        help="pruned, dropped or packed copies, measured as they are",
+    )
     parser.add_argument(
         "--variants",
         nargs="+",
@@ -73,13 +83,16 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
             raise PrunekitError(f"variant '{name}' is unknown: use {', '.join(variants.VARIANTS)}")
     if not 0 < args.sparsity < 1:
         raise PrunekitError(f"--sparsity {args.sparsity} is not between 0 and 1: use 0.5")
+    options.find([source, *args.checkpoints])
     model, _ = options.load(source, args)
     model.eval()
+    given = _given(args)
     cache = args.cache or ("graph" if model.device.type == "cuda" else "dynamic")
     # a bad length or cache is refused before anything takes time
-    longest = speed.random_prompts(model, 1, args.prompt, args.seed)
-    speed.Continuation(model, longest, args.new, cache)
-    built, absent = _build(args, model, cache)
+    for asked in (model, *(variant.model for variant in given)):
+        longest = speed.random_prompts(asked, 1, args.prompt, args.seed)
+        speed.Continuation(asked, longest, args.new, cache)
+    built, absent = _build(args, model, given, cache)
     found = {
         "model": source,
         "device": _device_name(model),
@@ -96,21 +109,41 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     options.emit(args, answer, lambda: found, lambda: _shown(found, folder))
 
 
+def _given(args: argparse.Namespace) -> list[Variant]:
+    """The checkpoints that were given, as they are, under names that tell them apart."""
+    from prunekit.speed.variants import VARIANTS, Variant
+
+    sources = list(dict.fromkeys(args.checkpoints))
+    short = [Path(source).name or source for source in sources]
+    found = []
+    for source, name in zip(sources, short, strict=True):
+        if name in VARIANTS or short.count(name) > 1:
+            name = f"{source} (given)"
+        model, _ = options.load(source, args)
+        found.append(Variant(name, model.eval(), "as given"))
+    return found
+
+
 def _build(
-    args: argparse.Namespace, model: Any, cache: str
+    args: argparse.Namespace, model: Any, given: Sequence[Variant], cache: str
 ) -> tuple[list[tuple[Variant, float]], dict[str, str]]:
     """The variants that can be had here, how far their logits are off, and why others are not."""
     from prunekit.speed import decoding as speed
     from prunekit.speed import variants
 
     built, absent = [], {}
-    prompts = speed.random_prompts(model, 1, 32, args.seed)
-    for name in dict.fromkeys(["dense", *args.variants]):
+    makers: dict[str, Callable[[], Variant]] = {
+        name: partial(variants.build, model, name, sparsity=args.sparsity)
+        for name in ("dense", *args.variants)
+    }
+    makers |= {variant.name: partial(_same, variant) for variant in given}
+    for name, make in makers.items():
         try:
-            variant = variants.build(model, name, sparsity=args.sparsity)
+            variant = make()
         except PrunekitError as error:
             absent[name] = str(error)
             continue
+        prompts = speed.random_prompts(variant.model, 1, 32, args.seed)
         off = max(variant.difference, speed.check_cached(variant.model, prompts, cache))
         if off < speed.TOLERANCE:
             built.append((variant, off))
@@ -119,6 +152,10 @@ def _build(
     if not built or built[0][0].name != "dense":
         raise PrunekitError(f"the model as it is cannot be timed ({absent['dense']})")
     return built, absent
+
+
+def _same(variant: Variant) -> Variant:
+    return variant
 
 
 def _measured(
@@ -195,17 +232,19 @@ def _write(found: dict[str, Any], folder: str, overwrite: bool) -> None:
 
 def _figure(found: dict[str, Any]) -> Any:
     """Tokens per second and size of every variant."""
-    from prunekit.report.charts import Chart, Figure, Series
+    from prunekit.report.charts import COLORS, Chart, Figure, Series
 
     rows = found["variants"]
     names = list(dict.fromkeys(row["variant"] for row in rows))
     batches = list(dict.fromkeys(row["batch"] for row in rows))
+    others = cycle(role for role in COLORS if role not in _ROLES.values())
+    roles = {name: _ROLES.get(name) or next(others) for name in names}
 
     def series(name: str, *columns: str) -> Series:
         own = [row for row in rows if row["variant"] == name]
         mean, *ends = ([float(row[column]) for row in own] for column in columns)
         low, high = ends or ((), ())
-        return Series(name, _ROLES[name], list(range(len(own))), mean, low, high)
+        return Series(name, roles[name], list(range(len(own))), mean, low, high)
 
     writing = Chart(
         "decode",
@@ -278,4 +317,5 @@ def _shown(found: dict[str, Any], folder: str | None) -> Any:
         notes.append(f"Slower than dense here: {names}. Smaller is not always faster.")
     if folder is not None:
         notes.append(f"Written: {folder}/{FILES[0]} and {folder}/{FILES[1]}")
-    return Group(terminal.records(title, lines), *(Text(note) for note in notes))
+    spare = ["What", "20–80 %", "Reading"]
+    return Group(terminal.records(title, lines, spare), *(Text(note) for note in notes))

@@ -94,8 +94,15 @@ class Value:
     def __str__(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
         known = math.isfinite(self.low) and math.isfinite(self.high) and self.low != self.high
-        ends = f" [{number(self.low)}, {number(self.high)}]" if known else ""
-        return f"{number(self.mean)}{unit}{ends}"
+        if not known or not math.isfinite(self.mean):
+            return f"{number(self.mean)}{unit}"
+        mean, low, high = _alike(self.mean, self.low, self.high)
+        return f"{mean}{unit} [{low}, {high}]"
+
+    def short(self) -> str:
+        """Without the interval, for narrow terminals."""
+        unit = f" {self.unit}" if self.unit else ""
+        return f"{number(self.mean)}{unit}"
 
 
 Cell: TypeAlias = Value | str
@@ -151,7 +158,7 @@ def inside_table(grid: MetricGrid) -> Table:
         ],
         ["most likely token changes", value("flipped", "%", 100), "share of the positions"],
     ]
-    columns = ("Inside the model, both reading the dense model's text", "mean", "")
+    columns = ("Reading the dense model's text", "mean", "")
     prompts = len(grid.labels["prompt"])
     title = f"From hidden state to logit to probability: {prompts} prompts"
     return Table(title, columns, rows)
@@ -227,6 +234,29 @@ def subspace_tables(found: Subspace) -> list[Table]:
         Table(f"Answer options against the whole vocabulary: {n}", columns, both),
         Table(f"At the answer position: {n}", ("", "dense", "pruned", ""), each),
     ]
+
+
+def _alike(mean: float, low: float, high: float) -> list[str]:
+    """A mean and its different ends with the same number of decimals.
+
+    Four significant digits of the largest, two of the mean, and two of the interval's width, at
+    most eight decimals.
+    """
+    values = (mean, low, high)
+    largest = max(map(abs, values))
+    if largest < 1e6 and all(value == int(value) for value in values):
+        return [str(int(value)) for value in values]
+    if largest >= 1e6 or 0 < abs(mean) < 1e-3:
+        return [f"{value:.2e}" for value in values]
+    wanted = [4 - _exponent(largest), 2 - _exponent(high - low)]
+    if mean:
+        wanted.append(2 - _exponent(mean))
+    decimals = min(8, max(0, *(places - 1 for places in wanted)))
+    return [f"{value:.{decimals}f}" for value in values]
+
+
+def _exponent(value: float) -> int:
+    return math.floor(math.log10(abs(value)))
 
 
 def number(value: float) -> str:

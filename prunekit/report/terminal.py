@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from prunekit.analysis.findings import Findings
     from prunekit.report.sentences import Sentence
 
+# Characters that remarks need beside a table, and a width that no table has.
+_REMARK, _UNBOUNDED = 20, 10_000
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -23,10 +26,7 @@ def study_summary(study: Findings) -> RenderableType:
 
     parts: list[RenderableType] = []
     for found in contents.tables(study):
-        made = plain_table(found.title, found.columns)
-        for row in found.rows:
-            made.add_row(*(Text(str(cell)) for cell in row))
-        parts += [made, Text()]
+        parts += [Fitted(found.title, found.columns, found.rows), Text()]
     parts += [sentence(said) for said in sentences.describe(study)]
     return Group(*parts)
 
@@ -45,15 +45,15 @@ def sweep_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
 
     questions, prompts = (int(rows[0]["scores"][key]["n"]) for key in ("accuracy", "chrf"))
     title = f"As more sublayers go: {questions} questions, {prompts} prompts"
-    made = plain_table(title, ["dropped", *(name for _, name, _ in SHOWN)])
+    lines: list[list[object]] = []
     for row in rows:
-        cells = []
+        cells: list[object] = [row["count"]]
         for key, _, scale in SHOWN:
             ends = (row["scores"][key][end] for end in ("mean", "low", "high"))
             mean, low, high = (math.nan if v is None else scale * v for v in ends)
-            cells.append(Text(str(Value(mean, low, high))))
-        made.add_row(str(row["count"]), *cells)
-    return made
+            cells.append(Value(mean, low, high))
+        lines.append(cells)
+    return Fitted(title, ["dropped", *(name for _, name, _ in SHOWN)], lines)
 
 
 def studies_side_by_side(studies: Mapping[str, Findings]) -> RenderableType:
@@ -67,7 +67,7 @@ def studies_side_by_side(studies: Mapping[str, Findings]) -> RenderableType:
         once = ["dense"] if "pruned" in shape.columns else []
         own = shape.columns[1 + len(once) : -1]  # between the names and the remarks
         heads = [name if len(own) == 1 else f"{name}: {part}" for name in studies for part in own]
-        made = plain_table(shape.title, ["", *once, *heads, ""])
+        lines: list[list[object]] = []
         for index, row in enumerate(shape.rows):
             pruned = [
                 cell
@@ -78,8 +78,8 @@ def studies_side_by_side(studies: Mapping[str, Findings]) -> RenderableType:
             remark = (
                 "" if len({str(t[place].rows[index][-1]) for t in tables.values()}) > 1 else row[-1]
             )
-            made.add_row(*(Text(str(cell)) for cell in cells), Text(str(remark)))
-        parts += [made, Text()]
+            lines.append([*cells, remark])
+        parts += [Fitted(shape.title, ["", *once, *heads, ""], lines), Text()]
     return Group(*parts)
 
 
@@ -92,12 +92,88 @@ def facts(title: str, rows: Iterable[tuple[str, object]]) -> RenderableType:
     return made
 
 
-def records(title: str, rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Rows with the same keys, as a table."""
-    made = plain_table(title, list(rows[0]) if rows else [])
-    for row in rows:
-        made.add_row(*(Text(str(value)) for value in row.values()))
-    return made
+def records(
+    title: str, rows: Sequence[Mapping[str, Any]], spare: Sequence[str] = ()
+) -> RenderableType:
+    """Rows with the same keys, as a table; columns in `spare` go first on a narrow terminal."""
+    columns = list(rows[0]) if rows else []
+    return Fitted(title, columns, [list(row.values()) for row in rows], spare)
+
+
+class Fitted:
+    """A table that stays readable on a narrow terminal, where it would wrap every cell.
+
+    It leaves out the remarks (a last column without a name), then the columns in `spare`, then the
+    intervals of values; what is still too wide is listed row by row. A file gets all of it.
+
+    Args:
+        title: Its title.
+        columns: Their names.
+        rows: Cells, one per column.
+        spare: Names of the columns to leave out, the first first.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[object]],
+        spare: Sequence[str] = (),
+    ) -> None:
+        self.title, self.columns, self.spare = title, list(columns), list(spare)
+        self.rows = [list(row) for row in rows]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield the first form that fits."""
+        shown = list(range(len(self.columns)))
+        if not console.is_terminal or not shown:
+            yield self._table(shown, options.max_width)
+            return
+        remarks = shown[-1:] if not self.columns[-1] else []
+        plain = [index for index in shown if index not in remarks]
+        width = options.max_width - (_REMARK if remarks else 0)
+        if self._fits(plain, width, console, options):
+            yield self._table(shown, options.max_width)  # remarks alone may wrap
+            return
+        for name in (None, *self.spare):
+            plain = [index for index in plain if self.columns[index] != name]
+            if self._fits(plain, options.max_width, console, options):
+                yield self._table(plain, options.max_width)
+                return
+        if self._fits(plain, options.max_width, console, options, short=True):
+            yield self._table(plain, options.max_width, short=True)
+            yield Text("Intervals: on a wider terminal, in the page or with --json.", style="dim")
+            return
+        yield Text(self.title, style="bold")
+        for row in self.rows:
+            yield Text(f"{self.columns[0]} {row[0]}".strip(), style="bold")
+            yield from (Text(f"  {self.columns[i]}: {row[i]}") for i in shown[1:] if i in plain)
+
+    def _table(self, shown: Sequence[int], width: int, *, short: bool = False) -> Table:
+        made = plain_table(self.title, [self.columns[index] for index in shown])
+        made.min_width = min(width, len(self.title))
+        for row in self.rows:
+            made.add_row(*(Text(_cell(row[index], short)) for index in shown))
+        return made
+
+    def _fits(
+        self,
+        shown: Sequence[int],
+        width: int,
+        console: Console,
+        options: ConsoleOptions,
+        *,
+        short: bool = False,
+    ) -> bool:
+        table = self._table(shown, 0, short=short)
+        unbounded = options.update_width(_UNBOUNDED)
+        return Measurement.get(console, unbounded, table).maximum <= width
+
+
+def _cell(cell: object, short: bool) -> str:
+    from prunekit.report.summary_tables import Value
+
+    return cell.short() if short and isinstance(cell, Value) else str(cell)
 
 
 def plain_table(title: str, columns: Sequence[str]) -> Table:

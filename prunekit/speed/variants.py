@@ -28,7 +28,7 @@ class Variant:
     """A model to be timed.
 
     Attributes:
-        name: One of `VARIANTS`.
+        name: One of `VARIANTS`, or the name of a given checkpoint.
         model: The model, in eval mode.
         what: What was done to it.
         difference: How far packing moved its logits from those of the same weights as dense

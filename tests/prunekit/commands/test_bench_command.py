@@ -77,6 +77,28 @@ def test_table_and_plot(folder, capsys, tmp_path):
     assert run(capsys, *words, "--overwrite")[0] == 0
 
 
+def test_given_checkpoints_are_measured_as_they_are(folder, capsys, tmp_path):
+    model, tokenizer = checkpoint.load(str(folder))
+    made = variants.build(model, "dropped")
+    places = [tmp_path / "a" / "dropped", tmp_path / "b" / "small", tmp_path / "c" / "small"]
+    for place in places:
+        checkpoint.save(made.model, tokenizer, place)
+    out = tmp_path / "out"
+    words = [str(folder), *map(str, places), *SMALL, "--variants", "dropped", "--json"]
+    status, text, _ = run(capsys, *words, "--output", str(out))
+    assert status == 0
+    rows = {row["variant"]: row for row in json.loads(text)["variants"]}
+    names = [f"{place} (given)" for place in places]  # one is a variant's name, two are the same
+    assert list(rows) == ["dense", "dropped", *names]
+    for name in names:
+        assert rows[name]["what"] == "as given"
+        assert rows[name]["weight_bytes"] == rows["dropped"]["weight_bytes"]
+        assert rows[name]["decode_tokens_per_second"] > 0
+    assert (out / "speed.png").is_file()
+    status, text, err = run(capsys, str(folder), str(tmp_path / "nowhere"), *SMALL)
+    assert status == 2 and text == "" and "nowhere" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

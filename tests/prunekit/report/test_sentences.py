@@ -53,7 +53,7 @@ def test_equal_accuracies_may_hide_flips_and_old_studies_claim_no_change():
     whole = make_study(right=(36, 36))
     swapped = replace(whole, right={**whole.right, "pruned": whole.right["dense"][::-1]})
     text = said(swapped)
-    assert "paired difference is 0 points [" in text and "36 right answers turn wrong" in text
+    assert "paired difference is 0.00 points [" in text and "36 right answers turn wrong" in text
     assert "and 36 wrong ones right (McNemar's exact p = 1)" in text
     old = said(replace(whole, right=None))
     assert "paired" not in old and "does not show what happened" not in old
