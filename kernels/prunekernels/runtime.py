@@ -286,6 +286,11 @@ def register(*ops: Op) -> None:
         _OPS[op.name] = op
 
 
+def known(name: str) -> Op:
+    """The op of that name."""
+    return _OPS[name]
+
+
 def ops() -> dict[str, Op]:
     """Every op of the package by its name, in alphabetical order."""
     return dict(sorted(_OPS.items()))

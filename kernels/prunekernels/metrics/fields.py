@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,18 +15,40 @@ from prunekernels.metrics.options import PairOptions
 _Self = TypeVar("_Self", bound="_Fields")
 
 
+class Layout(NamedTuple):
+    """Where the fields of a result are in the blocks that an op fills.
+
+    Attributes:
+        places: Block and row of each field.
+        names: All that the result holds; what is not in `places` has its default.
+    """
+
+    places: Mapping[str, tuple[int, int]]
+    names: tuple[str, ...]
+
+
+_NOTHING = Layout({}, ()), ()
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class _Fields:
-    """Tensors, or nested groups of tensors; None, or not there, for what was not asked for."""
+    """Tensors, or nested groups of tensors; None, or not there, for what was not asked for.
+
+    A result of `later` makes a field when it is first asked for.
+    """
 
     if not TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            # Called for what is not there: a choice of `fields` leaves the others unset.
+            # Called for what is not there, or not yet: a choice of `fields` leaves others unset.
+            layout, blocks = self.__dict__.get("_packed", _NOTHING)
+            if (place := layout.places.get(name)) is not None:
+                value = self.__dict__[name] = blocks[place[0]][place[1]]
+                return value
             kind = type(self).__name__
             if name in self.__dataclass_fields__:
                 raise AttributeError(
-                    f"this {kind} has no {name}: it holds {', '.join(vars(self))}; "
+                    f"this {kind} has no {name}: it holds {', '.join(self._held())}; "
                     f"ask for it with fields=(…, {name!r})"
                 )
             raise AttributeError(f"{kind!r} object has no attribute {name!r}")
@@ -39,14 +61,35 @@ class _Fields:
             object.__setattr__(made, name, value)
         return made
 
+    @classmethod
+    def later(cls: type[_Self], layout: Layout, blocks: Sequence[Tensor]) -> _Self:
+        """A result whose fields are rows of blocks `(fields, …)`."""
+        made = object.__new__(cls)
+        made.__dict__["_packed"] = layout, blocks
+        return made
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Every field that a result can have."""
+        return tuple(field.name for field in fields(cls))
+
+    def _held(self) -> dict[str, Any]:
+        """All that it holds, by name; fields that were not asked for yet are made."""
+        layout, _ = self.__dict__.get("_packed", _NOTHING)
+        return {name: getattr(self, name) for name in layout.names} or vars(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is copied and pickled: the fields."""
+        return dict(self._held())
+
     def __repr__(self) -> str:
-        held = (f"{name}={value!r}" for name, value in vars(self).items())
+        held = (f"{name}={value!r}" for name, value in self._held().items())
         return f"{type(self).__name__}({', '.join(held)})"
 
     def map(self: _Self, fn: Callable[[Tensor], Tensor]) -> _Self:
         """Apply `fn` to every tensor, nested groups included."""
         changed: dict[str, Any] = {}
-        for name, value in vars(self).items():
+        for name, value in self._held().items():
             if isinstance(value, Tensor):
                 value = fn(value)
             elif isinstance(value, _Fields):
@@ -79,7 +122,7 @@ class _Fields:
             dim: leading dimension along which the rows are put one after the other.
         """
         joined: dict[str, Any] = {}
-        for name in vars(parts[0]):
+        for name in parts[0]._held():
             values = [getattr(part, name) for part in parts]
             if isinstance(values[0], Tensor):
                 joined[name] = torch.cat(values, dim)
@@ -287,12 +330,18 @@ def unpack_pair(
     return PairStats.of(named) if options.fields else PairStats(**named)
 
 
-def _name_pair(packed: list[Tensor], lead: torch.Size, options: PairOptions) -> dict[str, Any]:
-    named: dict[str, Any] = {}
+def pair_places(options: PairOptions) -> dict[str, tuple[int, int]]:
+    """Which block of a pair op's result, and which row of it, each field asked for is."""
     kinds = (options.floats, result_rows.PAIR_IDS, result_rows.PAIR_FLAGS)
-    for names, block in zip(kinds, packed, strict=True):
-        asked = names if names is options.floats else result_rows.chosen(names, options.fields)
-        if asked:
-            rows = zip(names, block.view(len(names), *lead).unbind(0), strict=True)
-            named |= {name: row for name, row in rows if name in asked}
-    return named
+    asked = set(options.fields.split(","))
+    return {
+        name: (block, row)
+        for block, names in enumerate(kinds)
+        for row, name in enumerate(names)
+        if not options.fields or name in asked
+    }
+
+
+def _name_pair(packed: list[Tensor], lead: torch.Size, options: PairOptions) -> dict[str, Any]:
+    blocks = [block.view(block.shape[0], *lead).unbind(0) for block in packed]
+    return {name: blocks[block][row] for name, (block, row) in pair_places(options).items()}

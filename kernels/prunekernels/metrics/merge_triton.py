@@ -333,18 +333,23 @@ class State:
             Floats, ids and flags as `layout` packs them (rows of the second pass left open); the
             norms `(4, N)` that this needs; and whether NaN or infinity spoils a row, `(N,)`.
         """
+        packed, norms, call = self.merging(design)
+        if self.ids.shape[0]:
+            call.run()
+        floats, ids, flags = packed
+        return [floats, ids, flags[:3]], norms, flags[3]
+
+    def merging(self, design: str) -> tuple[list[Tensor], Tensor, Launch]:
+        """Floats, ids, flags (as the kernel has them) and norms, and the call that fills them."""
         rows, splits = self.ids.shape[:2]
-        options = self.options
         device = self.floats.device
-        floats = torch.empty(len(options.floats), rows, dtype=torch.float32, device=device)
+        floats = torch.empty(len(self.options.floats), rows, dtype=torch.float32, device=device)
         ids = torch.empty(2, rows, dtype=torch.int64, device=device)
         flags = torch.empty(4, rows, dtype=torch.bool, device=device)
         norms = torch.empty(4, rows, dtype=torch.float64, device=device)
-        if rows:
-            config = tuning.merge_config(splits, design)
-            early = design == "warp" and may_depend(device)
-            merge(self, floats, ids, flags, norms, config, early).run()
-        return [floats, ids, flags[:3]], norms, flags[3]
+        config = tuning.merge_config(splits, design)
+        early = design == "warp" and may_depend(device)
+        return [floats, ids, flags], norms, merge(self, floats, ids, flags, norms, config, early)
 
 
 def merge(

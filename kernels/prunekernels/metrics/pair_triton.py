@@ -22,10 +22,12 @@ from prunekernels.metrics import (
     top_tokens,
     tuning,
 )
+from prunekernels.metrics.fields import Layout, PairStats, pair_places
 from prunekernels.metrics.merge_triton import State
 from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.pair_tile_triton import pair_tile_kernel
 from prunekernels.metrics.pair_warp_triton import pair_warp_kernel
+from prunekernels.metrics.prepared import Prepared
 from prunekernels.metrics.rows import PairRows
 from prunekernels.rows import take_rows
 from prunekernels.runtime import capability
@@ -86,7 +88,23 @@ def partial_state(
     splits: int | None = None,
     design: str = "tile",
 ) -> State:
-    """Launch the first pass: partial states of `(…, V)` logits.
+    """Launch the first pass: partial states of `(…, V)` logits (arguments of `summing`)."""
+    state, call = summing(base, other, labels, options, first_id, splits, design)
+    if state.ids.shape[0]:
+        call.run()
+    return state
+
+
+def summing(
+    base: Tensor,
+    other: Tensor,
+    labels: Tensor | None,
+    options: PairOptions,
+    first_id: int = 0,
+    splits: int | None = None,
+    design: str = "tile",
+) -> tuple[State, Launch]:
+    """Room for the partial states of `(…, V)` logits, and the call that fills it.
 
     Args:
         base: logits.
@@ -113,10 +131,8 @@ def partial_state(
         columns = tuning.tile_columns(config, base.dtype == torch.bfloat16)
         splits = tuning.pair_splits(count, vocab, config, columns, tuning.multiprocessors(base))
     state = merge_triton.empty_state(base.device, count, splits, options)
-    if count:
-        dependent = config.design == "warp" and merge_triton.may_depend(base.device)
-        first_pass(base, other, labels, state, first_id, config, dependent).run()
-    return state
+    dependent = config.design == "warp" and merge_triton.may_depend(base.device)
+    return state, first_pass(base, other, labels, state, first_id, config, dependent)
 
 
 def pair_stats(
@@ -155,6 +171,28 @@ def pair_stats_by_warps(
 ) -> list[Tensor]:
     """`pair_stats` by the kernels of design "warp"."""
     return pair_stats(base, other, labels, subset, options, "warp")
+
+
+def prepared(base: Tensor, other: Tensor, options: PairOptions, impl: str) -> Prepared | None:
+    """`pair_stats` of such tensors, ready to be launched; None for what takes more than launches.
+
+    impl: "triton" or "triton_warp".
+    """
+    if options.topk or options.second_pass:
+        return None
+    design = "warp" if impl == "triton_warp" else "tile"
+    state, first = summing(base, other, None, options, design=design)
+    if first.arguments[2] is not None:  # a table of rows, which is a tensor of its own
+        return None
+    packed, _, merge = state.merging(design)
+    places = pair_places(options)
+    kept = sorted({block for block, _ in places.values()})
+    layout = Layout(
+        {name: (kept.index(block), row) for name, (block, row) in places.items()},
+        tuple(places) if options.fields else PairStats.names(),
+    )
+    blocks = [packed[block] for block in kept]
+    return Prepared((first, merge), (base, other), blocks, layout, PairStats)
 
 
 def pair_state(

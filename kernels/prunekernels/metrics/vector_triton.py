@@ -12,6 +12,7 @@ to the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
 from prunekernels.metrics import split_triton, tuning
+from prunekernels.metrics.fields import Layout, VectorStats
+from prunekernels.metrics.prepared import Prepared
 from prunekernels.metrics.result_rows import VECTOR_FLOATS
 from prunekernels.metrics.rows import PairRows
 from prunekernels.metrics.sums.bundle_triton import add
@@ -193,18 +196,41 @@ def vector_launch(
 
 def vector_stats(base: Tensor, other: Tensor) -> Tensor:
     """Packed `(fields, N)` statistics of `(…, D)` vectors (`eager.vector_stats` by Triton)."""
-    return _run(base, other, tuning.vector_config(base.shape[-1]))
+    return _run(base, other, _config(base, "triton"))
 
 
 def vector_stats_by_warps(base: Tensor, other: Tensor) -> Tensor:
     """The same, one row to a warp."""
-    return _run(base, other, tuning.vector_warp_config(32 if torch.version.hip is None else 64))
+    return _run(base, other, _config(base, "triton_warp"))
+
+
+def prepared(base: Tensor, other: Tensor, fields: Sequence[str], impl: str) -> Prepared | None:
+    """`vector_stats` of such tensors, ready to be launched; None for rows that need a table.
+
+    impl: "triton" or "triton_warp".
+    """
+    out = _empty(base)
+    call = vector_launch(base, other, out, _config(base, impl))
+    if call.arguments[2] is not None:
+        return None
+    places = {name: (0, VECTOR_FLOATS.index(name)) for name in fields}
+    return Prepared((call,), (base, other), (out,), Layout(places, tuple(fields)), VectorStats)
+
+
+def _config(base: Tensor, impl: str) -> tuning.VectorConfig | tuning.PairConfig:
+    if impl == "triton":
+        return tuning.vector_config(base.shape[-1])
+    return tuning.vector_warp_config(32 if torch.version.hip is None else 64)
+
+
+def _empty(base: Tensor) -> Tensor:
+    rows = base.numel() // base.shape[-1]
+    return torch.empty(len(VECTOR_FLOATS), rows, dtype=torch.float32, device=base.device)
 
 
 def _run(base: Tensor, other: Tensor, config: tuning.VectorConfig | tuning.PairConfig) -> Tensor:
-    rows = base.numel() // base.shape[-1]
-    out = torch.empty(len(VECTOR_FLOATS), rows, dtype=torch.float32, device=base.device)
-    if rows:
+    out = _empty(base)
+    if out.numel():
         vector_launch(base, other, out, config).run()
     return out
 

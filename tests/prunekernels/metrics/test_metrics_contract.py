@@ -221,7 +221,10 @@ def bad_calls() -> dict[str, tuple[Any, str]]:
         "topk negative": (lambda: pair_stats(vector, vector, topk=-1), "got -1"),
         "level": (lambda: pair_stats(vector, vector, level="fast"), "core, precise, full, got"),
         "weights": (lambda: pair_stats(vector, vector, weights="p"), "base, other, got 'p'"),
-        "impl": (lambda: pair_stats(vector, vector, impl="cuda"), "auto, eager, triton, got"),
+        "impl": (
+            lambda: pair_stats(vector, vector, impl="cuda"),
+            "auto, eager, triton, triton_warp, got",
+        ),
         "grad": (
             lambda: pair_stats(vector.clone().requires_grad_(), vector),
             "base requires grad, but the op has no backward",

@@ -1,0 +1,152 @@
+"""Calls of the metric ops that are ready to be launched again, with addresses alone.
+
+The first call of a key (shapes, strides, types, device, options) checks its arguments, chooses the
+kernels and binds their launches; further ones allocate, launch, and hand out a result whose fields
+are views that are made when they are asked for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunekernels import runtime
+from prunekernels.launch import Launch, UnalignedError
+from prunekernels.metrics.fields import Layout, PairStats, VectorStats
+
+_address = Tensor.data_ptr
+# `empty_like` reads its arguments in a third of the time that `empty` takes
+_new = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+
+
+class Prepared:
+    """Launches over pairs of rows that follow one another.
+
+    Args:
+        calls: The launches. Their tensors are the inputs and what is filled.
+        inputs: base and other, two objects.
+        blocks: What is filled of the result, each `(fields, N)`; the rest is scratch.
+        layout: Where its fields are in the blocks.
+        kind: Of the result.
+    """
+
+    __slots__ = ("_blocks", "_kind", "_launches", "_layout", "_places", "_scratch")
+
+    def __init__(
+        self,
+        calls: Sequence[Launch],
+        inputs: tuple[Tensor, Tensor],
+        blocks: Sequence[Tensor],
+        layout: Layout,
+        kind: type[PairStats] | type[VectorStats],
+    ) -> None:
+        self._layout, self._kind = layout, kind
+        lead = inputs[0].shape[:-1]
+        self._blocks = tuple(_like(block.shape[:1] + lead, block) for block in blocks)
+        # where the address of each tensor is among those that `run` lists
+        order = {id(None): 0, **{id(x): i for i, x in enumerate((*inputs, *blocks), 1)}}
+        size, places = 0, []
+        for call in calls:
+            for value in call.arguments:
+                if isinstance(value, Tensor) and id(value) not in order:
+                    order[id(value)] = len(order)
+                    places.append(size)
+                    # so that each is as aligned as an allocation
+                    size += -(-math.prod(value.shape) * value.itemsize // 16) * 16
+        self._places = tuple(places)
+        self._scratch = _like((size,), inputs[0].new_empty(0, dtype=torch.uint8))
+        self._launches = tuple(
+            (
+                call.bind().launch,
+                operator.itemgetter(
+                    *(order[id(x)] for x in call.arguments if x is None or isinstance(x, Tensor))
+                ),
+            )
+            for call in calls
+        )
+
+    def run(self, base: int, other: int) -> Any:
+        """The result, or None (and nothing done) if an input is less aligned than the first was.
+
+        Args:
+            base: Its address.
+            other: Its address.
+        """
+        # one per type: torch.save refuses tensors of several types that share memory
+        blocks = list(map(_new, self._blocks))
+        addresses = [None, base, other, *map(_address, blocks)]
+        if self._places:
+            # freed on return: what is allocated later on this stream comes after the launches
+            scratch = _new(self._scratch)
+            start = scratch.data_ptr()
+            addresses += [start + place for place in self._places]
+        try:
+            for launch, pick in self._launches:
+                launch(*pick(addresses))
+        except UnalignedError:
+            return None
+        return self._kind.later(self._layout, blocks)
+
+
+def _like(shape: Sequence[int], block: Tensor) -> Tensor:
+    """A tensor of one element that looks like one of the shape, with a block's type and device."""
+    return block.new_empty(1).expand(shape)
+
+
+def again(op: str, base: Tensor, other: Tensor, *options: Any) -> tuple[Any, Any]:
+    """Key of a call, and its result if a call of that key was prepared (else None).
+
+    Args:
+        op: The op's name.
+        base: A plain tensor.
+        other: A plain tensor.
+        options: All else that the op was given.
+    """
+    at, at_other = base.data_ptr(), other.data_ptr()
+    key = (
+        base.shape,
+        base.stride(),
+        base.dtype,
+        base.device,
+        other.shape,
+        other.stride(),
+        other.dtype,
+        other.device,
+        # other kernels read rows that are not aligned
+        (at | at_other) & 15 == 0,
+        options,
+    )
+    prepared = runtime.known(op).prepared.get(key)
+    return key, None if prepared is None else prepared.run(at, at_other)
+
+
+def prepare(op: str, key: Any, base: Tensor, other: Tensor, options: Any, impl: str) -> None:
+    """Keep the launches of a call that has just run under its key, if kernels run it.
+
+    Args:
+        op: The op's name.
+        key: From `again`.
+        base: The call's tensor.
+        other: The call's tensor.
+        options: What the module of the kernels calls so.
+        impl: As the op's.
+    """
+    known = runtime.known(op)
+    choice = known.select(runtime.Problem(base.device, base.dtype), impl)
+    # Triton binds differently in its interpreter and on AMD
+    bindable = not runtime.interpreting() and torch.version.hip is None
+    if choice.name == "eager" or not bindable or not base.numel():
+        return
+    if runtime.recording.launches is not None:
+        return
+    # a view, so that a tensor compared with itself is two objects
+    pair = base, other.view(other.shape)
+    prepared = known.kernels[choice.name].load().prepared(*pair, options, choice.name)
+    if prepared is not None:
+        runtime.keep(known.prepared, key, prepared)
