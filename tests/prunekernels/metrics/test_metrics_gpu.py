@@ -9,7 +9,7 @@ import pytest
 import torch
 from prunekernels import head_pair_stats, merge, pair_state, pair_stats, reference, vector_stats
 from prunekernels.metrics import eager, tuning
-from prunekernels.runtime import select
+from prunekernels.runtime import Problem, known
 from rows import adversarial, for_splits
 from tolerances import worse_than_allowed
 from torch import Tensor
@@ -48,9 +48,24 @@ def as_good_as_eager(
 
 
 def test_auto_is_the_kernel() -> None:
-    logits = torch.randn(2, 9, device="cuda")
+    problem = Problem(torch.device("cuda"), torch.float32)
     for op in ("pair_stats", "pair_state", "head_pair_stats", "vector_stats"):
-        assert select(op, [logits]).name == "triton"
+        assert known(op).select(problem).name == "triton"
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("name", ["pair_stats", "vector_stats"])
+def test_a_call_that_is_launched_again_gives_the_same_bits(name: str, impl: str) -> None:
+    op = {"pair_stats": pair_stats, "vector_stats": vector_stats}[name]
+    tensors, others = (pair(5, 50257, torch.bfloat16) for _ in range(2))
+    known(name).forget()
+    first = op(*tensors, impl=impl)
+    assert "_packed" not in vars(first)
+    op(*others, impl=impl)
+    again = op(*tensors, impl=impl)
+    assert "_packed" in vars(again)
+    for field, value in first.as_dict().items():
+        assert torch.equal(getattr(again, field), value), field
 
 
 @pytest.mark.parametrize("impl", IMPLS)
