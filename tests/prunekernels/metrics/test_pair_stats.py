@@ -304,6 +304,36 @@ def test_top_tokens(k: int, dtype: torch.dtype) -> None:
         )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [128 * 44, 128 * 44 + 77, 128 * 43])
+def test_top_ids_of_a_wide_vocabulary(vocab: int, dtype: torch.dtype) -> None:
+    """By way of block maxima or not, in one block, at block borders, in the odd end, and ties."""
+    k = 10
+    logits = torch.randn(6, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    logits[1, 256 : 256 + 2 * k] = torch.arange(2.0 * k).to(dtype) + 9
+    logits[2, 127 : 127 + 128 * k : 128] = 9.0
+    logits[3, -k - 1 :] = 8.0
+    logits[4] = 1.0
+    logits[5, 1:] = float("-inf")
+    logits[5, [5, 700, 701, vocab - 1]] = 0.5
+    found = pair_stats(logits, logits.flip(0), topk=k, level="full").topk
+    assert found is not None
+    # A stable sort leaves equal values in the order of ids.
+    truth = logits.float().sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    assert torch.equal(found.ids_base, truth)
+    assert torch.equal(found.ids_other, truth.flip(0))
+    p = logits.double().softmax(-1)
+    tail = p.scatter(1, truth, 0.0).sum(-1)
+    torch.testing.assert_close(found.tail_base.double(), tail, rtol=1e-6, atol=0)
+    tail = p.flip(0).scatter(1, truth, 0.0).sum(-1)
+    torch.testing.assert_close(found.tail_other.double(), tail, rtol=1e-6, atol=0)
+    shared = [
+        len(set(a) & set(b)) / k
+        for a, b in zip(truth.tolist(), truth.flip(0).tolist(), strict=True)
+    ]
+    assert found.overlap.tolist() == pytest.approx(shared)
+
+
 def test_tail_bucket_keeps_a_tiny_tail() -> None:
     """1 − mass would round to nothing; the tail is summed."""
     base, other = one_hot(SIZE, 3, 40.0), one_hot(SIZE, 3, 45.0)

@@ -136,6 +136,8 @@ class PairSums:
         for row in range(0, base.shape[0], self.block_rows):
             block = slice(row, row + self.block_rows)
             self._add_block(start + row, base[block], other[block])
+        if self.topk:
+            self._top_tokens(rows, base, other)
         self._centre(rows)
         if self.inner is not None and self.subset is not None:
             self.inner.add(
@@ -179,8 +181,6 @@ class PairSums:
         self.sums[:, rows] = total
         if self.full:
             self._second_pass(rows, base, other)
-        if self.topk:
-            self._top_tokens(rows, base, other)
 
     def _is_wide(self, rows: slice, base: Tensor, other: Tensor) -> bool:
         """Whether some logit lies so far below its row's reference that weights are cut off."""
@@ -369,7 +369,13 @@ class PairSums:
     def _top_tokens(self, rows: slice, base: Tensor, other: Tensor) -> None:
         norms = torch.log(self.sums[[_INDEX["W0"], _INDEX["V0"]], rows])
         found = top_tokens.compare(
-            (base, other), self.references[:, rows], norms, self.temperature, self.topk, reads=True
+            (base, other),
+            self.references[:, rows],
+            norms,
+            self.temperature,
+            self.topk,
+            reads=True,
+            tail_rows=self.block_rows,
         )
         for whole, part in zip(
             (self.topk_floats, self.topk_rows, self.topk_ids), found, strict=True
