@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -28,6 +29,7 @@ from prunekit.checkpoint.integrity import weight_files
 from prunekit.checkpoint.manifest import read_json
 from prunekit.checkpoint.sources import located
 from prunekit.errors import PrunekitError, one_line
+from prunekit.files.content import add_content
 from prunekit.models.dropped import DROP_LISTS
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED
 from prunekit.packed.described import PACKED_FIELD
@@ -115,7 +117,7 @@ def disk_files(path: Path) -> list[Path]:
 
 
 def fingerprint(source: str) -> str:
-    """SHA-256 of a model's configuration and of the contents of its weight files."""
+    """Digest of a model's configuration and of the contents of its weight files."""
     path = located(source)
     digest = hashlib.sha256()
     configurations = [path / "config.json", path / ADAPTER] if path.is_dir() else []
@@ -123,17 +125,17 @@ def fingerprint(source: str) -> str:
         digest.update(file.name.encode())
         with file.open("rb") as opened:
             while chunk := opened.read(_CHUNK):
-                digest.update(chunk)
+                add_content(digest, np.frombuffer(chunk, np.uint8))
     return digest.hexdigest()
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
-    """SHA-256 of the tensors of a model that is in memory."""
+    """Digest of the tensors of a model that is in memory."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
         for part in _parts(tensor):
             digest.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
-            digest.update(part.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+            add_content(digest, part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
