@@ -6,8 +6,9 @@
 `example` ranks copies of the embedded model (made by bench/kld_copies.py where they are missing) on
 the built-in text. `cost` compares the model with its bfloat16 copy, both in memory, on `--timed`
 scored positions: processor seconds of the whole command, of the passes alone (both models, whole
-logits in float32, dropped at once), and of `compare --kl-report` on as many positions; then the
-memory of the command line's process on `--positions` positions, beyond what importing takes.
+logits in float32, dropped at once), and of the command and `compare --kl-report` on one text in
+strided windows, of as many positions; then the memory of the command line's process on
+`--positions` positions, beyond what importing takes, with the model in a folder.
 """
 
 from __future__ import annotations
@@ -35,22 +36,24 @@ from prunekit.evaluation.items import load_heldout
 ROOT = Path(__file__).parent.parent
 COPIES = ("Q8_0", "Q4_0", "int8", "int4", "drop4")
 IMAGE = ROOT / "docs" / "images" / "kld_against_size.png"
-# What the memory probe runs: the peak of the process's own (anonymous) memory, sampled.
+# What the memory probe runs: peaks of the process's own (anonymous) memory, and of that with the
+# pages of files that it has mapped (weights, libraries), sampled.
 PROBE = """
 import json, sys, threading, time
 import torch, transformers, prunekit.checkpoint, prunekit.divergence.run
 from prunekit.cli import main
-def own():
+def held():
     with open("/proc/self/status") as file:
-        return next(1024 * int(l.split()[1]) for l in file if l.startswith("RssAnon"))
-before, peak, done = own(), [0], threading.Event()
+        found = {l.split(":")[0]: 1024 * int(l.split()[1]) for l in file if l.startswith("Rss")}
+    return found["RssAnon"], found["RssAnon"] + found["RssFile"]
+before, peak, done = held(), [0, 0], threading.Event()
 def watch():
     while not done.wait(0.005):
-        peak[0] = max(peak[0], own())
+        peak[:] = map(max, peak, held())
 threading.Thread(target=watch, daemon=True).start()
 status = main(sys.argv[1:])
 done.set()
-print(json.dumps({"status": status, "before": before, "peak": peak[0]}))
+print(json.dumps({"status": status, "peaks": [p - b for p, b in zip(peak, before)]}))
 """
 
 
@@ -131,11 +134,12 @@ def cost(options: argparse.Namespace) -> None:
             for batch in batches:
                 each(input_ids=batch, use_cache=False).logits.float()
 
-    def command() -> None:
+    def command(text: list[str] = text, kind: str = "llama.cpp") -> None:
         pk.kld(
             model,
             {"other": other},
             text,
+            windows=kind,
             limit=windows,
             tokenizer=tokenizer,
             floor="none",
@@ -144,6 +148,9 @@ def cost(options: argparse.Namespace) -> None:
 
     def report() -> None:
         kl_report(model, other, tokenizer, read[: 255 * windows], batch_size=2, progress=False)
+
+    def strided() -> None:
+        command([tokenizer.decode(read[: 255 * windows])], "strided")
 
     def hashing() -> None:
         for each in (model, other):
@@ -157,6 +164,7 @@ def cost(options: argparse.Namespace) -> None:
             ("passes", passes),
             ("command", command),
             ("hashing", hashing),
+            ("strided", strided),
             ("report", report),
         )
     }
@@ -167,7 +175,7 @@ def cost(options: argparse.Namespace) -> None:
         **{f"{name}_cpu_s": f"{value:.2f}" for name, value in spent.items()},
         "beyond_share": f"{beyond:.3f}",
     }
-    facts |= memory(text, options.positions, bytes_in_memory(model))
+    facts |= memory(model, tokenizer, text, options.positions)
     write_csv(options.output, "kld_cost.csv", [{**facts, **provenance()}])
     print(json.dumps(facts, indent=1))
 
@@ -179,37 +187,44 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def memory(text: list[str], positions: int, model: int) -> dict[str, Any]:
-    """Peak of the command line's process on a long text, and the size of its cache."""
+def memory(model: Any, tokenizer: Any, text: list[str], positions: int) -> dict[str, Any]:
+    """Peaks of the command line's process on a long text, and the size of its cache.
+
+    The model is a folder, which is read by mapping it; loading the embedded GGUF file, which has to
+    be unpacked, is measured beside it.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "text.txt"
+        file, source = Path(folder) / "text.txt", str(Path(folder) / "model")
+        pk.save(model, tokenizer, source)
         limit = -(-positions // 255)
         file.write_text("\n\n".join(text * limit), encoding="utf-8")
-        arguments = ["kld", "demo", "--text", str(file), "--limit", str(limit), "--quiet"]
-        arguments += ["--output", f"{folder}/out"]
-        found = subprocess.run(
-            [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True
-        )
-        told = json.loads(found.stdout.splitlines()[-1])
-        assert told["status"] == 0, found.stderr
+        arguments = ["kld", source, "--text", str(file), "--limit", str(limit), "--quiet"]
+        own, resident = probed([*arguments, "--output", f"{folder}/out"])
         plan = json.loads((Path(folder) / "out" / "kld.json").read_text())["plan"]
         cache = sum(p.stat().st_size for p in Path(folder).glob("out/reference/rows-*"))
-        load = subprocess.run(
-            [sys.executable, "-c", PROBE, "inspect", "demo", "--quiet"],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        alone = json.loads(load.stdout.splitlines()[-1])
-    peak = told["peak"] - told["before"]
+        gguf = probed(["inspect", "demo", "--quiet"])[0]
+    allowed = bytes_in_memory(model) + 64e6
     return {
         "memory_positions": plan["positions"],
-        "model_bytes": model,
-        "peak_bytes": peak,
-        "loading_peak_bytes": alone["peak"] - alone["before"],
-        "peak_of_model_and_64mb": f"{peak / (model + 64e6):.3f}",
+        "model_bytes": bytes_in_memory(model),
+        "peak_bytes": own,
+        "peak_resident_bytes": resident,
+        "gguf_loading_peak_bytes": gguf,
+        "peak_of_model_and_64mb": f"{own / allowed:.3f}",
+        "resident_of_model_and_64mb": f"{resident / allowed:.3f}",
         "cache_of_states": f"{cache / (plan['positions'] * 576 * 4):.4f}",
     }
+
+
+def probed(arguments: list[str]) -> tuple[int, int]:
+    """Own and resident peak, in bytes beyond what importing takes, of one command."""
+    found = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], capture_output=True, text=True, check=True
+    )
+    told = json.loads(found.stdout.splitlines()[-1])
+    assert told["status"] == 0, found.stderr
+    own, resident = told["peaks"]
+    return own, resident
 
 
 def main() -> None:

@@ -92,7 +92,8 @@ def kld_cost() -> str:
     if not (CPU / "kld_cost.csv").is_file():
         return "Not measured on this version yet."
     row = rows("kld_cost.csv")[0]
-    peak, model = int(row["peak_bytes"]) / 1e6, int(row["model_bytes"]) / 1e6
+    names = ("peak_bytes", "peak_resident_bytes", "gguf_loading_peak_bytes", "model_bytes")
+    peak, resident, gguf, model = (int(row[name]) / 1e6 for name in names)
     body = [
         [
             f"forward passes of both models, {row['positions']} positions",
@@ -100,10 +101,14 @@ def kld_cost() -> str:
         ],
         ["the whole command", f"{row['command_cpu_s']} s"],
         ["beyond the passes", f"{float(row['beyond_share']):.0%}"],
-        ["of it, SHA-256 of both models' weights", f"{row['hashing_cpu_s']} s"],
-        ["`compare --kl-report`, as many positions", f"{row['report_cpu_s']} s"],
-        [f"peak memory, {row['memory_positions']} positions", f"{peak:.0f} MB"],
+        ["of it, digests of both models' weights", f"{row['hashing_cpu_s']} s"],
+        ["the command in strided windows, as many positions", f"{row['strided_cpu_s']} s"],
+        ["`compare --kl-report` of the same windows", f"{row['report_cpu_s']} s"],
+        [f"peak of its own memory, {row['memory_positions']} positions", f"{peak:.0f} MB"],
         [f"… of the model ({model:.0f} MB) and 64 MB", f"{row['peak_of_model_and_64mb']}×"],
+        ["peak with the pages of mapped weights", f"{resident:.0f} MB"],
+        ["… of the model and 64 MB", f"{row['resident_of_model_and_64mb']}×"],
+        ["peak of loading the embedded GGUF file, alone", f"{gguf:.0f} MB"],
         ["cache, of positions × width × 4 bytes", f"{row['cache_of_states']}×"],
     ]
     return table(["processor time, one core; memory", ""], body)
