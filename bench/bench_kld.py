@@ -2,12 +2,13 @@
 
     python -m bench.bench_kld example --copies out/copies     kld.csv and its plot
     python -m bench.bench_kld cost                            kld_cost.csv
+    python -m bench.bench_kld memory                          kld_memory.csv
 
 `example` ranks copies of the embedded model (made by bench/kld_copies.py where they are missing) on
 the built-in text. `cost` compares the model with its bfloat16 copy, both in memory, on `--timed`
 scored positions: processor seconds of the whole command, of the passes alone (both models, whole
 logits in float32, dropped at once), and of the command and `compare --kl-report` on one text in
-strided windows, of as many positions; then the memory of the command line's process on
+strided windows, of as many positions. `memory` is that of the command line's process on
 `--positions` positions, beyond what importing takes, with the model in a folder.
 """
 
@@ -114,7 +115,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 @torch.inference_mode()
 def cost(options: argparse.Namespace) -> None:
-    """Time against the passes alone and against `--kl-report`; memory of the command."""
+    """Time against the passes alone and against `--kl-report`."""
     model, tokenizer = pk.load("demo")
     other, _ = pk.load("demo", dtype="bfloat16")
     other = other.float()  # the same speed, other numbers
@@ -175,7 +176,6 @@ def cost(options: argparse.Namespace) -> None:
         **{f"{name}_cpu_s": f"{value:.2f}" for name, value in spent.items()},
         "beyond_share": f"{beyond:.3f}",
     }
-    facts |= memory(model, tokenizer, text, options.positions)
     write_csv(options.output, "kld_cost.csv", [{**facts, **provenance()}])
     print(json.dumps(facts, indent=1))
 
@@ -187,26 +187,29 @@ def seconds(run: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def memory(model: Any, tokenizer: Any, text: list[str], positions: int) -> dict[str, Any]:
+def memory(options: argparse.Namespace) -> None:
     """Peaks of the command line's process on a long text, and the size of its cache.
 
     The model is a folder, which is read by mapping it; loading the embedded GGUF file, which has to
     be unpacked, is measured beside it.
     """
+    model, tokenizer = pk.load("demo")
+    size = bytes_in_memory(model)
     with tempfile.TemporaryDirectory() as folder:
         file, source = Path(folder) / "text.txt", str(Path(folder) / "model")
         pk.save(model, tokenizer, source)
-        limit = -(-positions // 255)
-        file.write_text("\n\n".join(text * limit), encoding="utf-8")
+        del model
+        limit = -(-options.positions // 255)
+        file.write_text("\n\n".join([load_heldout()] * limit), encoding="utf-8")
         arguments = ["kld", source, "--text", str(file), "--limit", str(limit), "--quiet"]
         own, resident = probed([*arguments, "--output", f"{folder}/out"])
         plan = json.loads((Path(folder) / "out" / "kld.json").read_text())["plan"]
         cache = sum(p.stat().st_size for p in Path(folder).glob("out/reference/rows-*"))
         gguf = probed(["inspect", "demo", "--quiet"])[0]
-    allowed = bytes_in_memory(model) + 64e6
-    return {
-        "memory_positions": plan["positions"],
-        "model_bytes": bytes_in_memory(model),
+    allowed = size + 64e6
+    facts = {
+        "positions": plan["positions"],
+        "model_bytes": size,
         "peak_bytes": own,
         "peak_resident_bytes": resident,
         "gguf_loading_peak_bytes": gguf,
@@ -214,6 +217,8 @@ def memory(model: Any, tokenizer: Any, text: list[str], positions: int) -> dict[
         "resident_of_model_and_64mb": f"{resident / allowed:.3f}",
         "cache_of_states": f"{cache / (plan['positions'] * 576 * 4):.4f}",
     }
+    write_csv(options.output, "kld_memory.csv", [{**facts, **provenance()}])
+    print(json.dumps(facts, indent=1))
 
 
 def probed(arguments: list[str]) -> tuple[int, int]:
@@ -230,14 +235,14 @@ def probed(arguments: list[str]) -> tuple[int, int]:
 def main() -> None:
     """Run what is asked for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("what", choices=("example", "cost"))
+    parser.add_argument("what", choices=("example", "cost", "memory"))
     parser.add_argument("--copies", type=Path, default=Path("out/copies"))
     parser.add_argument("--kept", type=Path, default=Path("out/kld"), help="the example's result")
     parser.add_argument("--timed", type=int, default=4096, help="positions of the times")
     parser.add_argument("--positions", type=int, default=20000, help="of the memory's text")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    (example if options.what == "example" else cost)(options)
+    {"example": example, "cost": cost, "memory": memory}[options.what](options)
 
 
 if __name__ == "__main__":

@@ -89,11 +89,11 @@ def kld() -> str:
 
 def kld_cost() -> str:
     """What `prunekit kld` takes beyond the forward passes, and its memory."""
-    if not (CPU / "kld_cost.csv").is_file():
+    if not all((CPU / name).is_file() for name in ("kld_cost.csv", "kld_memory.csv")):
         return "Not measured on this version yet."
-    row = rows("kld_cost.csv")[0]
+    row, held = rows("kld_cost.csv")[0], rows("kld_memory.csv")[0]
     names = ("peak_bytes", "peak_resident_bytes", "gguf_loading_peak_bytes", "model_bytes")
-    peak, resident, gguf, model = (int(row[name]) / 1e6 for name in names)
+    peak, resident, gguf, model = (int(held[name]) / 1e6 for name in names)
     body = [
         [
             f"forward passes of both models, {row['positions']} positions",
@@ -104,12 +104,12 @@ def kld_cost() -> str:
         ["of it, digests of both models' weights", f"{row['hashing_cpu_s']} s"],
         ["the command in strided windows, as many positions", f"{row['strided_cpu_s']} s"],
         ["`compare --kl-report` of the same windows", f"{row['report_cpu_s']} s"],
-        [f"peak of its own memory, {row['memory_positions']} positions", f"{peak:.0f} MB"],
-        [f"… of the model ({model:.0f} MB) and 64 MB", f"{row['peak_of_model_and_64mb']}×"],
+        [f"peak of its own memory, {held['positions']} positions", f"{peak:.0f} MB"],
+        [f"… of the model ({model:.0f} MB) and 64 MB", f"{held['peak_of_model_and_64mb']}×"],
         ["peak with the pages of mapped weights", f"{resident:.0f} MB"],
-        ["… of the model and 64 MB", f"{row['resident_of_model_and_64mb']}×"],
+        ["… of the model and 64 MB", f"{held['resident_of_model_and_64mb']}×"],
         ["peak of loading the embedded GGUF file, alone", f"{gguf:.0f} MB"],
-        ["cache, of positions × width × 4 bytes", f"{row['cache_of_states']}×"],
+        ["cache, of positions × width × 4 bytes", f"{held['cache_of_states']}×"],
     ]
     return table(["processor time, one core; memory", ""], body)
 
