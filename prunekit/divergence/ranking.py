@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
 
 from prunekit.report import terminal
+from prunekit.report.summary_tables import Value
 
 HEAD = (
     "candidate",
@@ -18,8 +20,11 @@ HEAD = (
     "99.9 %",
     "same top",
     "PPL ratio [95 %]",
-    "",
+    "remark",
 )
+
+# Columns that a narrow terminal goes without, the first first.
+_SPARE = ("on disk", "99.9 %", "in memory")
 
 
 def lines(told: dict[str, Any]) -> list[list[str]]:
@@ -38,31 +43,28 @@ def lines(told: dict[str, Any]) -> list[list[str]]:
                 _size(row["bytes_on_disk"]),
                 _size(row["bytes_in_memory"]),
                 "–" if row["bits_per_weight"] is None else f"{row['bits_per_weight']:.2f}",
-                with_ends(means["kl"], "{:.3g}"),
+                with_ends(means["kl"]),
                 f"{row['summary']['kl_p99.9']:.3g}",
                 f"{100 * means['same_top']['mean']:.2f} %",
-                with_ends(means["ppl_ratio"], "{:.4f}"),
+                with_ends(means["ppl_ratio"]),
                 tied,
             ]
         )
     return found
 
 
-def with_ends(value: dict[str, Any], form: str) -> str:
+def with_ends(value: dict[str, Any]) -> str:
     """A mean and its interval."""
-    if value["low"] is None:
-        return form.format(value["mean"])
-    low, high = (form.format(value[end]) for end in ("low", "high"))
-    return f"{form.format(value['mean'])} [{low}, {high}]"
+    ends = (value["low"], value["high"])
+    low, high = (math.nan if end is None else end for end in ends)
+    return str(Value(value["mean"], low, high))
 
 
 def ranked(told: dict[str, Any]) -> RenderableType:
     """The table of `Kld.to_dict()`, and what a reader must know about it."""
     reference = told["reference"]
     title = f"KL({reference['name']} ‖ candidate), nats"
-    made = terminal.plain_table(title, HEAD)
-    for line in lines(told):
-        made.add_row(*(Text(cell) for cell in line))
+    made = terminal.Fitted(title, HEAD, lines(told), _SPARE)
     return Group(made, Text(), *(Text(f"· {said}") for said in remarks(told)))
 
 

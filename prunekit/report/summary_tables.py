@@ -237,7 +237,7 @@ def subspace_tables(found: Subspace) -> list[Table]:
 
 
 def _alike(mean: float, low: float, high: float) -> list[str]:
-    """A mean and its different ends with the same number of decimals.
+    """A finite mean and its ends, which differ, with the same number of decimals.
 
     Four significant digits of the largest, two of the mean, and two of the interval's width, at
     most eight decimals.

@@ -147,7 +147,11 @@ class Fitted:
         yield Text(self.title, style="bold")
         for row in self.rows:
             yield Text(f"{self.columns[0]} {row[0]}".strip(), style="bold")
-            yield from (Text(f"  {self.columns[i]}: {row[i]}") for i in shown[1:] if i in plain)
+            yield from (
+                Text(f"  {self.columns[i]}: {row[i]}")
+                for i in shown[1:]
+                if i in plain and str(row[i])
+            )
 
     def _table(self, shown: Sequence[int], width: int, *, short: bool = False) -> Table:
         made = plain_table(self.title, [self.columns[index] for index in shown])

@@ -90,7 +90,14 @@ def test_demo_compares_two_models_with_one_dense(tmp_path, capsys, monkeypatch):
     assert cli.main(plain) == 0
     shown, err = capsys.readouterr()
     assert "4 attentions dropped" in shown and "Wanda 2:4" in shown and "estimates valid" in shown
-    assert "first difference after" in shown and str(out / "wanda-2-4" / "index.html") in shown
+    questions, prompts = demo.QUICK.choices, demo.QUICK.prompts
+    assert f"The {questions} questions and {prompts} prompts are prunekit's own" in shown
+    assert f"({questions} questions) against generative ({prompts} prompts)" in shown
+    assert (
+        "On the same" in shown
+        and "first difference after" in shown
+        and str(out / "wanda-2-4" / "index.html") in shown
+    )
     assert "prunekit: loading the dense model" in err
 
 
