@@ -89,28 +89,34 @@ def kld() -> str:
 
 def kld_cost() -> str:
     """What `prunekit kld` takes beyond the forward passes, and its memory."""
-    if not all((CPU / name).is_file() for name in ("kld_cost.csv", "kld_memory.csv")):
+    body = []
+    if (CPU / "kld_cost.csv").is_file():
+        row = rows("kld_cost.csv")[0]
+        body += [
+            [
+                f"forward passes of both models, {row['positions']} positions",
+                f"{row['passes_cpu_s']} s",
+            ],
+            ["the whole command", f"{row['command_cpu_s']} s"],
+            ["beyond the passes", f"{float(row['beyond_share']):.0%}"],
+            ["of it, digests of both models' weights", f"{row['hashing_cpu_s']} s"],
+            ["the command in strided windows, as many positions", f"{row['strided_cpu_s']} s"],
+            ["`compare --kl-report` of the same windows", f"{row['report_cpu_s']} s"],
+        ]
+    if (CPU / "kld_memory.csv").is_file():
+        held = rows("kld_memory.csv")[0]
+        names = ("peak_bytes", "peak_resident_bytes", "gguf_loading_peak_bytes", "model_bytes")
+        peak, resident, gguf, model = (int(held[name]) / 1e6 for name in names)
+        body += [
+            [f"peak of its own memory, {held['positions']} positions", f"{peak:.0f} MB"],
+            [f"… of the model ({model:.0f} MB) and 64 MB", f"{held['peak_of_model_and_64mb']}×"],
+            ["peak with the pages of mapped weights", f"{resident:.0f} MB"],
+            ["… of the model and 64 MB", f"{held['resident_of_model_and_64mb']}×"],
+            ["peak of loading the embedded GGUF file, alone", f"{gguf:.0f} MB"],
+            ["cache, of positions × width × 4 bytes", f"{held['cache_of_states']}×"],
+        ]
+    if not body:
         return "Not measured on this version yet."
-    row, held = rows("kld_cost.csv")[0], rows("kld_memory.csv")[0]
-    names = ("peak_bytes", "peak_resident_bytes", "gguf_loading_peak_bytes", "model_bytes")
-    peak, resident, gguf, model = (int(held[name]) / 1e6 for name in names)
-    body = [
-        [
-            f"forward passes of both models, {row['positions']} positions",
-            f"{row['passes_cpu_s']} s",
-        ],
-        ["the whole command", f"{row['command_cpu_s']} s"],
-        ["beyond the passes", f"{float(row['beyond_share']):.0%}"],
-        ["of it, digests of both models' weights", f"{row['hashing_cpu_s']} s"],
-        ["the command in strided windows, as many positions", f"{row['strided_cpu_s']} s"],
-        ["`compare --kl-report` of the same windows", f"{row['report_cpu_s']} s"],
-        [f"peak of its own memory, {held['positions']} positions", f"{peak:.0f} MB"],
-        [f"… of the model ({model:.0f} MB) and 64 MB", f"{held['peak_of_model_and_64mb']}×"],
-        ["peak with the pages of mapped weights", f"{resident:.0f} MB"],
-        ["… of the model and 64 MB", f"{held['resident_of_model_and_64mb']}×"],
-        ["peak of loading the embedded GGUF file, alone", f"{gguf:.0f} MB"],
-        ["cache, of positions × width × 4 bytes", f"{held['cache_of_states']}×"],
-    ]
     return table(["processor time, one core; memory", ""], body)
 
 
