@@ -109,7 +109,7 @@ def test_on_a_cpu_the_weight_is_expanded_and_the_reason_says_so(
 ) -> None:
     op = runtime.ops()[name]
     choice = op.select(Problem(CPU, torch.float32, (1, 8, 8)))
-    assert choice.name == "eager" and "cpu" in choice.reason
+    assert choice.name == "eager" and "on the CPU" in choice.reason
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (row,) = op.describe()
     assert row["op"] == name and row["impl"] == "eager" and "not faster" in row["reason"]
@@ -122,7 +122,7 @@ def test_on_a_cpu_no_gain_is_expected(pack: Any, expected: Any) -> None:
     w = pack(torch.zeros(512, 512))
     for tokens in (1, 4096):
         speedup, impl, reason = expected(tokens, w)
-        assert speedup < 1 and impl == "eager" and "cpu" in reason
+        assert speedup < 1 and impl == "eager" and "on the CPU" in reason
 
 
 def test_what_is_expected_follows_the_implementation(monkeypatch: pytest.MonkeyPatch) -> None:
