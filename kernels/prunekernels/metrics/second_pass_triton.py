@@ -360,7 +360,8 @@ def compile_cases() -> list[KernelCase]:
     cases = []
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for design in tuning.DESIGNS:
-            for warp, archs in ((32, nvidia), (64, amd)):
+            # LLVM aborts on the one-warp pass for AMD (Triton 3.7.1): there it does not exist
+            for warp, archs in ((32, nvidia), (64, amd))[: 2 if design == "tile" else 1]:
                 config = tuning.full_config(design, warp)
                 columns = tuning.tile_columns(config, dtype == torch.bfloat16)
                 launch = sums_of_terms(

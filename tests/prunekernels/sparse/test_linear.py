@@ -92,7 +92,10 @@ REFUSED = {
     "a wide bias": (lambda x, w, b: ((x, w, b.float()), {}), r"bias\.to\(x\)"),
     "an activation": (lambda x, w, b: ((x, w, None, "swish"), {}), "silu.*'swish'"),
     "an implementation": (lambda x, w, b: ((x, w), {"impl": "cuda"}), "triton.*'cuda'"),
-    "Triton on a CPU": (lambda x, w, b: ((x, w), {"impl": "triton"}), "cannot run: .*need a GPU.*CPU"),
+    "Triton on a CPU": (
+        lambda x, w, b: ((x, w), {"impl": "triton"}),
+        "cannot run: .*need a GPU.*CPU",
+    ),
 }
 
 
