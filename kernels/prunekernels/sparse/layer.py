@@ -250,6 +250,17 @@ def check_input(x: Tensor, w: Any, kind: str, pack: str, name: str = "w") -> Non
         )
 
 
+def check_gated(op: str, x: Tensor, gate: Any, up: Any, kind: str, pack: str) -> None:
+    """Raise ValueError unless gate and up are packed in the format `kind`, alike, and x fits."""
+    check_input(x, gate, kind, pack, "gate")
+    check_input(x, up, kind, pack, "up")
+    if gate.shape != up.shape:
+        raise ValueError(
+            f"{op}: gate and up must have the same shape, not {tuple(gate.shape)} and "
+            f"{tuple(up.shape)}"
+        )
+
+
 def check_epilogue(
     op: str, x: Tensor, shape: tuple[int, int], bias: Tensor | None, activation: str | None
 ) -> str:

@@ -23,6 +23,7 @@ from prunekernels.sparse.layer import (
     Expected,
     call_key,
     check_epilogue,
+    check_gated,
     check_input,
     expected_of,
     gradients,
@@ -118,13 +119,7 @@ def bitmap_gate_up(x: Tensor, gate: BitmapSparse, up: BitmapSparse, impl: str = 
         y: Tensor | None = _calls.again(key, x, weights, None)
         if y is not None:
             return y
-    check_input(x, gate, "bitmap", "bitmap_pack", "gate")
-    check_input(x, up, "bitmap", "bitmap_pack", "up")
-    if gate.shape != up.shape:
-        raise ValueError(
-            f"bitmap_gate_up: gate and up must have the same shape, not {tuple(gate.shape)} and "
-            f"{tuple(up.shape)}"
-        )
+    check_gated("bitmap_gate_up", x, gate, up, "bitmap", "bitmap_pack")
     OP.check_impl(impl)
     rows, columns = gate.shape
     flat = x.reshape(-1, columns)

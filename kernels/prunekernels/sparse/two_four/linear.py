@@ -21,6 +21,7 @@ from prunekernels.sparse.layer import (
     Expected,
     call_key,
     check_epilogue,
+    check_gated,
     check_input,
     expected_of,
     gradients,
@@ -117,13 +118,7 @@ def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto"
         y: Tensor | None = _calls.again(key, x, (gate.packed, up.packed), None)
         if y is not None:
             return y
-    check_input(x, gate, "2:4", "sparse24_pack", "gate")
-    check_input(x, up, "2:4", "sparse24_pack", "up")
-    if gate.shape != up.shape:
-        raise ValueError(
-            f"sparse24_gate_up: gate and up must have the same shape, not {tuple(gate.shape)} and "
-            f"{tuple(up.shape)}"
-        )
+    check_gated("sparse24_gate_up", x, gate, up, "2:4", "sparse24_pack")
     OP.check_impl(impl)
     if direct:
         return _gate_up(x, gate.packed, up.packed, *gate.shape, impl, key)
