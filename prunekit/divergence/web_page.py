@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from html import escape
-from importlib import resources
 from string import Template
 from typing import Any
 
-from prunekit.report.page import embed
+from prunekit.report.page import asset, embed
 
 
 def render(payload: dict[str, Any]) -> str:
@@ -18,15 +17,10 @@ def render(payload: dict[str, Any]) -> str:
     return Template(_asset("kld.html")).substitute(
         title=escape(f"KLD from {payload['reference']['name']} · prunekit"),
         style=_asset("kld.css"),
-        script=_asset("kld.js"),
+        script=asset("elements.js") + "\n\n" + _asset("kld.js"),
         data=embed(payload),
     )
 
 
 def _asset(name: str) -> str:
-    return (
-        resources.files("prunekit.divergence")
-        .joinpath("assets", name)
-        .read_text("utf-8")
-        .rstrip("\n")
-    )
+    return asset(name, "prunekit.divergence")

@@ -9,7 +9,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-_SCRIPTS = ("page", "texts", "questions")  # the last one draws
+_SCRIPTS = ("elements", "page", "texts", "questions")  # the last one draws
 
 
 def render(payload: dict[str, Any]) -> str:
@@ -19,11 +19,11 @@ def render(payload: dict[str, Any]) -> str:
     script puts it into the document as text, never as HTML.
     """
     title = f"{payload['names']['dense']} → {payload['names']['pruned']} · prunekit"
-    return Template(_asset("page.html")).substitute(
+    return Template(asset("page.html")).substitute(
         title=escape(title),
-        style=_asset("page.css"),
-        script="\n\n".join(_asset(f"{name}.js") for name in _SCRIPTS),
-        methods=_asset("methods.html"),
+        style=asset("page.css"),
+        script="\n\n".join(asset(f"{name}.js") for name in _SCRIPTS),
+        methods=asset("methods.html"),
         data=embed(payload),
     )
 
@@ -41,7 +41,6 @@ def embed(payload: Any) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
-def _asset(name: str) -> str:
-    return (
-        resources.files("prunekit.report").joinpath("assets", name).read_text("utf-8").rstrip("\n")
-    )
+def asset(name: str, package: str = "prunekit.report") -> str:
+    """The text of a file in a package's `assets`."""
+    return resources.files(package).joinpath("assets", name).read_text("utf-8").rstrip("\n")

@@ -1,40 +1,16 @@
-"use strict";
-// Draws the page from the JSON beside it. Texts only ever enter through textContent.
+// Draws the page from the JSON beside it, with elements.js.
 const data = JSON.parse(document.getElementById("data").textContent);
-const SVG = document.getElementById("svg-root").namespaceURI;
-const byId = (id) => document.getElementById(id);
 const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6fd1", "#b8860b", "#2f8fc4", "#7d8590"];
 const shown = data.candidates.filter((row) => !row.error);
 const colorOf = new Map(shown.map((row, index) => [row.name, COLORS[index % COLORS.length]]));
 const hidden = new Set();
-
-function node(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-    else if (key === "own") made.style.setProperty("--own", value);
-    else made.setAttribute(key, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-function shape(tag, attributes = {}, text) {
-  const made = document.createElementNS(SVG, tag);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 function number(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (value === 0) return "0";
   const size = Math.abs(value);
   if (size >= 1e-3 && size < 1e6) return String(Number(value.toPrecision(digits)));
-  const [mantissa, exponent] = value.toExponential(2).split("e").map(Number);
-  const sign = (part) => (part === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[part]);
-  const ten = `10${[...String(exponent)].map(sign).join("")}`;
-  return mantissa === 1 ? ten : `${mantissa}·${ten}`;
+  return power(value);
 }
 
 function bytes(count) {
@@ -46,7 +22,7 @@ function bytes(count) {
 }
 
 const interval = (value, scale = 1) => value.low === null ? "" : ` [${number(scale * value.low, 3)}, ${number(scale * value.high, 3)}]`;
-const dot = (name) => node("span", { class: "dot", own: colorOf.get(name) });
+const dot = (name) => node("span", { class: "dot", style: `--own: ${colorOf.get(name)}` });
 const cell = (text, small = "") => node("td", {}, text, ...(small ? [node("small", {}, small)] : []));
 
 // ---- tooltip ---------------------------------------------------------------------------------

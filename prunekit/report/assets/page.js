@@ -1,27 +1,5 @@
-"use strict";
-// Draws the page from the JSON beside it. Model text only ever enters through textContent.
+// Draws the page from the JSON beside it, with elements.js.
 const study = JSON.parse(document.getElementById("study").textContent);
-const SVG = document.getElementById("svg-root").namespaceURI;
-const byId = (id) => document.getElementById(id);
-
-function node(tag, attributes = {}, ...children) {
-  const made = document.createElement(tag);
-  for (const [key, value] of Object.entries(attributes)) {
-    if (key === "text") made.textContent = value;
-    else if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-    else if (key === "style") made.style.cssText = value;
-    else made.setAttribute(key, value);
-  }
-  made.append(...children);
-  return made;
-}
-
-function shape(tag, attributes = {}, text) {
-  const made = document.createElementNS(SVG, tag);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  return made;
-}
 
 function number(value) {
   if (value === null || value === undefined) return "–";
@@ -30,12 +8,6 @@ function number(value) {
   if (size < 1e-3 || size >= 1e6) return power(value);
   if (size > 0.99 && size < 1) return value.toFixed(size > 0.9999 ? 6 : 4);
   return String(Number(value.toPrecision(4)));
-}
-
-function power(value) {
-  const [mantissa, exponent] = value.toExponential(2).split("e").map(Number);
-  const ten = `10${[...String(exponent)].map((sign) => sign === "-" ? "⁻" : "⁰¹²³⁴⁵⁶⁷⁸⁹"[sign]).join("")}`;
-  return mantissa === 1 ? ten : `${mantissa}·${ten}`;
 }
 
 const interval = (low, high) => low === null || low === undefined || low === high ? "" : `[${number(low)}, ${number(high)}]`;
