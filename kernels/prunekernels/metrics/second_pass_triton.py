@@ -90,7 +90,7 @@ def _norms(norms_ptr, row, N, k):
 
 
 @triton.jit
-def _add_terms(t, a, b, norms):
+def _add_terms(t, a, b, norms, NVIDIA: tl.constexpr):
     """Add the terms of logits, without the factor."""
     # h in base-2 units; infinite or NaN where a logit is −inf, and then 1000 will do
     h = tl.abs(((b - a) - norms.apart) - norms.apart_rest) * (0.5 * norms.k)
@@ -111,7 +111,7 @@ def _add_terms(t, a, b, norms):
     near_tv = h * (_TV[0] + h2 * (_TV[1] + h2 * (_TV[2] + h2 * _TV[3])))
     near_he = h2 * (_HE[0] + h2 * (_HE[1] + h2 * _HE[2]))
     weight = tl.where(near, larger * rho, larger)
-    far_js = -c * elementwise.log2(c) - r * h
+    far_js = -c * elementwise.log2(c, NVIDIA) - r * h
     return Terms(
         js=t.js + weight * tl.where(near, near_js, far_js),
         tv=t.tv + weight * tl.where(near, near_tv, 1.0 - r),
@@ -150,6 +150,7 @@ def _full_tile_kernel(
     stride_bv,
     k,  # log2(e)/T
     ROW_TABLE: tl.constexpr,
+    NVIDIA: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     part = split_triton.span(
@@ -164,10 +165,10 @@ def _full_tile_kernel(
         from_b = part.other + tl.cast(column, tl.int64) * stride_bv
         a = tl.load(from_a + lanes * stride_av).to(tl.float32)
         b = tl.load(from_b + lanes * stride_bv).to(tl.float32)
-        t = _add_terms(t, a, b, norms)
+        t = _add_terms(t, a, b, norms, NVIDIA)
     if part.tails > 0:
         a, b = split_triton.piece(part, part.last, 0, stride_av, stride_bv, BLOCK, 1)
-        t = _add_terms(t, a, b, norms)
+        t = _add_terms(t, a, b, norms, NVIDIA)
     t = _totals(t, norms)
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 3
     for i in tl.static_range(3):
@@ -190,6 +191,7 @@ def _full_warp_kernel(
     stride_bv,
     k,  # log2(e)/T
     ROW_TABLE: tl.constexpr,
+    NVIDIA: tl.constexpr,
     SHIFT: tl.constexpr,
     PACKED: tl.constexpr,
     LANES: tl.constexpr,
@@ -222,13 +224,13 @@ def _full_warp_kernel(
             raw_a = raw_a + split_triton.vectors(at_a, stride_av, u * WIDTH, None, LANES, PACKED)
             raw_b = raw_b + split_triton.vectors(at_b, stride_bv, u * WIDTH, None, LANES, PACKED)
             for j in tl.static_range(COLS):
-                tile = _add_terms(tile, tile_a[u * COLS + j], tile_b[u * COLS + j], norms)
+                tile = _add_terms(tile, tile_a[u * COLS + j], tile_b[u * COLS + j], norms, NVIDIA)
         t = Terms(js=t.js + tile.js, tv=t.tv + tile.tv, he=t.he + tile.he)
     for number in range(0, part.heads + part.tails):
         column = tl.where(number < part.heads, 0, part.last + (number - part.heads) * WIDTH)
         for j in tl.static_range(COLS):
             a, b = split_triton.piece(part, column, j, stride_av, stride_bv, LANES, COLS)
-            t = _add_terms(t, a, b, norms)
+            t = _add_terms(t, a, b, norms, NVIDIA)
     t = _totals(t, norms)
     out = sums_ptr + tl.program_id(0).to(tl.int64) * 3
     for i in tl.static_range(3):
@@ -281,7 +283,7 @@ def sums_of_terms(
     """The call that reads the logits and fills `sums` `(N, S, 3)`."""
     rows = PairRows(base, other)
     splits = sums.shape[1]
-    constants: dict[str, Any] = {"ROW_TABLE": rows.starts is not None}
+    constants: dict[str, Any] = {"ROW_TABLE": rows.starts is not None, "NVIDIA": config.warp == 32}
     if config.design == "warp":
         constants |= {"SHIFT": rows.shift, "PACKED": rows.packed}
         constants |= {"LANES": config.lanes, "UNITS": config.units}
@@ -360,8 +362,7 @@ def compile_cases() -> list[KernelCase]:
     cases = []
     for dtype, short in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for design in tuning.DESIGNS:
-            # LLVM aborts on the one-warp pass for AMD (Triton 3.7.1): there it does not exist
-            for warp, archs in ((32, nvidia), (64, amd))[: 2 if design == "tile" else 1]:
+            for warp, archs in ((32, nvidia), (64, amd)):
                 config = tuning.full_config(design, warp)
                 columns = tuning.tile_columns(config, dtype == torch.bfloat16)
                 launch = sums_of_terms(

@@ -27,8 +27,13 @@ SLOTS |= {"kl/bf16": 16.0, "kl/fp32": 18.5, "prob/bf16": 24.0, "precise_kl/bf16"
 WARP_SLOTS = {"core/bf16": 31.0, "core/fp32": 35.0, "core/fp16": 35.5}
 WARP_SLOTS |= {"precise/bf16": 54.3, "precise/fp32": 59.0}
 WARP_SLOTS |= {"kl/bf16": 14.5, "kl/fp32": 17.5, "prob/bf16": 23.5, "precise_kl/bf16": 39.5}
-#: Spills that rare paths may have where a variant without them takes over 3 % more slots.
+#: More slots that sm_89 may take: its compiler schedules the same loop otherwise.
+SLOTS_89 = 0.1
+#: Spills that rare paths may have where a variant without them takes over 3 % more slots. On AMD
+#: nothing says where a register was spilled: there are 4 beside 306 registers.
 RARE_SPILLS = 4
+RARE = {("pair_stats/precise/bf16/base", 89), ("pair_stats/precise/bf16/base", 90)}
+RARE |= {("pair_stats/precise/fp32/other", "gfx942")}
 
 PAIR = {(case.name, arch): case for case in pair_triton.compile_cases() for arch in case.archs}
 OTHERS = [
@@ -44,7 +49,7 @@ def _check_pair(name, arch):
     assert report.missing == []
     assert report.loop_spills == 0
     warp = "/warp/" in name
-    rare = warp or (name == "pair_stats/precise/bf16/base" and arch != 80)
+    rare = warp or (name, arch) in RARE
     assert report.spills <= (RARE_SPILLS if rare else 0)
     if arch == "gfx942":
         return  # the budgets are those of NVIDIA's instructions and registers
@@ -52,6 +57,7 @@ def _check_pair(name, arch):
     *_, sums, dtype, weights = name.split("/")
     slots = WARP_SLOTS if warp else SLOTS
     budget = slots[f"{sums}/{dtype}"] + (3.0 if weights == "other" else 0.0)
+    budget += SLOTS_89 if arch == 89 else 0.0
     if arch == 90 or not warp:
         assert report.instructions_per_element <= budget
     wide = {"LDG.E.128"} if warp and dtype != "fp16" else {"LDG.E.64", "LDG.E.128"}
