@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from prunekit.pruning import Drop, Magnitude, Recipe, SparseGPT, Wanda, drop_, prune_
     from prunekit.study.comparison import compare
     from prunekit.study.drop_sweep import sweep
+    from prunekit.study.several import Several, compare_several
     from prunekit.study.study import Study
     from prunekit.swap import SwapReport, swap_, unswap_
 
@@ -39,11 +40,13 @@ __all__ = [
     "Magnitude",
     "PrunekitError",
     "Recipe",
+    "Several",
     "SparseGPT",
     "Study",
     "SwapReport",
     "Wanda",
     "compare",
+    "compare_several",
     "drop_",
     "kld",
     "load",
@@ -58,6 +61,7 @@ __all__ = [
 _HOMES = {
     "Study": "prunekit.study.study",
     "compare": "prunekit.study.comparison",
+    **dict.fromkeys(("Several", "compare_several"), "prunekit.study.several"),
     "sweep": "prunekit.study.drop_sweep",
     "Calibration": "prunekit.data.calibration",
     "Kld": "prunekit.divergence.result",

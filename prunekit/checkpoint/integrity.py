@@ -17,6 +17,7 @@ from prunekit.errors import PrunekitError, one_line
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS
 from prunekit.packed.modules import packed_layers
+from prunekit.packed.tensor_parts import plain_parts
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -151,7 +152,9 @@ def check_finite(model: nn.Module) -> None:
     """Raise a PrunekitError that names the first weight of `model` with a NaN or an infinity."""
     packed = ((name, part) for name, layer in packed_layers(model) for part in layer.kept_values())
     for name, tensor in itertools.chain(model.named_parameters(), packed):
-        if not tensor.detach().isfinite().all():
+        # torch cannot test types of eight bits, and integers are finite
+        parts = [p for p in plain_parts(tensor) if p.is_floating_point() and p.element_size() > 1]
+        if not all(bool(part.isfinite().all()) for part in parts):
             raise PrunekitError(
                 f"{name} holds NaN or infinite values: get the checkpoint again, or load it in "
                 f"float32"

@@ -119,7 +119,7 @@ def _given(args: argparse.Namespace) -> list[Variant]:
     for source, name in zip(sources, short, strict=True):
         if name in VARIANTS or short.count(name) > 1:
             name = f"{source} (given)"
-        model, _ = options.load(source, args)
+        model = options.load_copy(source, args, args.model).model
         found.append(Variant(name, model.eval(), "as given"))
     return found
 

@@ -10,10 +10,14 @@ from typing import Any, TextIO
 from prunekit.commands import options
 from prunekit.errors import PrunekitError
 
-SUMMARY = "compare a pruned model with its dense one: h → z → p"
+SUMMARY = "compare pruned copies with their dense model: h → z → p"
 DESCRIPTION = """\
 Compare a dense model and its pruned copy layer by layer, step by step and text by text, and write
 JSON, CSV, figures and one HTML page.
+
+Given several copies, quantised ones too, write one page more: quality against size and speed,
+and which copies can be told apart on the same prompts and questions. Two models are in memory at
+a time.
 
 Prompts and questions come from the built-in set unless files are given: prompts as .txt (one a
 line), .jsonl or .json; questions as .jsonl or .json with question, options and answer.
@@ -23,13 +27,13 @@ median, percentiles and maximum of KL(dense || pruned), agreement of the top tok
 actual token's probability, ratio of perplexities. No study is written.
 """
 EXAMPLE = "prunekit compare demo out/wanda24 --output out/study"
-STUDY = ("study.json",)  # by which a saved study is known
+STUDY = ("study.json", "comparison.json")  # by which a saved study is known
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("dense", nargs="?", metavar="DENSE", help="'demo', folder, .gguf, Hub id")
-    parser.add_argument("pruned", nargs="?", metavar="PRUNED", help="its pruned or dropped copy")
+    parser.add_argument("pruned", nargs="*", metavar="PRUNED", help="its pruned or dropped copies")
     parser.add_argument("--prompts", metavar="FILE", help="open prompts (the built-in ones)")
     parser.add_argument("--prompt-field", default="prompt", help="their field in rows (prompt)")
     parser.add_argument("--choices", metavar="FILE", help="questions (the built-in ones)")
@@ -63,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layerwise-steps", type=options.positive, default=16, help="steps of each of them (16)"
     )
+    parser.add_argument("--no-speed", action="store_true", help="several copies: time none of them")
     report = parser.add_argument_group("instead of a study")
     report.add_argument("--kl-report", action="store_true", help="statistics of KL over a text")
     report.add_argument(
@@ -78,9 +83,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace, answer: TextIO) -> None:
     """Carry the command out."""
-    sources = [options.needed(getattr(args, name), f"{name} model") for name in ("dense", "pruned")]
+    source = options.needed(args.dense, "dense model")
+    copies = list(args.pruned) or [options.needed(None, "pruned model")]
     if args.kl_report:
-        _kl_report(sources, args, answer)
+        if len(copies) > 1:
+            raise PrunekitError(
+                f"--kl-report compares two models, not {1 + len(copies)}: rank them with "
+                "prunekit kld"
+            )
+        _kl_report([source, copies[0]], args, answer)
         return
     if args.text is not None:
         raise PrunekitError("--text is the text of --kl-report: add that, or leave --text out")
@@ -91,28 +102,29 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     prompts = [item.prompt for item in load_prompts(args.prompts, args.prompt_field)][: args.limit]
     choices = None if args.no_choices else load_choices(args.choices)[: args.limit]
 
-    options.find(sources)
+    options.find([source, *copies])
+    dense, tokenizer = options.load(source, args)
+    asked = {
+        "tokenizer": tokenizer,
+        "choices": choices,
+        "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature,
+        "lens": args.lens,
+        "batch_size": args.batch_size,
+        "layerwise_prompts": args.layerwise_prompts,
+        "layerwise_steps": args.layerwise_steps,
+        "chat": args.chat,
+        "seed": args.seed,
+        "progress": not args.quiet,
+    }
+    if len(copies) > 1:
+        _several(dense, copies, prompts, asked, folder, args, answer)
+        return
+
     from prunekit.study.comparison import compare
 
-    dense, tokenizer = options.load(sources[0], args)
-    pruned, _ = options.load(sources[1], args)
-    study = compare(
-        dense,
-        pruned,
-        prompts,
-        tokenizer=tokenizer,
-        choices=choices,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        lens=args.lens,
-        batch_size=args.batch_size,
-        layerwise_prompts=args.layerwise_prompts,
-        layerwise_steps=args.layerwise_steps,
-        chat=args.chat,
-        seed=args.seed,
-        progress=not args.quiet,
-        names=_names(*sources),
-    )
+    pruned = options.load_copy(copies[0], args, source).model
+    study = compare(dense, pruned, prompts, names=_names(source, copies[0]), **asked)
     study.save(folder, overwrite=args.overwrite)
     page = str(Path(folder) / "index.html")
     options.emit(
@@ -121,6 +133,46 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         lambda: {"output": folder, "html": page, "summary": summary_data(study)},
         lambda: _shown(study, page),
     )
+
+
+def _several(
+    dense: Any,
+    copies: list[str],
+    prompts: list[str],
+    asked: dict[str, Any],
+    folder: str,
+    args: argparse.Namespace,
+    answer: TextIO,
+) -> None:
+    from prunekit.checkpoint.sources import located
+    from prunekit.divergence.loading import disk_files
+    from prunekit.study.several import compare_several
+
+    source = options.needed(args.dense, "dense model")
+    found = compare_several(
+        dense,
+        list(dict.fromkeys(copies)),
+        prompts,
+        speed=not args.no_speed,
+        name=_name(source),
+        bytes_on_disk=sum(file.stat().st_size for file in disk_files(located(source))),
+        dtype=args.dtype,
+        **asked,
+    )
+    found.save(folder, overwrite=args.overwrite)
+    page = str(Path(folder) / "index.html")
+    options.emit(
+        args,
+        answer,
+        lambda: {"output": folder, "html": page, **found.to_dict()},
+        lambda: _listed(found, page),
+    )
+    if found.failed:
+        first = found.failed[0]
+        raise PrunekitError(
+            f"{len(found.failed)} of {len(found.copies)} copies failed, first {first.name} "
+            f"({first.error}); the others are in {folder}"
+        )
 
 
 def _kl_report(sources: list[str], args: argparse.Namespace, answer: TextIO) -> None:
@@ -183,3 +235,10 @@ def _shown(study: Any, page: str) -> Any:
     from prunekit.report import terminal
 
     return Group(terminal.study_summary(study), Text(f"\nOpen {page}"))
+
+
+def _listed(found: Any, page: str) -> Any:
+    from rich.console import Group
+    from rich.text import Text
+
+    return Group(found.table(), Text(f"\nOpen {page}"))

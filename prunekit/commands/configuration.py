@@ -58,7 +58,10 @@ def apply_config(parser: argparse.ArgumentParser, argv: Sequence[str]) -> list[s
         elif value is None or given & set(actions[name].option_strings):
             continue
         elif not actions[name].option_strings:
-            parser.set_defaults(**{name: _text(path, key, value)})
+            values = value if isinstance(value, list) else [value]
+            several = actions[name].nargs == "*"
+            texts = [_text(path, key, one) for one in (values if several else [value])]
+            parser.set_defaults(**{name: texts if several else texts[0]})
         else:
             front += _flags(path, key, value, actions[name])
     return [*front, *argv]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from prunekit.data.calibration import Calibration
+    from prunekit.divergence.loading import LoadedModel
 
 CHECKPOINT = ("config.json", "prunekit.json")  # files by which a saved model is known
 
@@ -158,6 +159,23 @@ def load(source: str, args: argparse.Namespace) -> tuple[PreTrainedModel, PreTra
     from prunekit import checkpoint
 
     return checkpoint.load(source, dtype=args.dtype, device=place)
+
+
+def load_copy(source: str, args: argparse.Namespace, base: str) -> LoadedModel:
+    """Load a copy of a model that only has to run: quantised ones and adapters too.
+
+    Args:
+        source: The copy.
+        args: Of a command with --device and --dtype.
+        base: The model that an adapter goes on.
+
+    Raises:
+        PrunekitError: The device or dtype can't be used, or the copy can't be loaded.
+    """
+    place = device(args.device)
+    from prunekit.divergence.loading import load_any
+
+    return load_any(source, dtype=args.dtype, device=place, base=base)
 
 
 def device(name: str | None) -> str:

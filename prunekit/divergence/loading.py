@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -33,6 +30,7 @@ from prunekit.files.content import add_content
 from prunekit.models.dropped import DROP_LISTS
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED
 from prunekit.packed.described import PACKED_FIELD
+from prunekit.packed.tensor_parts import plain_parts
 from prunekit.process.progress import quiet_transformers
 
 ADAPTER = "adapter_config.json"
@@ -133,7 +131,7 @@ def fingerprint_of(model: PreTrainedModel) -> str:
     """Digest of the tensors of a model that is in memory."""
     digest = hashlib.sha256(type(model).__name__.encode())
     for name, tensor in sorted(model.state_dict().items()):
-        for part in _parts(tensor):
+        for part in plain_parts(tensor):
             digest.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
             add_content(digest, part.cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -143,19 +141,9 @@ def bytes_in_memory(model: PreTrainedModel) -> int:
     """Bytes of a model's parameters and buffers, what is shared counted once."""
     storages = {}
     for tensor in (*model.parameters(), *model.buffers()):
-        for part in _parts(tensor):
+        for part in plain_parts(tensor):
             storages[part.device, part.untyped_storage().data_ptr()] = part.untyped_storage()
     return sum(storage.nbytes() for storage in storages.values())
-
-
-def _parts(tensor: Tensor) -> Iterator[Tensor]:
-    """A tensor, or the tensors that a quantised one is made of."""
-    inner: Any = getattr(tensor.detach(), "__tensor_flatten__", None)
-    if inner is None:
-        yield tensor.detach()
-        return
-    for name in inner()[0]:
-        yield from _parts(getattr(tensor, name))
 
 
 def _is_ours(folder: Path) -> bool:

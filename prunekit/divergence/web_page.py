@@ -16,8 +16,8 @@ def render(payload: dict[str, Any]) -> str:
     """
     return Template(_asset("kld.html")).substitute(
         title=escape(f"KLD from {payload['reference']['name']} · prunekit"),
-        style=_asset("kld.css"),
-        script=asset("elements.js") + "\n\n" + _asset("kld.js"),
+        style=asset("plain.css"),
+        script="\n\n".join((asset("elements.js"), asset("points.js"), _asset("kld.js"))),
         data=embed(payload),
     )
 

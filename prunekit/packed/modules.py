@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
 from prunekit.packed.formats import FORMATS, VALUE_TYPES, PackedWeight, Shape
+from prunekit.packed.tensor_parts import plain_parts
 
 _WORDS = {2: torch.int16, 4: torch.int32}  # integers of their sizes
 
@@ -501,8 +502,9 @@ def prove_kernels(model: nn.Module) -> None:
 
 
 def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and packed weights in memory; tied ones count once."""
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    """Bytes of all parameters, packed and quantised weights in memory; tied ones count once."""
+    parts = (part for parameter in model.parameters() for part in plain_parts(parameter))
+    parameters = sum(part.numel() * part.element_size() for part in parts)
     packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
     return parameters + sum(module.weight.nbytes for module in packed)
 

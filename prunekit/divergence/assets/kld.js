@@ -1,45 +1,7 @@
-// Draws the page from the JSON beside it, with elements.js.
-const data = JSON.parse(document.getElementById("data").textContent);
-const COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6fd1", "#b8860b", "#2f8fc4", "#7d8590"];
+// Draws the page from the JSON beside it, with elements.js and points.js.
 const shown = data.candidates.filter((row) => !row.error);
-const colorOf = new Map(shown.map((row, index) => [row.name, COLORS[index % COLORS.length]]));
-const hidden = new Set();
-
-function number(value, digits = 4) {
-  if (value === null || value === undefined) return "–";
-  if (value === 0) return "0";
-  const size = Math.abs(value);
-  if (size >= 1e-3 && size < 1e6) return String(Number(value.toPrecision(digits)));
-  return power(value);
-}
-
-function bytes(count) {
-  if (count === null || count === undefined) return "–";
-  const units = ["B", "kB", "MB", "GB", "TB"];
-  let unit = 0;
-  while (count >= 1000 && unit < 4) { count /= 1000; unit++; }
-  return `${Number(count.toPrecision(3))} ${units[unit]}`;
-}
-
-const interval = (value, scale = 1) => value.low === null ? "" : ` [${number(scale * value.low, 3)}, ${number(scale * value.high, 3)}]`;
-const dot = (name) => node("span", { class: "dot", style: `--own: ${colorOf.get(name)}` });
-const cell = (text, small = "") => node("td", {}, text, ...(small ? [node("small", {}, small)] : []));
-
-// ---- tooltip ---------------------------------------------------------------------------------
-
-const tip = byId("tip");
-function tell(target, text) {
-  const show = (event) => {
-    tip.textContent = text;
-    tip.hidden = false;
-    const box = tip.getBoundingClientRect();
-    tip.style.left = `${Math.max(8, Math.min(event.clientX + 14, innerWidth - box.width - 8))}px`;
-    tip.style.top = `${event.clientY + 18 + box.height > innerHeight ? event.clientY - box.height - 12 : event.clientY + 18}px`;
-  };
-  target.addEventListener("pointermove", show);
-  target.addEventListener("pointerdown", show);
-  target.addEventListener("pointerleave", () => { tip.hidden = true; });
-}
+const colors = palette(shown);
+const { dot, hidden } = colors;
 
 // ---- tables ----------------------------------------------------------------------------------
 
@@ -111,73 +73,13 @@ function worst() {
 
 // ---- charts ----------------------------------------------------------------------------------
 
-function logTicks(low, high) {
-  const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high));
-  const every = Math.max(1, Math.ceil((last - first) / 6));
-  const factors = high / low < 10 ? [1, 1.5, 2, 3, 5, 7] : last - first <= 2 ? [1, 2, 5] : [1];
-  const ticks = [];
-  for (let power = first; power <= last; power += every) for (const factor of factors) {
-    const value = factor * 10 ** power;
-    if (value >= low * 0.999 && value <= high * 1.001) ticks.push(value);
-  }
-  return ticks;
-}
-
-function linearTicks(low, high) {
-  const raw = (high - low || 1) / 4, power = 10 ** Math.floor(Math.log10(raw));
-  const step = power * [1, 2, 2.5, 5, 10].find((factor) => factor * power >= raw);
-  const ticks = [];
-  for (let index = Math.ceil(low / step - 1e-9); index * step <= high + step * 1e-9; index++) ticks.push(index * step);
-  return ticks;
-}
-
-// A frame with a logarithmic y axis; x is linear unless `ticks` says where its marks are.
-function frame(box, { x, y, xLabel, xTicks, xText, place = (value) => value }) {
-  const width = Math.max(280, box.clientWidth || 340), height = 260;
-  const left = 52, right = width - 12, top = 12, bottom = height - 40;
-  const [x0, x1] = x.map(place), [y0, y1] = y.map(Math.log10);
-  const toX = (value) => left + (right - left) * (place(value) - x0) / (x1 - x0 || 1);
-  const toY = (value) => bottom - (bottom - top) * (Math.log10(Math.max(value, y[0])) - y0) / (y1 - y0 || 1);
-  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "img" });
-  for (const tick of logTicks(...y)) svg.append(shape("line", { class: "grid", x1: left, x2: right, y1: toY(tick), y2: toY(tick) }), shape("text", { x: left - 6, y: toY(tick) + 4, "text-anchor": "end" }, number(tick, 3)));
-  for (const tick of xTicks) svg.append(shape("text", { x: toX(tick), y: bottom + 16, "text-anchor": "middle" }, xText(tick)));
-  svg.append(shape("line", { class: "grid", x1: left, x2: right, y1: bottom, y2: bottom }), shape("text", { x: (left + right) / 2, y: height - 6, "text-anchor": "middle" }, xLabel));
-  box.replaceChildren(svg);
-  return { svg, toX, toY, left, right, top, bottom };
-}
-
-function yRange(values) {
-  const positive = values.filter((value) => value > 0);
-  if (!positive.length) return [1e-9, 1];
-  const high = Math.max(...positive);
-  return [Math.max(Math.min(...positive), high / 1e8) / 1.6, high * 1.6];
-}
-
 function againstSize() {
-  const points = shown.filter((row) => !hidden.has(row.name) && row.size);
+  const points = shown.filter((row) => !hidden.has(row.name) && row.size).map((row) => {
+    const y = row.means.kl;
+    return { name: row.name, x: row.size, y, label: y.mean > 0 ? row.name : `${row.name}: 0`, tip: `${row.name}\n${bytes(row.size)}, ${number(row.bits_per_weight, 3)} bits per weight\nKL ${number(y.mean)}${interval(y)}` };
+  });
   if (!points.length) { byId("against-size").textContent = "No candidate says how large it is."; return; }
-  const sizes = points.map((row) => row.size), high = Math.max(...sizes) * 1.08;
-  const low = Math.min(...sizes) > 0.7 * high ? Math.min(...sizes) * 0.9 : 0;
-  const y = yRange(points.flatMap((row) => [row.means.kl.mean, row.means.kl.low ?? 0, row.means.kl.high ?? 0]));
-  const { svg, toX, toY, left, right, bottom } = frame(byId("against-size"), { x: [low, high], y, xLabel: "size (on disk, else in memory)", xTicks: linearTicks(low, high), xText: bytes });
-  const taken = [];
-  for (const row of points) {
-    const { mean, low: from, high: to } = row.means.kl, cx = toX(row.size), cy = toY(mean), own = colorOf.get(row.name);
-    if (from !== null) svg.append(shape("line", { x1: cx, x2: cx, y1: toY(from), y2: toY(to), stroke: own, "stroke-width": 2 }));
-    const mark = shape("circle", { cx, cy, r: 5, fill: own });
-    tell(mark, `${row.name}\n${bytes(row.size)}, ${number(row.bits_per_weight, 3)} bits per weight\nKL ${number(mean)}${interval(row.means.kl)}`);
-    svg.append(mark);
-    // A name goes beside its point, moved down or up past names already there.
-    const wide = 6.4 * row.name.length, end = cx + 9 + wide > right;
-    const from2 = end ? cx - 9 - wide : cx + 9;
-    let at = cy + 4;
-    for (const shift of [0, 13, -13, 26, -26, 39, -39]) {
-      at = cy + 4 + shift;
-      if (at < bottom - 2 && at > 14 && !taken.some(([a, b, t]) => from2 < b && from2 + wide > a && Math.abs(t - at) < 12)) break;
-    }
-    taken.push([from2, from2 + wide, at]);
-    svg.append(shape("text", { class: "name", x: end ? Math.max(cx - 9, left + wide) : cx + 9, y: at, "text-anchor": end ? "end" : "start" }, mean > 0 ? row.name : `${row.name}: 0`));
-  }
+  scatter(byId("against-size"), points, { xLabel: "size (on disk, else in memory)", xText: bytes, color: colors.color });
 }
 
 function lines(box, key, options, words) {
@@ -190,7 +92,7 @@ function lines(box, key, options, words) {
   for (const curve of curves) {
     const points = curve[key].filter((point) => point[1] > 0 && point[1] >= y[0]);
     const path = points.map(([px, py], index) => `${index ? "L" : "M"}${drawn.toX(px).toFixed(1)},${drawn.toY(py).toFixed(1)}`).join("");
-    drawn.svg.append(shape("path", { d: path, fill: "none", stroke: colorOf.get(curve.name), "stroke-width": 1.8 }));
+    drawn.svg.append(shape("path", { d: path, fill: "none", stroke: colors.color(curve.name), "stroke-width": 1.8 }));
     for (const point of points) {
       const mark = shape("circle", { cx: drawn.toX(point[0]), cy: drawn.toY(point[1]), r: 6, fill: "transparent" });
       tell(mark, `${curve.name}\n${words(point)}`);
@@ -210,22 +112,11 @@ function charts() {
     ([at, value, count]) => `about token ${Math.round(at)}: mean KL ${number(value)} of ${count} positions`);
 }
 
-function legend() {
-  for (const row of shown) {
-    const toggle = node("button", { type: "button", "aria-pressed": "true", onclick: () => {
-      hidden.has(row.name) ? hidden.delete(row.name) : hidden.add(row.name);
-      toggle.setAttribute("aria-pressed", String(!hidden.has(row.name)));
-      charts();
-    } }, dot(row.name), row.name);
-    byId("legend").append(toggle);
-  }
-}
-
 byId("title").textContent = `How far from ${data.reference.name}`;
 byId("lead").textContent = `KL(${data.reference.name} ‖ candidate) in nats per token over the whole vocabulary, mean and 95 % interval, the closest candidate first.`;
 byId("remarks").append(...data.remarks.map((text) => node("li", {}, text)));
 ranking();
-legend();
+legendOf(byId("legend"), shown, colors, charts);
 charts();
 worst();
 blocks();

@@ -1,0 +1,126 @@
+"""prunekit compare with several copies: one page, and each copy's study below it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from command_line import QUESTIONS, QUICK, snapshot
+
+import prunekit as pk
+from prunekit import cli
+from prunekit.report import png
+
+SMALL = (
+    "--prompts prompts.txt --choices choices.jsonl --max-new-tokens 6 --layerwise-prompts 1 "
+    "--layerwise-steps 2"
+)
+
+
+@pytest.fixture(scope="module")
+def copies(place, tmp_path_factory):
+    """A drop of one and of two attentions of the tiny model, and the command's output."""
+    root = tmp_path_factory.mktemp("copies")
+    calibration = QUICK.replace("long.txt", str(place / "long.txt"))
+    for count in (1, 2):
+        line = f"drop {place / 'dense'} --unit attn --count {count} {calibration} --quiet"
+        assert cli.main([*line.split(), "--output", str(root / f"drop{count}")]) == 0
+    return root
+
+
+@pytest.fixture(autouse=True)
+def _no_drawing(monkeypatch):
+    monkeypatch.setattr(
+        png, "draw", lambda figure, path: path.touch()
+    )  # slow, and tested elsewhere
+
+
+def test_copies_are_ranked_on_one_page(here, copies, tmp_path, capsys):
+    out = tmp_path / "several"
+    line = f"compare dense {copies / 'drop2'} {copies / 'drop1'} dense {SMALL} --output {out}"
+    assert cli.main([*line.split(), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in told["copies"]] == ["dense", "drop1", "drop2"]
+    same, one, two = told["copies"]
+    assert same["scores"]["kl_dense_pruned"]["mean"] == 0
+    assert 0 < one["scores"]["kl_dense_pruned"]["mean"] < two["scores"]["kl_dense_pruned"]["mean"]
+    assert same["bytes_in_memory"] > one["bytes_in_memory"] > two["bytes_in_memory"]
+    assert same["lost"] == same["gained"] == 0 and same["mcnemar_p"] == 1
+    assert same["scores"]["accuracy_difference"]["n"] == len(QUESTIONS)
+    assert all(row["speed"]["decode"] > 0 and row["speed"]["speedup"] > 0 for row in (one, two))
+    assert two["bits_per_weight"] < 32 * 1.1
+    for row in told["copies"]:
+        assert pk.Study.load(out / row["folder"]).meta["names"]["pruned"] == row["name"]
+    pairs = {(pair["first"], pair["second"]): pair for pair in told["pairs"]}
+    assert len(pairs) == 3
+    difference = pairs["drop1", "drop2"]["kl"]["mean"]
+    means = [row["scores"]["kl_dense_pruned"]["mean"] for row in (one, two)]
+    assert difference == pytest.approx(means[1] - means[0], rel=1e-9)
+
+    with (out / "comparison.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["copy"] for row in rows] == ["dense", "drop1", "drop2"]
+    assert float(rows[1]["kl_dense_pruned"]) == pytest.approx(means[0])
+    page = (out / "index.html").read_text(encoding="utf-8")
+    assert "Which copies can be told apart?" in page and "://" not in page
+    old = snapshot(out)
+    assert cli.main(line.split()) == 2 and snapshot(out) == old
+
+
+def test_a_point_of_several_equals_a_comparison_alone(here, copies, tmp_path, capsys):
+    one, several = tmp_path / "one", tmp_path / "several"
+    drop = copies / "drop1"
+    assert cli.main(f"compare dense {drop} {SMALL} --quiet --output {one}".split()) == 0
+    line = f"compare dense {drop} {copies / 'drop2'} {SMALL} --no-speed --output {several}"
+    assert cli.main(line.split()) == 0
+    shown = capsys.readouterr().out
+    assert (
+        "drop1" in shown
+        and "drop2" in shown
+        and "× dense" not in shown.replace("× dense speed", "")
+    )
+    alone, among = pk.Study.load(one), pk.Study.load(several / "drop1")
+    meta = [{**study.meta, "seconds": 0} for study in (alone, among)]
+    assert meta[0] == meta[1]
+    assert {**alone.to_dict(), "meta": 0} == {**among.to_dict(), "meta": 0}
+
+
+def test_one_that_cannot_be_compared_leaves_the_others(here, copies, tmp_path, capsys):
+    out = tmp_path / "several"
+    line = f"compare dense {copies / 'drop1'} other-vocabulary {SMALL} --no-speed --output {out}"
+    assert cli.main(line.split()) == 2
+    shown, err = capsys.readouterr()
+    assert "drop1" in shown and "failed" in shown
+    assert err.strip().startswith("prunekit: error: 1 of 2 copies failed, first other-vocabulary")
+    told = json.loads((out / "comparison.json").read_text())
+    assert [row["error"] is None for row in told["copies"]] == [True, False]
+    assert "vocabulary" in told["copies"][1]["error"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("dense", "which pruned model?"),
+        ("dense dense dense --kl-report", "rank them with prunekit kld"),
+        ("dense other-vocabulary other-architecture", "differ"),
+        ("dense dense nowhere", "nowhere"),
+    ],
+)
+def test_refusals_are_one_line_and_leave_nothing(here, tmp_path, capsys, words, message):
+    line = f"compare {words} {SMALL} --output {tmp_path / 'out'}"
+    assert cli.main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and message in err and err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_file_lists_copies(here, copies, tmp_path, capsys):
+    config = tmp_path / "several.yaml"
+    drops = [str(copies / name) for name in ("drop1", "drop2")]
+    config.write_text(f"dense: dense\npruned: [{drops[0]}, {drops[1]}]\nno-speed: true\n")
+    out = tmp_path / "out"
+    line = f"compare --config {config} {SMALL} --output {out} --quiet"
+    assert cli.main(line.split()) == 0
+    assert Path(out, "drop1", "study.json").is_file() and Path(out, "drop2").is_dir()
