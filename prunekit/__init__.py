@@ -24,7 +24,16 @@ if TYPE_CHECKING:
     from prunekit.divergence.result import Kld
     from prunekit.divergence.run import kld
     from prunekit.packed.warming import warm_up_
-    from prunekit.pruning import Drop, Magnitude, Recipe, SparseGPT, Wanda, drop_, prune_
+    from prunekit.pruning import (
+        Drop,
+        Magnitude,
+        Recipe,
+        Reconstruction,
+        SparseGPT,
+        Wanda,
+        drop_,
+        prune_,
+    )
     from prunekit.study.comparison import compare
     from prunekit.study.drop_sweep import sweep
     from prunekit.study.several import Several, compare_several
@@ -40,6 +49,7 @@ __all__ = [
     "Magnitude",
     "PrunekitError",
     "Recipe",
+    "Reconstruction",
     "Several",
     "SparseGPT",
     "Study",
@@ -68,7 +78,7 @@ _HOMES = {
     "kld": "prunekit.divergence.run",
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),
     **dict.fromkeys(
-        ("Drop", "Magnitude", "Recipe", "SparseGPT", "Wanda", "drop_", "prune_"),
+        ("Drop", "Magnitude", "Recipe", "Reconstruction", "SparseGPT", "Wanda", "drop_", "prune_"),
         "prunekit.pruning",
     ),
     **dict.fromkeys(("SwapReport", "swap_", "unswap_"), "prunekit.swap"),

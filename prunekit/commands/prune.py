@@ -11,7 +11,7 @@ from prunekit.commands import options, swap
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
-    from prunekit.pruning import PruneReport, Recipe
+    from prunekit.pruning import PruneReport, Recipe, Reconstruction
     from prunekit.swap import SwapReport
 
 SUMMARY = "set weights to zero: magnitude, Wanda or SparseGPT"
@@ -53,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="name pattern of matrices that stay dense, beside MoE routers; may be repeated",
     )
+    group = parser.add_argument_group("local reconstruction")
+    group.add_argument(
+        "--reconstruct",
+        action="store_true",
+        help="fit each pruned block to the dense one's outputs by gradient descent, zeros held",
+    )
+    group.add_argument("--reconstruct-steps", type=options.positive, help="updates per block (64)")
+    group.add_argument(
+        "--reconstruct-lr", type=options.above_zero, help="most that an update changes (0.01)"
+    )
     options.add_output(parser, "folder for the checkpoint")
     parser.add_argument(
         "--swap", action="store_true", help="pack what fits a sparse format (see: prunekit swap)"
@@ -77,7 +87,10 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     source = options.needed(args.model, "model")
     folder = options.output(args, options.CHECKPOINT)
     recipe = _recipe(args)
-    calibrated = any(method.calibrated for method in recipe.rules.values())
+    reconstruct = _reconstruct(args)
+    calibrated = reconstruct is not None or any(
+        method.calibrated for method in recipe.rules.values()
+    )
     calibration = options.calibration(args) if calibrated else None
 
     from prunekit import checkpoint
@@ -97,6 +110,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         calibration_dtype=options.calibration_dtype(args),
         offload=args.offload,
         journal=record,
+        reconstruct=reconstruct,
         progress=not args.quiet,
     )
     if not distributed.is_main():
@@ -147,6 +161,21 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             f"--{next(iter(given))} contradicts 'rules' of the configuration: put it into a rule"
         )
     return Recipe.from_dict({"rules": args.rules, "ignore": ignore})
+
+
+def _reconstruct(args: argparse.Namespace) -> Reconstruction | None:
+    from prunekit.pruning import Reconstruction
+
+    given = {
+        name: getattr(args, f"reconstruct_{name}")
+        for name in ("steps", "lr")
+        if getattr(args, f"reconstruct_{name}") is not None
+    }
+    if not args.reconstruct:
+        if given:
+            raise PrunekitError(f"--reconstruct-{next(iter(given))} needs --reconstruct")
+        return None
+    return Reconstruction(**given)
 
 
 def _shown(

@@ -227,6 +227,11 @@ class Architecture:
                         path, module, index, sublayer, self.layout.shared_inputs
                     )
 
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        """Every parameter of layer `index` by its name in the model; writes go through."""
+        prefix = f"{self.layout.layers}.{index}"
+        return {name: held.data for name, held in self.layers[index].named_parameters(prefix)}
+
     def shared_projections(self, index: int) -> Iterator[list[str]]:
         """Names of the attention projections of layer `index` that read one input, as called."""
         if self.layout.projections:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +107,28 @@ def _forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iter
 def run_layer(arch: Architecture, index: int, hidden: Tensor, kwargs: Keywords) -> Tensor:
     """Output (batch, tokens, hidden) of layer `index`, through its own forward."""
     out = arch.layers[index](hidden, **kwargs)
+    return out[0] if isinstance(out, tuple) else out
+
+
+def run_layer_with(
+    layer: nn.Module, parameters: Mapping[str, Tensor], hidden: Tensor, kwargs: Keywords
+) -> Tensor:
+    """Output (batch, tokens, hidden) of a layer with other parameters, in the type of `hidden`.
+
+    Differentiable in the parameters, which are rounded on their way in.
+
+    Args:
+        layer: A decoder layer; unchanged.
+        parameters: Each of its parameters by name, of any floating type.
+        hidden: (batch, tokens, hidden): the layer's input.
+        kwargs: The other arguments of its call.
+    """
+    held = {**parameters, **dict(layer.named_buffers())}
+    rounded = {
+        name: tensor.to(hidden.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in held.items()
+    }
+    out: Any = torch.func.functional_call(layer, rounded, (hidden,), kwargs)
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -12,12 +12,14 @@ from prunekit.pruning.recipes import (
     Wanda,
     method_from_dict,
 )
-from prunekit.pruning.report import MatrixReport, PruneReport
+from prunekit.pruning.reconstruction import Reconstruction
+from prunekit.pruning.report import BlockFit, MatrixReport, PruneReport
 from prunekit.pruning.sequential import prune_
 
 __all__ = [
     "DEFAULT_IGNORE",
     "METHODS",
+    "BlockFit",
     "Drop",
     "DropReport",
     "Dropped",
@@ -27,6 +29,7 @@ __all__ = [
     "Pattern",
     "PruneReport",
     "Recipe",
+    "Reconstruction",
     "SparseGPT",
     "Wanda",
     "drop_",

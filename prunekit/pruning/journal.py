@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from prunekit.errors import PrunekitError
 from prunekit.files.atomic import replaced_file
-from prunekit.models.weight_refs import WeightRef
 from prunekit.process import distributed
-from prunekit.pruning.report import MatrixReport
+from prunekit.pruning.report import BlockFit, MatrixReport
 
 FORMAT = 1
 _RUN, _TOKENS = "run.json", "calibration.safetensors"
@@ -115,32 +114,41 @@ class Journal:
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def write(self, block: int, refs: Sequence[WeightRef], reports: Sequence[MatrixReport]) -> None:
-        """Record a block's pruned matrices."""
+    def write(
+        self,
+        block: int,
+        tensors: Mapping[str, Tensor],
+        reports: Sequence[MatrixReport],
+        fit: BlockFit | None = None,
+    ) -> None:
+        """Record what a block's pruning changed, and its reports."""
         if not distributed.is_main():
             return
-        tensors = {ref.name: ref.matrix for ref in refs}
-        plain = json.dumps([dataclasses.asdict(report) for report in reports])
+        plain = {"reports": json.dumps([dataclasses.asdict(report) for report in reports])}
+        plain |= {} if fit is None else {"fit": json.dumps(dataclasses.asdict(fit))}
         try:
-            _save(self._block(block), tensors, {"reports": plain})
+            _save(self._block(block), dict(tensors), plain)
         except OSError as error:
             raise self._unwritable(error) from error
 
-    def restore(self, block: int, refs: Sequence[WeightRef]) -> list[MatrixReport] | None:
-        """Put a recorded block's matrices into the model; None if it isn't recorded.
+    def restore(
+        self, block: int, tensors: Mapping[str, Tensor]
+    ) -> tuple[list[MatrixReport], BlockFit | None] | None:
+        """Copy a recorded block into the model's `tensors`; None if it isn't recorded.
 
         Raises:
             PrunekitError: The record can't be read or doesn't fit.
         """
         if not self.started or not self._block(block).is_file():
             return None
-        tensors, metadata = self._load(self._block(block))
-        if list(tensors) != sorted(ref.name for ref in refs):
+        recorded, metadata = self._load(self._block(block))
+        if list(recorded) != sorted(tensors):
             raise self._unusable(f"holds other matrices for block {block}")
-        for ref in refs:
-            ref.matrix.copy_(tensors[ref.name])
-        reports = json.loads(metadata["reports"])
-        return [MatrixReport(**{**facts, "shape": tuple(facts["shape"])}) for facts in reports]
+        for name, tensor in tensors.items():
+            tensor.copy_(recorded[name])
+        plain = json.loads(metadata["reports"])
+        reports = [MatrixReport(**{**facts, "shape": tuple(facts["shape"])}) for facts in plain]
+        return reports, BlockFit(**json.loads(metadata["fit"])) if "fit" in metadata else None
 
     def _block(self, block: int) -> Path:
         return self.folder / f"block-{block:04d}.safetensors"

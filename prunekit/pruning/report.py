@@ -60,6 +60,25 @@ class MatrixReport:
 
 
 @dataclass(frozen=True)
+class BlockFit:
+    """What reconstruction did to one block.
+
+    Attributes:
+        layer: Its index.
+        before: Relative error E on held-out tokens, as pruned.
+        after: The same of the parameters that were kept.
+        steps: Updates that were made; those after the best check are undone.
+        note: What was unusual, or "".
+    """
+
+    layer: int
+    before: float
+    after: float
+    steps: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """The report of `prune_`.
 
@@ -71,6 +90,8 @@ class PruneReport:
         tokens: Number of calibration tokens.
         calibration_dtype: Type that was asked for the calibration passes, such as "bfloat16";
             None: the model's own, or no calibration.
+        reconstruct: Settings of local reconstruction as plain data; None without it.
+        blocks: What reconstruction did to each pruned block.
     """
 
     recipe: dict[str, Any]
@@ -79,6 +100,8 @@ class PruneReport:
     sequences: int = 0
     tokens: int = 0
     calibration_dtype: str | None = None
+    reconstruct: dict[str, Any] | None = None
+    blocks: tuple[BlockFit, ...] = ()
 
     @property
     def size(self) -> int:
@@ -113,6 +136,8 @@ class PruneReport:
             "sparsity": self.sparsity,
             "left_dense": list(self.left_dense),
             "matrices": [matrix.to_dict() for matrix in self.matrices],
+            "reconstruct": self.reconstruct,
+            "blocks": [dataclasses.asdict(block) for block in self.blocks],
         }
 
     def table(self, *, verbose: bool = False) -> str:
@@ -141,7 +166,22 @@ class PruneReport:
             )
         rows.append(("all", str(len(self.matrices)), "", "", "", f"{self.sparsity:.4f}", ""))
         notes = [f"{m.name}: {m.note}" for m in self.matrices if m.note]
-        return "\n".join([*align(rows), *notes, *calibrated_in(self.calibration_dtype)])
+        closing = [*self._reconstructed(), *calibrated_in(self.calibration_dtype)]
+        return "\n".join([*align(rows), *notes, *closing])
+
+    def _reconstructed(self) -> list[str]:
+        """What reconstruction did, in one line and a line per block that was unusual."""
+        if not self.blocks:
+            return []
+        before, after = (
+            sum(getattr(block, name) for block in self.blocks) / len(self.blocks)
+            for name in ("before", "after")
+        )
+        return [
+            f"Reconstruction of {len(self.blocks)} blocks: relative error of their outputs on "
+            f"held-out tokens {before:.4f} as pruned, {after:.4f} after (means).",
+            *(f"block {block.layer}: {block.note}" for block in self.blocks if block.note),
+        ]
 
 
 def dtype_name(dtype: torch.dtype | None) -> str | None:

@@ -26,7 +26,8 @@ from prunekit.pruning import importance, sparsegpt
 from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
 from prunekit.pruning.journal import Journal, fingerprint
 from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
-from prunekit.pruning.report import MatrixReport, PruneReport, dtype_name
+from prunekit.pruning.reconstruction import Reconstruction, Targets, reconstruct_
+from prunekit.pruning.report import BlockFit, MatrixReport, PruneReport, dtype_name
 from prunekit.pruning.stream import Stream
 
 _NO_TOKENS = "no calibration token reached it: scored by magnitude"
@@ -45,6 +46,7 @@ def prune_(
     calibration_dtype: torch.dtype | None = None,
     offload: str | None = None,
     journal: Path | str | None = None,
+    reconstruct: Reconstruction | None = None,
     progress: bool = True,
 ) -> PruneReport:
     """Set weights of the model's decoder layers to zero, by a recipe.
@@ -76,6 +78,8 @@ def prune_(
             them on the model's device.
         journal: Folder that records every finished layer; see `prunekit.pruning.journal`. Delete
             it (`journal.remove`) once the model is saved.
+        reconstruct: Fit each block to the dense model's own states after its pruning, its zeros
+            held; see `prunekit.pruning.reconstruction`. Changes norms and biases, too.
         progress: Show a progress bar on a terminal.
 
     Returns:
@@ -97,6 +101,10 @@ def prune_(
     assigned = recipe.assign(names)
     chosen = [[ref for ref in refs if ref.name in assigned] for refs in layers]
     _check(chosen, assigned, calibrated=calibration is not None)
+    if reconstruct is not None and calibration is None:
+        raise PrunekitError(
+            "reconstruction needs calibration: pass calibration tokens, or a Calibration()"
+        )
     device = model.get_input_embeddings().weight.device
     with evaluating(model), contextlib.ExitStack() as held:
         record = None
@@ -107,31 +115,49 @@ def prune_(
                 "batch_size": batch_size,
                 "calibration_dtype": str(calibration_dtype),
                 "device": device.type,  # decides about the batches, too
+                "reconstruct": None if reconstruct is None else reconstruct.to_dict(),
             }
             record = Journal(journal, _facts(model, recipe, calibration, settings))
         found: list[Tensor] = []
-        stream = None
+        stream = dense = None
         if calibration is not None:
 
             def compute() -> list[Tensor]:
                 return sequences(calibration, model, tokenizer, progress=progress)
 
             found = compute() if record is None else record.tokens(compute)
-            together = batches(found, batch_size, device)
+            parts = [found] if reconstruct is None else reconstruct.split(found)
+            runs = [batches(part, batch_size, device) for part in parts]
+            together = [batch for run in runs for batch in run]
             stream = Stream(arch, together, dtype=calibration_dtype, offload=offload)
+            if reconstruct is not None:
+                targets = Stream(arch, together, dtype=calibration_dtype, offload=offload)
+                dense = Targets(targets, range(len(runs[0]), len(together)), reconstruct)
         if record is not None:
             record.start()
         reports: list[MatrixReport] = []
+        fits: list[BlockFit] = []
         last = max(index for index, refs in enumerate(chosen) if refs)
         for index in track(range(last + 1), "pruning", enabled=progress):
             refs = chosen[index]
-            done = record.restore(index, refs) if record is not None and refs else None
+            changed = {ref.name: ref.matrix for ref in refs}
+            if dense is not None:
+                dense.states.advance(index)  # while the layer is dense
+                changed = arch.parameters(index) if refs else {}
+            done = record.restore(index, changed) if record is not None and refs else None
             if done is None:
                 # unnamed, so that its sums are gone before the next layer's are allocated
-                done = _prune_layer_(refs, assigned, _observe(arch, stream, index, refs, assigned))
+                pruned = _prune_layer_(
+                    refs, assigned, _observe(arch, stream, index, refs, assigned)
+                )
+                fit = None
+                if dense is not None and stream is not None and refs:
+                    fit = reconstruct_(stream, dense, index)
+                done = pruned, fit
                 if record is not None and refs:
-                    record.write(index, refs, done)
-            reports += done
+                    record.write(index, changed, *done)
+            reports += done[0]
+            fits += [done[1]] if done[1] is not None else []
             if stream is not None and index < last:
                 stream.advance(index)
     return PruneReport(
@@ -141,6 +167,8 @@ def prune_(
         len(found),
         sum(map(len, found)),
         None if calibration is None else dtype_name(calibration_dtype),
+        None if reconstruct is None else reconstruct.to_dict(),
+        tuple(fits),
     )
 
 

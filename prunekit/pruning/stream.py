@@ -34,6 +34,7 @@ class Stream:
     Attributes:
         indices: Which of `batches` are here.
         total: Number of batches over all processes.
+        tokens: Tokens of each batch here.
 
     Raises:
         PrunekitError: No such dtype or offload.
@@ -57,6 +58,7 @@ class Stream:
         self._dtype = dtype
         self._device = arch.model.get_input_embeddings().weight.device
         self._waiting = _Waiting(offload)
+        self.tokens = [batches[index].numel() for index in self.indices]
         self._kwargs: list[list[Keywords]] = []
         same_shape: dict[torch.Size, list[Keywords]] = {}
         for position, index in enumerate(self.indices):
@@ -66,6 +68,10 @@ class Stream:
             seen = same_shape.setdefault(batches[index].shape, kwargs)
             self._waiting[position] = _converted(inputs.hidden, dtype)
             self._kwargs.append(seen if _equal(seen, kwargs) else kwargs)
+
+    def at(self, position: int, layer: int) -> tuple[Tensor, Keywords]:
+        """The hidden states of batch `indices[position]`, and the kwargs of layer `layer`."""
+        return self._waiting[position].to(self._device), self._kwargs[position][layer]
 
     def visit(self, layer: int, function: Callable[[Tensor, int, Keywords], object]) -> None:
         """Call `function(hidden, batch index, kwargs of layer)` for every batch here."""

@@ -46,6 +46,19 @@ def test_prune_saves_and_reports(here, tmp_path, capsys):
     assert "50.00 %" in shown and "2:4" in shown and "safetensors, llama, auto" in shown
 
 
+def test_prune_reconstructs(here, tmp_path, capsys):
+    line = f"prune dense --method magnitude --pattern 2:4 {QUICK} --samples 4 --reconstruct"
+    line += f" --reconstruct-steps 5 --output {tmp_path}/fitted"
+    assert cli.main(line.split()) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Reconstruction of 3 blocks: relative error of their outputs" in shown
+    kept = json.loads((tmp_path / "fitted" / "prunekit.json").read_text())["report"]["prune"]
+    assert kept["reconstruct"]["steps"] == 5 and len(kept["blocks"]) == 3
+    assert kept["sparsity"] == 0.5
+    assert cli.main(["prune", "dense", "--reconstruct-lr", "1e-3", "-o", f"{tmp_path}/no"]) == 2
+    assert "--reconstruct-lr needs --reconstruct" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def wide(place):
     """A dense model in `place` whose matrices packing makes smaller."""
