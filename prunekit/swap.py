@@ -187,7 +187,8 @@ def swap_(
             tokens a call. None: 1.0 on a GPU; elsewhere packing saves memory but never time, so
             everything that fits is packed.
         tokens: Tokens per call (batch × new tokens) to decide for: 1 is decoding one sequence.
-        formats: Names of the formats to try, in order; None: all there are.
+        formats: Names of the formats to try, in order; None: all that keep every value. "2:4-int8",
+            "2:4-fp8" and "2:4-int4" round to nearest, and only run when they are named.
         merge: Whether to compute q/k/v together, and gate/up with their SiLU, where the
             architecture allows it.
         warm_up: Numbers of tokens a call for which kernels are compiled and tested at once (see
@@ -238,7 +239,8 @@ def swap_(
 
 
 def _checked_formats(formats: Sequence[str] | None) -> list[str]:
-    chosen = list(FORMATS) if formats is None else list(formats)
+    exact = [name for name, kind in FORMATS.items() if kind.exact]
+    chosen = exact if formats is None else list(formats)
     for name in chosen:
         if name not in FORMATS:
             raise PrunekitError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
@@ -365,8 +367,7 @@ def _mergeable(parts: Sequence[Any]) -> bool:
         return False
     multiple = FORMATS[first.format].row_multiple
     return (
-        len({(part.format, part.dtype, part.in_features, part.bias is None) for part in parts}) == 1
-        and len({part.weight.device for part in parts}) == 1
+        len({(part.likeness, part.bias is None) for part in parts}) == 1
         and first.weight.device.type != "meta"
         and not any(part.out_features % multiple for part in parts[:-1])
     )
@@ -376,12 +377,11 @@ def _fusable(gate: Any, up: Any) -> bool:
     return (
         type(gate) is PackedLinear
         and type(up) is PackedLinear
-        and gate.format == up.format
+        and gate.likeness == up.likeness
         and FORMATS[gate.format].gate_up is not None
         and gate.bias is None
         and up.bias is None
-        and (gate.out_features, gate.dtype) == (up.out_features, up.dtype)
-        and gate.weight.device == up.weight.device
+        and gate.out_features == up.out_features
         and gate.weight.device.type != "meta"
     )
 

@@ -91,6 +91,13 @@ class PackedLinear(nn.Module):
         shape = (self.out_features, self.in_features)
         return FORMATS[self.format].from_tensors(held, shape, self._held_dtype)
 
+    @property
+    def likeness(self) -> Any:
+        """What weights that are stacked, or share a kernel's call, have in common."""
+        tensors = [(name, getattr(self, name)) for name in self.tensor_names]
+        parts = tuple((name, tensor.dtype, tensor.shape[1:]) for name, tensor in tensors)
+        return self.format, self.dtype, self.in_features, self.weight.device, parts
+
     def kept_values(self) -> Sequence[Tensor]:
         """Tensors that hold every weight which is not zero, in no order (sharing memory)."""
         values: list[Tensor] = self.weight.kept_values()
@@ -226,11 +233,15 @@ class PackedLinear(nn.Module):
         return self
 
     def _convert_(self, wanted: torch.dtype) -> None:
-        """Round the values to a type, and hold them in a type that a format has."""
+        """Round the values to a type, and hold them in a type that a format has.
+
+        Values that are quantised stay: what they stand for is rounded when they are used.
+        """
         if wanted in VALUE_TYPES:
             self._hold_(self.weight.to(dtype=wanted))
             return
-        if wanted.is_floating_point and torch.finfo(wanted).bits < 32:
+        exact = FORMATS[self.format].exact
+        if exact and wanted.is_floating_point and torch.finfo(wanted).bits < 32:
             rounded = self.weight.to_dense().to(wanted).float()
             self._hold_(FORMATS[self.format].pack(rounded))
         # every value that is held is a float64 or a complex number already

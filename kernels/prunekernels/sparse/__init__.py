@@ -14,11 +14,24 @@ from prunekernels.sparse.two_four.linear import (
     sparse24_gate_up,
     sparse24_linear,
 )
+from prunekernels.sparse.two_four.quantized.format import (
+    CLASSES,
+    Quantized24,
+    quantized24_pack,
+    quantized24_parts,
+    quantized24_round,
+)
+from prunekernels.sparse.two_four.quantized.linear import (
+    quantized24_expected,
+    quantized24_gate_up,
+    quantized24_linear,
+)
 
 __all__ = [
     "FORMATS",
     "BitmapSparse",
     "PackedWeight",
+    "Quantized24",
     "Sparse24",
     "bitmap_cat",
     "bitmap_expected",
@@ -26,6 +39,12 @@ __all__ = [
     "bitmap_linear",
     "bitmap_pack",
     "bitmap_split",
+    "quantized24_expected",
+    "quantized24_gate_up",
+    "quantized24_linear",
+    "quantized24_pack",
+    "quantized24_parts",
+    "quantized24_round",
     "sparse24_cat",
     "sparse24_expected",
     "sparse24_gate_up",
@@ -34,5 +53,6 @@ __all__ = [
     "sparse24_split",
 ]
 
+_KINDS: tuple[type[PackedWeight], ...] = (Sparse24, BitmapSparse, *CLASSES.values())
 #: The weight class of each format by its name, in the order in which they are tried.
-FORMATS: dict[str, type[PackedWeight]] = {kind.format: kind for kind in (Sparse24, BitmapSparse)}
+FORMATS: dict[str, type[PackedWeight]] = {kind.format: kind for kind in _KINDS}

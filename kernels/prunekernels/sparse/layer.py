@@ -87,11 +87,13 @@ class PackedWeight(Protocol):
         format: Name of the format in reports and checkpoints.
         row_multiple: What the rows of all but the last weight given to `cat` are a multiple of.
         gate_up: SiLU(x·Wgᵀ)·(x·Wuᵀ) in one kernel; None: gate and up are stacked.
+        exact: Whether `pack` keeps every value. What rounds is only used where it is asked for.
     """
 
     format: ClassVar[str]
     row_multiple: ClassVar[int]
     gate_up: ClassVar[GateUp | None]
+    exact: ClassVar[bool]
 
     @property
     def shape(self) -> tuple[int, int]:

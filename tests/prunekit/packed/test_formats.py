@@ -28,6 +28,7 @@ class Columns:
     format: ClassVar[str] = "columns"
     row_multiple: ClassVar[int] = 1
     gate_up: ClassVar[None] = None
+    exact: ClassVar[bool] = True
 
     @property
     def dtype(self) -> torch.dtype:
@@ -126,7 +127,9 @@ def test_formats_answer_for_themselves(name: str) -> None:
     dense = torch.zeros(32, 128)
     dense[:, ::4] = torch.randn(32, 32)
     packed = kind.pack(dense)
-    assert torch.equal(packed.to_dense(), dense)
+    if kind.exact:
+        assert torch.equal(packed.to_dense(), dense)
+    dense = packed.to_dense()
     x, bias = torch.randn(3, 128), torch.randn(32)
     want = torch.nn.functional.linear(x.double(), dense.double(), bias.double())
     assert torch.allclose(packed.linear(x, bias).double(), want, rtol=1e-5, atol=1e-5)
@@ -141,11 +144,12 @@ def test_formats_answer_for_themselves(name: str) -> None:
     twice = kind.cat([packed, packed])
     assert twice.shape == (64, 128)
     assert all(torch.equal(part.to_dense(), dense) for part in twice.split([32, 32]))
-    assert sum(int(part.count_nonzero()) for part in packed.kept_values()) == 32 * 32
+    if kind.exact:
+        assert sum(int(part.count_nonzero()) for part in packed.kept_values()) == 32 * 32
 
 
 def _op(name: str) -> str:
-    return {"2:4": "sparse24", "bitmap": "bitmap"}[name]
+    return {"2:4": "sparse24", "bitmap": "bitmap"}.get(name, "quantized24")
 
 
 def test_a_layer_makes_its_weight_from_its_buffers_every_time() -> None:

@@ -59,6 +59,7 @@ class BitmapSparse:
     format: ClassVar[str] = "bitmap"
     row_multiple: ClassVar[int] = ROWS
     gate_up: ClassVar[GateUp | None] = staticmethod(bitmap_gate_up)
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.version != VERSION:

@@ -54,6 +54,7 @@ class Sparse24:
     format: ClassVar[str] = "2:4"
     row_multiple: ClassVar[int] = ROWS
     gate_up: ClassVar[GateUp | None] = staticmethod(sparse24_gate_up)
+    exact: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.version != VERSION:

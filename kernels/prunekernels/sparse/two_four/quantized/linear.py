@@ -1,0 +1,359 @@
+"""y = activation(x·Wᵀ + bias) with W packed 2:4 in 8 or 4 bits, and SiLU(x·Wgᵀ)·(x·Wuᵀ).
+
+The eager implementation expands the weight block by block and multiplies densely.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunekernels.runtime import Op, plain, register
+from prunekernels.sparse.layer import (
+    ACTIVATIONS,
+    Calls,
+    Expected,
+    call_key,
+    check_epilogue,
+    check_gated,
+    check_input,
+    expected_of,
+    gradients,
+    slope,
+)
+from prunekernels.sparse.two_four.quantized.expand import product, unpack
+from prunekernels.sparse.two_four.quantized.layout import KINDS, group_of, packed_shape
+from prunekernels.sparse.two_four.quantized.tuning import quantized24_order
+
+if TYPE_CHECKING:
+    from prunekernels.sparse.two_four.quantized.format import Quantized24
+
+OP = Op(
+    "quantized24_linear",
+    {},
+    order=quantized24_order,
+    what="2:4 layers with 8- and 4-bit values",
+    eager="the weight is expanded for each call, smaller in memory but not faster",
+)
+register(OP)
+_calls = Calls(OP)
+
+#: The tensors of a weight: buffer, scales, zero points.
+Parts = tuple[Tensor, Tensor, Tensor | None]
+
+
+def quantized24_linear(
+    x: Tensor,
+    w: Quantized24,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Linear layer with a packed 2:4 weight of 8- or 4-bit values.
+
+    Equivalent to `act(torch.nn.functional.linear(x, w.to_dense(), bias))`; the weight is expanded
+    block by block. Differentiable in `x` and `bias`; the weight cannot be trained while packed.
+
+    Args:
+        x: (..., K), the type and device of `w`.
+        w: Packed (N, K) weight.
+        bias: (N,), like `x`, or None.
+        activation: None, "silu", "gelu_tanh", "gelu" (erf) or "relu".
+        impl: "auto" or "eager" (expand, then dense).
+
+    Returns:
+        (..., N), the type of `x`, contiguous.
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
+    """
+    kind, key = getattr(w, "format", None), None
+    direct = plain(x, bias) and kind in KINDS
+    if direct:
+        grouped = w.scales.shape[1], w.zeros is None
+        key = call_key(x, w, w.packed.device, bias, activation, impl, kind, grouped)
+        filled = _filled(w.packed, w.scales, w.zeros)
+        y: Tensor | None = _calls.again(key, x, (*filled, *filled), bias)
+        if y is not None:
+            return y
+    _check_kind(w)
+    check_input(x, w, w.format, "quantized24_pack")
+    name = check_epilogue("quantized24_linear", x, w.shape, bias, activation)
+    OP.check_impl(impl)
+    parts = w.packed, w.scales, w.zeros
+    if direct:
+        return _linear(x, parts, *w.shape, w.format, bias, name, impl, key)
+    return torch.ops.prunekernels.quantized24_linear(
+        x, *parts, *w.shape, w.format, bias, name, impl
+    )
+
+
+def quantized24_gate_up(
+    x: Tensor, gate: Quantized24, up: Quantized24, impl: str = "auto"
+) -> Tensor:
+    """The gated half of a Llama MLP: SiLU(x·Wgᵀ)·(x·Wuᵀ).
+
+    Equivalent to `F.silu(F.linear(x, gate.to_dense())) * F.linear(x, up.to_dense())` without
+    writing the two intermediate activations.
+
+    Args:
+        x: (..., K), the type and device of both weights.
+        gate: Packed (N, K) weight.
+        up: Packed (N, K) weight, packed like the gate's.
+        impl: As in `quantized24_linear`.
+
+    Returns:
+        (..., N), the type of `x`, contiguous.
+
+    Raises:
+        ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
+    """
+    kind, key = getattr(gate, "format", None), None
+    direct = plain(x) and kind in KINDS and getattr(up, "format", None) == kind
+    if direct:
+        # what up has as gate has needs no place in the key
+        alike = _likeness(gate) == _likeness(up)
+        grouped = gate.scales.shape[1], gate.zeros is None
+        key = call_key(x, gate, gate.device, None, "gated", impl, kind, grouped, alike)
+        ours = _filled(gate.packed, gate.scales, gate.zeros)
+        theirs = _filled(up.packed, up.scales, up.zeros)
+        y: Tensor | None = _calls.again(key, x, (*ours, *theirs), None)
+        if y is not None:
+            return y
+    _check_kind(gate)
+    check_gated("quantized24_gate_up", x, gate, up, gate.format, "quantized24_pack")
+    if _likeness(gate) != _likeness(up):
+        raise ValueError(f"quantized24_gate_up: {up} does not fit {gate}: pack them alike")
+    OP.check_impl(impl)
+    parts = gate.packed, gate.scales, gate.zeros
+    others = up.packed, up.scales, up.zeros
+    if direct:
+        return _gate_up(x, parts, others, *gate.shape, gate.format, impl, key)
+    return torch.ops.prunekernels.quantized24_gate_up(
+        x, *parts, *others, *gate.shape, gate.format, impl
+    )
+
+
+def quantized24_expected(tokens: int, w: Quantized24) -> Expected:
+    """What such a layer gains over the dense one where `w` is (a GPU is tested the first time).
+
+    Args:
+        tokens: M, the tokens of a call.
+        w: The packed weight.
+
+    Returns:
+        The expected speed-up, the implementation and the reason.
+    """
+    return expected_of(OP, tokens, w)
+
+
+def expand(parts: Parts, rows: int, columns: int, kind: str, dtype: torch.dtype) -> Tensor:
+    """The dense weight."""
+    packed, scales, zeros = parts
+    return unpack(packed, scales, zeros, rows, columns, KINDS[kind], dtype)
+
+
+def _filled(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors that a kernel's call takes: without zero points, something in their place."""
+    return packed, scales, packed if zeros is None else zeros
+
+
+def _likeness(w: Quantized24) -> Any:
+    return w.format, w.shape, w.dtype, w.device, w.scales.shape, w.zeros is None
+
+
+def _check_kind(w: Any) -> None:
+    if getattr(w, "format", None) not in KINDS:
+        raise ValueError(
+            f"a packed weight is needed, not {type(w).__name__}: pack it with quantized24_pack or "
+            "quantized24_round"
+        )
+
+
+@torch.library.custom_op("prunekernels::quantized24_expand", mutates_args=())
+def _expand_op(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    rows: int,
+    columns: int,
+    kind: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return expand((packed, scales, zeros), rows, columns, kind, dtype)
+
+
+@_expand_op.register_fake
+def _(
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    rows: int,
+    columns: int,
+    kind: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    return packed.new_empty((rows, columns), dtype=dtype)
+
+
+@torch.library.custom_op("prunekernels::quantized24_linear", mutates_args=())
+def _linear_op(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    rows: int,
+    columns: int,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    impl: str,
+) -> Tensor:
+    return _linear(x, (packed, scales, zeros), rows, columns, kind, bias, activation, impl)
+
+
+def _linear(
+    x: Tensor,
+    parts: Parts,
+    rows: int,
+    columns: int,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    impl: str,
+    key: Any = None,
+) -> Tensor:
+    flat = x.reshape(-1, columns)
+    y = _calls.run(flat, rows, impl, (parts, None, rows, kind, bias, activation), key)
+    if y is None:
+        y = ACTIVATIONS[activation](_dense_product(flat, parts, rows, kind, bias))
+    return y.view(*x.shape[:-1], rows)
+
+
+@_linear_op.register_fake
+def _(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    rows: int,
+    columns: int,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    impl: str,
+) -> Tensor:
+    _check_buffer(packed, scales, rows, columns, kind)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _save_linear(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, scales, zeros, ctx.rows, ctx.columns, ctx.kind, bias, ctx.activation, _ = inputs
+    kept = x if ctx.activation != "none" else None
+    ctx.save_for_backward(kept, packed, scales, zeros, bias)
+    ctx.dtype = output.dtype
+
+
+def _linear_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, packed, scales, zeros, bias = ctx.saved_tensors
+    dense = torch.ops.prunekernels.quantized24_expand(
+        packed, scales, zeros, ctx.rows, ctx.columns, ctx.kind, ctx.dtype
+    )
+    dx, dbias = gradients(ctx, grad, x, dense, bias, 7)
+    return dx, None, None, None, None, None, None, dbias, None, None
+
+
+_linear_op.register_autograd(_linear_backward, setup_context=_save_linear)
+
+
+@torch.library.custom_op("prunekernels::quantized24_gate_up", mutates_args=())
+def _gate_up_op(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up: Tensor,
+    up_scales: Tensor,
+    up_zeros: Tensor | None,
+    rows: int,
+    columns: int,
+    kind: str,
+    impl: str,
+) -> Tensor:
+    parts, others = (gate, gate_scales, gate_zeros), (up, up_scales, up_zeros)
+    return _gate_up(x, parts, others, rows, columns, kind, impl)
+
+
+def _gate_up(
+    x: Tensor,
+    gate: Parts,
+    up: Parts,
+    rows: int,
+    columns: int,
+    kind: str,
+    impl: str,
+    key: Any = None,
+) -> Tensor:
+    flat = x.reshape(-1, columns)
+    y = _calls.run(flat, rows, impl, (gate, up, rows, kind, None, "silu"), key)
+    if y is None:
+        y = F.silu(_dense_product(flat, gate, rows, kind, None))
+        y = y * _dense_product(flat, up, rows, kind, None)
+    return y.view(*x.shape[:-1], rows)
+
+
+@_gate_up_op.register_fake
+def _(
+    x: Tensor,
+    gate: Tensor,
+    gate_scales: Tensor,
+    gate_zeros: Tensor | None,
+    up: Tensor,
+    up_scales: Tensor,
+    up_zeros: Tensor | None,
+    rows: int,
+    columns: int,
+    kind: str,
+    impl: str,
+) -> Tensor:
+    _check_buffer(gate, gate_scales, rows, columns, kind)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+def _save_gate_up(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *parts, ctx.rows, ctx.columns, ctx.kind, _ = inputs
+    ctx.save_for_backward(x, *parts)
+
+
+def _gate_up_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, *parts = ctx.saved_tensors
+    expand_op = torch.ops.prunekernels.quantized24_expand
+    rest = ctx.rows, ctx.columns, ctx.kind, x.dtype
+    gate, up = expand_op(*parts[:3], *rest), expand_op(*parts[3:], *rest)
+    z = F.linear(x, gate)
+    dx = (grad * F.linear(x, up) * slope("silu", z)) @ gate
+    dx = dx + (grad * F.silu(z)) @ up
+    return dx, *(None,) * 10
+
+
+_gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)
+
+
+def _dense_product(x: Tensor, parts: Parts, rows: int, kind: str, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b with the weight expanded block by block."""
+    packed, scales, zeros = parts
+    return product(x, packed, scales, zeros, rows, KINDS[kind], bias)
+
+
+def _check_buffer(packed: Tensor, scales: Tensor, rows: int, columns: int, kind: str) -> None:
+    if (
+        tuple(packed.shape) != packed_shape(rows, columns, KINDS[kind].bits)
+        or group_of(columns, scales.shape[1]) is None
+    ):
+        raise ValueError(
+            f"packed buffer {tuple(packed.shape)} with scales {tuple(scales.shape)} does not hold "
+            f"a ({rows}, {columns}) weight of {kind}: pass the tensors and shape of one weight"
+        )
