@@ -27,7 +27,7 @@ matrices a mapping 'rules' from name patterns to methods:
 """
 EXAMPLE = "prunekit prune demo --method wanda --pattern 2:4 --output out/wanda24"
 
-_METHOD_OPTIONS = ("method", "pattern", "sparsity", "variant", "block", "damping")
+_METHOD_OPTIONS = ("method", "pattern", "sparsity", "update", "variant", "block", "damping")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pattern", help="unstructured (default), or N:M with N kept of M: 2:4")
     parser.add_argument(
         "--sparsity", type=options.fraction, help="fraction to prune (0.5, or what N:M implies)"
+    )
+    parser.add_argument(
+        "--update", choices=("admm",), help="refit the kept weights of any method's mask"
     )
     parser.add_argument("--variant", action="store_true", help="Wanda: thresholds per row (α)")
     parser.add_argument("--block", type=options.positive, help="SparseGPT: columns at once (128)")

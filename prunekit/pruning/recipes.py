@@ -28,6 +28,11 @@ from prunekit.pruning.patterns import Pattern
 # Routers decide which expert sees a token, and are tiny: pruning them saves nothing.
 DEFAULT_IGNORE = ("lm_head", "*.router", "*.gate", "*.shared_expert_gate")
 
+UPDATES = ("admm",)
+
+# What a method's mask needs to know of a matrix's inputs.
+NOTHING, MEAN_SQUARES, HESSIAN = "nothing", "mean squares", "hessian"
+
 
 @dataclass(frozen=True)
 class _Method:
@@ -37,16 +42,33 @@ class _Method:
         sparsity: Fraction of the weights to prune, in (0, 1); None means 0.5, or what the
             pattern implies.
         pattern: "unstructured", or "N:M": N kept of every M in a row.
+        update: "admm": once the mask is chosen, give the kept weights the values whose outputs come
+            closest to the dense ones' (`prunekit.pruning.admm`). None: what the method leaves.
     """
 
     sparsity: float | None = None
     pattern: str = patterns.UNSTRUCTURED
+    update: str | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
-    calibrated: ClassVar[bool]
+    scored_by: ClassVar[str]  # NOTHING, MEAN_SQUARES or HESSIAN
 
     def __post_init__(self) -> None:
         patterns.parse(self.pattern, self.sparsity)
+        if self.update not in (None, *UPDATES):
+            raise PrunekitError(
+                f"update '{self.update}' is unknown: use {', '.join(UPDATES)}, or leave it out"
+            )
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration."""
+        return self.scored_by != NOTHING or self.needs_hessian
+
+    @property
+    def needs_hessian(self) -> bool:
+        """Whether it needs XᵀX of the inputs."""
+        return self.scored_by == HESSIAN or self.update is not None
 
     @property
     def target(self) -> Pattern:
@@ -66,7 +88,7 @@ class Magnitude(_Method):
     """
 
     name: ClassVar[str] = "magnitude"
-    calibrated: ClassVar[bool] = False
+    scored_by: ClassVar[str] = NOTHING
 
 
 @dataclass(frozen=True)
@@ -85,7 +107,7 @@ class Wanda(_Method):
     variant: bool = False
 
     name: ClassVar[str] = "wanda"
-    calibrated: ClassVar[bool] = True
+    scored_by: ClassVar[str] = MEAN_SQUARES
 
 
 @dataclass(frozen=True)
@@ -107,7 +129,7 @@ class SparseGPT(_Method):
     keep_zeros: bool = True
 
     name: ClassVar[str] = "sparsegpt"
-    calibrated: ClassVar[bool] = True
+    scored_by: ClassVar[str] = HESSIAN
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +171,8 @@ def _fits(key: str, value: Any) -> bool:
     if key in ("sparsity", "damping"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number or (key == "sparsity" and value is None)
+    if key == "update":
+        return value is None or isinstance(value, str)
     kinds: dict[str, type] = {"pattern": str, "variant": bool, "block": int, "keep_zeros": bool}
     return type(value) is kinds[key]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,13 @@ from prunekit.models.weight_refs import WeightRef
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
-from prunekit.pruning import importance, sparsegpt
 from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
 from prunekit.pruning.journal import Journal, fingerprint
-from prunekit.pruning.recipes import Magnitude, Method, Recipe, SparseGPT, Wanda
+from prunekit.pruning.methods import prune_group
+from prunekit.pruning.recipes import Method, Recipe
 from prunekit.pruning.reconstruction import Reconstruction, Targets, reconstruct_
 from prunekit.pruning.report import BlockFit, MatrixReport, PruneReport, dtype_name
 from prunekit.pruning.stream import Stream
-
-_NO_TOKENS = "no calibration token reached it: scored by magnitude"
-_SILENT = "its calibration inputs are all zero: scored by magnitude"
 
 
 @usual_torch()
@@ -126,6 +123,7 @@ def prune_(
                 return sequences(calibration, model, tokenizer, progress=progress)
 
             found = compute() if record is None else record.tokens(compute)
+            _check_tokens(chosen, assigned, sum(map(len, found)))
             parts = [found] if reconstruct is None else reconstruct.split(found)
             runs = [batches(part, batch_size, device) for part in parts]
             together = [batch for run in runs for batch in run]
@@ -232,6 +230,19 @@ def _check(
             raise PrunekitError(f"{ref.name} holds NaN or infinite weights: repair the checkpoint")
 
 
+def _check_tokens(
+    layers: Sequence[Sequence[WeightRef]], assigned: Mapping[str, Method], tokens: int
+) -> None:
+    """Raise a PrunekitError where fewer tokens than inputs are to be fitted (experts: noted)."""
+    for ref in (ref for refs in layers for ref in refs if ref.expert is None):
+        needed, update = ref.matrix.shape[1], assigned[ref.name].update
+        if update is not None and tokens < needed:
+            raise PrunekitError(
+                f"update '{update}' of {ref.name} fits {needed} weights a row: calibrate on at "
+                f"least {needed} tokens, not {tokens}"
+            )
+
+
 def _observe(
     arch: Architecture,
     stream: Stream | None,
@@ -242,7 +253,7 @@ def _observe(
     """Run the layer as it is, for the statistics of each input group; {} without calibration."""
     if stream is None or not refs:
         return {}
-    hessians = {ref.name for ref in refs if isinstance(assigned[ref.name], SparseGPT)}
+    hessians = {ref.name for ref in refs if assigned[ref.name].needs_hessian}
     collector = LayerCollector(refs, hessians, stream.total)
     stream.visit(
         layer,
@@ -252,15 +263,6 @@ def _observe(
     )
     collector.finish()
     return collector.groups
-
-
-@dataclass(frozen=True)
-class _Pruned:
-    """A matrix's new weights and mask, both (out, in), and what was unusual."""
-
-    weights: Tensor
-    mask: Tensor
-    note: str = ""
 
 
 def _prune_layer_(
@@ -276,7 +278,7 @@ def _prune_layer_(
     errors: dict[str, Tensor] = {}
     for (group, method), members in together.items():
         inputs = statistics.get(group)
-        results = _prune_group([ref.matrix for ref in members], method, inputs)
+        results = prune_group([ref.matrix for ref in members], method, inputs)
         for ref, result in zip(members, results, strict=True):
             if inputs is not None:
                 errors[ref.name] = _output_squares(inputs.sampled, ref.matrix, result.weights)
@@ -294,60 +296,6 @@ def _prune_layer_(
             )
         del result, results  # before the next group's H is factored
     return _with_errors([done[ref.name] for ref in refs], errors)
-
-
-def _prune_group(
-    matrices: Sequence[Tensor], method: Method, inputs: InputStatistics | None
-) -> list[_Pruned]:
-    """Prune matrices that read the same input by the same method; the originals stay."""
-    pattern = method.target
-    if isinstance(method, Magnitude):
-        found = [
-            importance.select(importance.magnitude(m), pattern, per_row=False) for m in matrices
-        ]
-        return [_masked(*pair) for pair in zip(matrices, found, strict=True)]
-    assert inputs is not None
-    note = ""
-    if not inputs.tokens:
-        note = _NO_TOKENS
-    elif not bool(inputs.square_sum.any()):
-        note = _SILENT
-    if isinstance(method, SparseGPT) and not note:
-        return _by_sparsegpt(matrices, method, inputs)
-    mean_square = torch.ones_like(inputs.square_sum) if note else inputs.mean_square
-    if isinstance(method, Wanda) and (pattern.structured or not method.variant):
-        masks = [importance.wanda_mask(matrix, mean_square, pattern) for matrix in matrices]
-        return [_masked(*pair, note) for pair in zip(matrices, masks, strict=True)]
-    results = []
-    for matrix in matrices:
-        ranked = importance.wanda(matrix, mean_square)
-        if isinstance(method, Wanda):
-            ranked = importance.cumulative_shares(ranked)
-        results.append(_masked(matrix, importance.select(ranked, pattern, per_row=False), note))
-    return results
-
-
-def _masked(matrix: Tensor, mask: Tensor, note: str = "") -> _Pruned:
-    return _Pruned(matrix.masked_fill(mask.logical_not(), 0), mask, note)
-
-
-def _by_sparsegpt(
-    matrices: Sequence[Tensor], method: SparseGPT, inputs: InputStatistics
-) -> list[_Pruned]:
-    assert inputs.hessian is not None
-    factor = sparsegpt.inverse_factor(inputs.hessian, method.damping)
-    notes = []
-    if factor.damping != method.damping:
-        notes.append(f"damping raised from {method.damping:g} to {factor.damping:g}")
-    results = sparsegpt.sparsify(
-        matrices, factor.upper, method.target, method.block, keep_zeros=method.keep_zeros
-    )
-    done = []
-    for matrix, (weights, mask) in zip(matrices, results, strict=True):
-        alive = 0 if method.keep_zeros else int(((matrix == 0) & (weights != 0)).sum())
-        again = [f"{alive} zeros are weights again"] if alive else []
-        done.append(_Pruned(weights, mask, "; ".join([*notes, *again])))
-    return done
 
 
 def _output_squares(inputs: Tensor, before: Tensor, after: Tensor) -> Tensor:

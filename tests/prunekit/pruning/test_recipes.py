@@ -92,7 +92,7 @@ def test_rules_without_a_matrix(recipe, message):
 @pytest.mark.parametrize(
     "recipe",
     [
-        Recipe.of(Magnitude(0.3)),
+        Recipe.of(Magnitude(0.3, update="admm")),
         Recipe({"*.q": Wanda(variant=True), "*": SparseGPT(pattern="2:4", block=64)}, ("*.v",)),
     ],
     ids=str,
@@ -114,6 +114,8 @@ def test_one_method_as_plain_data():
         ({"method": "wanda", "blok": 3}, "wanda has no setting 'blok': use sparsity, pattern"),
         ({"method": "wanda", "sparsity": "half"}, "'sparsity' can't be 'half'"),
         ({"method": "wanda", "pattern": 124}, "'pattern' can't be 124"),
+        ({"method": "wanda", "update": 1}, "'update' can't be 1"),
+        ({"method": "wanda", "update": "adam"}, "update 'adam' is unknown: use admm"),
         ({"method": "sparsegpt", "block": True}, "'block' can't be True"),
         ({"rules": {}}, "no rules"),
         ({"rules": ["wanda"]}, "must map name patterns to methods"),
