@@ -25,7 +25,7 @@ from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict, a
 from prunekit import checkpoint
 from prunekit.commands.measures import cache_size
 from prunekit.errors import PrunekitError
-from prunekit.packed.modules import weight_bytes
+from prunekit.packed.sizes import weight_bytes
 from prunekit.speed import decoding as speed
 from prunekit.speed.variants import VARIANTS, Variant, build
 

@@ -29,6 +29,7 @@ from prunekit.packed.modules import (
     MergedLinear,
     MergedPart,
     PackedLinear,
+    check_module,
     packed_layers,
     share_hooks_,
 )
@@ -353,12 +354,13 @@ def _merge_(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     parts: list[Any] = [model.get_submodule(name) for name in names]
     if not _mergeable(parts):
         return {}
-    owner = MergedLinear(parts).train(parts[0].training)
+    own = [name.rpartition(".")[2] for name in names]
+    owner = MergedLinear(parts, own).train(parts[0].training)
     owner.watch_(model.get_submodule(names[0].rpartition(".")[0]))
     _replace_(model, names[0], owner)
     for place, name in enumerate(names[1:], start=1):
         _replace_(model, name, MergedPart(owner, place))
-    return dict.fromkeys(names, "+".join(name.rpartition(".")[2] for name in names))
+    return dict.fromkeys(names, "+".join(own))
 
 
 def _mergeable(parts: Sequence[Any]) -> bool:
@@ -395,7 +397,11 @@ def unswap_(model: nn.Module) -> list[str]:
 
     Returns:
         Names of the layers that are dense now.
+
+    Raises:
+        PrunekitError: It is no module.
     """
+    check_module(model)
     vars(model).pop("save_pretrained", None)
     for name, module in list(model.named_modules()):
         if isinstance(module, FusedGatedMLP):

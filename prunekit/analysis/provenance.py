@@ -10,7 +10,7 @@ import torch
 
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS, base_model_type
-from prunekit.packed.modules import weight_count
+from prunekit.packed.sizes import weight_count
 
 
 def versions() -> dict[str, str | None]:

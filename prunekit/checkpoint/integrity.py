@@ -17,7 +17,7 @@ from prunekit.errors import PrunekitError, one_line
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS
 from prunekit.packed.modules import packed_layers
-from prunekit.packed.tensor_parts import plain_parts
+from prunekit.packed.sizes import plain_parts
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -31,7 +31,7 @@ from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED, base_model_typ
 from prunekit.models.quantizer import DamagedWeightsError
 from prunekit.models.skeletons import make_packed_config_, skeleton_of
 from prunekit.packed.described import PACKED_FIELD, QUANT_METHOD, check_described
-from prunekit.packed.modules import prove_kernels
+from prunekit.packed.warming import prove_kernels
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import quiet_transformers
 from prunekit.swap import merge_

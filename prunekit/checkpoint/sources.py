@@ -29,6 +29,11 @@ def located(source: str | Path, gguf_file: str | None = None) -> Path:
     Raises:
         PrunekitError: It is neither here nor on the Hub.
     """
+    if not isinstance(source, str | Path):
+        raise PrunekitError(
+            f"{type(source).__name__} is no source of a model: give a folder, a .gguf file, a Hub "
+            f"id or '{DEMO}'"
+        )
     path = Path(source).expanduser()
     if source == DEMO:
         path = demo_file()

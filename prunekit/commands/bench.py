@@ -162,7 +162,7 @@ def _measured(
     args: argparse.Namespace, built: Sequence[tuple[Variant, float]], cache: str
 ) -> list[dict[str, Any]]:
     """One record per batch and variant, the variants in turns."""
-    from prunekit.packed.modules import weight_bytes
+    from prunekit.packed.sizes import weight_bytes
     from prunekit.packed.warming import warm_up_
     from prunekit.process.progress import track
     from prunekit.speed import decoding as speed

@@ -36,12 +36,12 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 
 def _facts(source: str, model: Any) -> dict[str, Any]:
+    from prunekit import packed
     from prunekit.analysis.provenance import absent_sublayers
     from prunekit.checkpoint.manifest import MANIFEST, read_json
     from prunekit.commands import measures
     from prunekit.models.architectures import Architecture
     from prunekit.models.layouts import base_model_type
-    from prunekit.packed import modules as packed
 
     arch = Architecture(model)
     cache = measures.cache_size(model)

@@ -104,8 +104,8 @@ def pack(model: Any, args: argparse.Namespace) -> SwapReport:
 
 def facts(model: Any, folder: str) -> dict[str, int]:
     """Sizes in memory and on disk."""
+    from prunekit import packed
     from prunekit.commands import measures
-    from prunekit.packed import modules as packed
 
     return {
         "parameters_bytes": packed.weight_bytes(model),

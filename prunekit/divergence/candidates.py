@@ -22,6 +22,7 @@ from prunekit.divergence.loading import (
     load_any,
 )
 from prunekit.errors import PrunekitError
+from prunekit.models.causal import check_causal
 
 DTYPES = ("float32", "bfloat16", "float16")
 _WITH_DTYPE = re.compile(rf"(.+)@({'|'.join(DTYPES)})")
@@ -95,6 +96,7 @@ def sides(
             short = _short(path) + (f" in {own}" if own else "")
             side = Side(path, name or short, kind, own or dtype, own is not None)
         else:
+            check_causal(source)
             held = getattr(source.config, "name_or_path", "") or type(source).__name__
             side = Side(source, name or _short(str(held)))
         found.append(side)

@@ -30,7 +30,7 @@ from prunekit.files.content import add_content
 from prunekit.models.dropped import DROP_LISTS
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED
 from prunekit.packed.described import PACKED_FIELD
-from prunekit.packed.tensor_parts import plain_parts
+from prunekit.packed.sizes import plain_parts
 from prunekit.process.progress import quiet_transformers
 
 ADAPTER = "adapter_config.json"

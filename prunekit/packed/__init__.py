@@ -8,10 +8,9 @@ from prunekit.packed.modules import (
     PackedLinear,
     own_layer,
     packed_layers,
-    prove_kernels,
-    weight_bytes,
-    weight_count,
 )
+from prunekit.packed.sizes import plain_parts, weight_bytes, weight_count
+from prunekit.packed.warming import prove_kernels
 
 __all__ = [
     "FORMATS",
@@ -23,6 +22,7 @@ __all__ = [
     "Shape",
     "own_layer",
     "packed_layers",
+    "plain_parts",
     "prove_kernels",
     "weight_bytes",
     "weight_count",

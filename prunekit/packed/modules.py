@@ -23,7 +23,6 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
 from prunekit.packed.formats import FORMATS, VALUE_TYPES, PackedWeight, Shape
-from prunekit.packed.tensor_parts import plain_parts
 
 _WORDS = {2: torch.int16, 4: torch.int32}  # integers of their sizes
 
@@ -282,9 +281,11 @@ class MergedLinear(PackedLinear):
 
     Args:
         parts: The packed projections, in the order they are called.
+        names: Their names in the module around them: by these a checkpoint's separate projections
+            are found when a state is loaded.
     """
 
-    def __init__(self, parts: Sequence[PackedLinear]) -> None:
+    def __init__(self, parts: Sequence[PackedLinear], names: Sequence[str] = ()) -> None:
         first = parts[0]
         bias = None
         if first.bias is not None:
@@ -294,6 +295,7 @@ class MergedLinear(PackedLinear):
         super().__init__(weight, bias, first.format, trainable=first.trainable)
         self.dtype = first.dtype
         self.sizes = [part.out_features for part in parts]
+        self.names = tuple(names)
         self._running = False
         self._waiting: tuple[Tensor, object, list[Tensor]] | None = None
 
@@ -301,13 +303,44 @@ class MergedLinear(PackedLinear):
         """Let results wait while `attention`, which calls the projections, runs."""
         attention.register_forward_pre_hook(self._begin)
         attention.register_forward_hook(self._end, always_call=True)
+        register: Any = attention.register_load_state_dict_pre_hook
+        register(self._join_)
 
     def unwatch_(self, attention: nn.Module) -> None:
         """Undo `watch_`."""
+        loading: Any = attention._load_state_dict_pre_hooks
+        for key in [k for k, h in loading.items() if getattr(h.hook, "__self__", None) is self]:
+            del loading[key]
         for hooks in (attention._forward_pre_hooks, attention._forward_hooks):
             for key in [k for k, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
                 del hooks[key]
                 attention._forward_hooks_always_called.pop(key, None)
+
+    def _join_(self, attention: nn.Module, state: Any, prefix: str, *args: Any) -> None:
+        """Make one of the parts' tensors in a state that is about to be loaded.
+
+        A checkpoint has them apart, as trainers that resume hand them over. A state of this very
+        model has them merged and stays as it is, as does one that does not fit: loading says why.
+        """
+        places = [f"{prefix}{name}." for name in self.names]
+        if not places or not all(f"{place}header" in state for place in places):
+            return
+        found = [
+            {key.removeprefix(place): state[key] for key in state if key.startswith(place)}
+            for place in places
+        ]
+        biases = [tensors.pop("bias", None) for tensors in found]
+        kind = FORMATS[self.format]
+        try:
+            joined = kind.cat([kind.from_state_dict(tensors) for tensors in found]).state_dict()
+        except (ValueError, KeyError):
+            return
+        if self.bias is not None and all(bias is not None for bias in biases):
+            joined["bias"] = torch.cat(biases)
+        for place in places:
+            for key in [key for key in state if key.startswith(place)]:
+                del state[key]
+        state.update({f"{places[0]}{name}": tensor for name, tensor in joined.items()})
 
     def _begin(self, attention: nn.Module, args: Any) -> None:
         self._running, self._waiting = True, None
@@ -499,29 +532,9 @@ def packed_layers(model: nn.Module) -> Iterator[tuple[str, PackedLinear]]:
             yield name, layer
 
 
-def prove_kernels(model: nn.Module) -> None:
-    """Run the self-tests of the kernels that the packed layers use, once per format and device.
-
-    Without it the first call would: too late if that call is captured in a CUDA graph.
-    """
-    weights = {
-        (layer.format, layer.weight.device): layer.weight for _, layer in packed_layers(model)
-    }
-    for (_, device), weight in weights.items():
-        if device.type != "meta":
-            weight.expected(1)
-
-
-def weight_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters, packed and quantised weights in memory; tied ones count once."""
-    parts = (part for parameter in model.parameters() for part in plain_parts(parameter))
-    parameters = sum(part.numel() * part.element_size() for part in parts)
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    return parameters + sum(module.weight.nbytes for module in packed)
-
-
-def weight_count(model: nn.Module) -> int:
-    """Number of weights, zeros of packed ones included; tied ones count once."""
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    inside = sum(module.out_features * module.in_features for module in packed)
-    return inside + sum(parameter.numel() for parameter in model.parameters())
+def check_module(model: Any) -> None:
+    """Raise a PrunekitError unless `model` is a module of torch."""
+    if not isinstance(model, nn.Module):
+        raise PrunekitError(
+            f"{type(model).__name__} is no model: pass one, as prunekit.load gives it"
+        )

@@ -10,7 +10,7 @@ from prunekernels import warm_up
 from torch import nn
 
 from prunekit.errors import PrunekitError
-from prunekit.packed.modules import FusedGatedMLP, PackedLinear
+from prunekit.packed.modules import FusedGatedMLP, PackedLinear, check_module, packed_layers
 from prunekit.process.progress import counter
 
 #: Where kernels are launched: layers elsewhere have nothing to compile.
@@ -35,13 +35,27 @@ def warm_up_(model: nn.Module, tokens: Sequence[int] = (1, 8), *, progress: bool
         How many kernels had to be compiled.
 
     Raises:
-        PrunekitError: `tokens` is empty, or holds a number below 1.
+        PrunekitError: It is no module, or `tokens` is empty, or holds a number below 1.
     """
+    check_module(model)
     if not tokens or min(tokens) < 1:
         raise PrunekitError(f"tokens is {tuple(tokens)}: give tokens per call, each from 1")
     calls = [call for count in dict.fromkeys(tokens) for call in _calls(model, count)]
     with torch.inference_mode(), counter("Compiling kernels", enabled=progress) as show:
         return warm_up(calls, progress=show)
+
+
+def prove_kernels(model: nn.Module) -> None:
+    """Run the self-tests of the kernels that the packed layers use, once per format and device.
+
+    Without it the first call would: too late if that call is captured in a CUDA graph.
+    """
+    weights = {
+        (layer.format, layer.weight.device): layer.weight for _, layer in packed_layers(model)
+    }
+    for (_, device), weight in weights.items():
+        if device.type != "meta":
+            weight.expected(1)
 
 
 def _calls(model: nn.Module, tokens: int) -> list[Callable[[], Any]]:

@@ -21,7 +21,8 @@ from prunekit.evaluation.intervals import Interval, paired, paired_difference
 from prunekit.evaluation.items import Choice
 from prunekit.files.atomic import replaced_folder
 from prunekit.models import generation
-from prunekit.packed.modules import weight_count
+from prunekit.models.causal import check_causal
+from prunekit.packed.sizes import weight_count
 from prunekit.process import distributed
 from prunekit.report import overview
 from prunekit.speed.beside import Speed, beside
@@ -222,6 +223,7 @@ def compare_several(
     Raises:
         PrunekitError: No copy is given, one is no model, or all of them fail.
     """
+    check_causal(dense)
     asked = sides(copies, dtype)
     if not asked:
         raise PrunekitError("no copies to compare: give at least one")

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prunekit import checkpoint, cli
 from prunekit.errors import PrunekitError
-from prunekit.packed.modules import weight_bytes
+from prunekit.packed.sizes import weight_bytes
 from prunekit.speed import variants
 
 

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers import PreTrainedTokenizerFast as Fast
 
 import prunekit as pk
+from prunekit import packed
 from prunekit.checkpoint import former_layouts
 from prunekit.errors import PrunekitError
 from prunekit.models.dropped import drop_blocks_, drop_sublayers_
 from prunekit.packed import FORMATS
-from prunekit.packed import modules as packed
 from prunekit.packed.modules import PackedLinear, packed_layers
 from prunekit.swap import merge_
 

@@ -11,10 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import prunekit as pk
+from prunekit import packed
 from prunekit.errors import PrunekitError
 from prunekit.models.architectures import Architecture
 from prunekit.packed import FORMATS
-from prunekit.packed import modules as packed
 from prunekit.packed.modules import FusedGatedMLP, MergedLinear, PackedLinear, packed_layers
 
 
@@ -394,3 +394,43 @@ def test_sizes_count_packed_weights(tiny_24):
     report = pk.swap_(model)
     assert packed.weight_count(model) == count
     assert before - packed.weight_bytes(model) == report.dense_bytes - report.bytes
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gpt_neox"])  # with biases; where nothing is merged
+def test_a_merged_model_takes_a_checkpoint_that_has_its_projections_apart(tiny_24, token_ids, name):
+    # what a trainer does that resumes: save_pretrained, then load_state_dict of the file
+    model, other = tiny_24(name), tiny_24(name)
+    apart = {key: tensor.clone() for key, tensor in packed_state_of(model).items()}
+    pk.swap_(other)
+    want = logits(other, token_ids)
+    for key, buffer in other.named_buffers():
+        if key.endswith("packed"):
+            buffer.zero_()
+    assert not torch.equal(logits(other, token_ids), want)
+    found = other.load_state_dict(apart, strict=False)
+    assert not found.unexpected_keys and set(found.missing_keys) <= {"lm_head.weight"}
+    assert torch.equal(logits(other, token_ids), want)
+    # one that does not fit is refused, and changes no packed layer
+    layer = next(key for key in apart if key.endswith("header"))
+    apart[layer] = apart[layer].clone()
+    apart[layer][1] += 8
+    with pytest.raises(RuntimeError, match="load a state of this model"):
+        other.load_state_dict(apart, strict=False)
+    assert torch.equal(logits(other, token_ids), want)
+    pk.unswap_(other)
+    assert not any(m._load_state_dict_pre_hooks for m in other.modules())
+
+
+def packed_state_of(model):
+    pk.swap_(model, merge=False)
+    return model.state_dict()
+
+
+@pytest.mark.parametrize("wrong", [None, 3, "demo"])
+def test_what_is_no_model_is_said_to_be_none(wrong):
+    for call in (pk.unswap_, pk.warm_up_, pk.swap_, pk.load):
+        if (call, wrong) != (pk.load, "demo"):
+            with pytest.raises(pk.PrunekitError):
+                call(wrong)
+    with pytest.raises(pk.PrunekitError):
+        pk.kld(wrong if wrong != "demo" else 3.5, [])

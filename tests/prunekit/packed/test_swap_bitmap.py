@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import prunekit as pk
-from prunekit.packed.modules import MergedPart, packed_layers, weight_bytes
+from prunekit.packed.modules import MergedPart, packed_layers
+from prunekit.packed.sizes import weight_bytes
 
 
 def logits(model, token_ids) -> torch.Tensor:
