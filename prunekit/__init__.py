@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from prunekit.data.calibration import Calibration
     from prunekit.divergence.result import Kld
     from prunekit.divergence.run import kld
+    from prunekit.evaluation.retrieval.searching import retrieve
     from prunekit.packed.warming import warm_up_
     from prunekit.pruning import (
         Drop,
@@ -61,6 +62,7 @@ __all__ = [
     "kld",
     "load",
     "prune_",
+    "retrieve",
     "save",
     "swap_",
     "sweep",
@@ -82,6 +84,7 @@ _HOMES = {
         "prunekit.pruning",
     ),
     **dict.fromkeys(("SwapReport", "swap_", "unswap_"), "prunekit.swap"),
+    "retrieve": "prunekit.evaluation.retrieval.searching",
     "warm_up_": "prunekit.packed.warming",
 }
 

@@ -7,7 +7,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
-from prunekit.commands import bench, compare, demo, doctor, drop, inspect, kld, prune, swap
+from prunekit.commands import (
+    bench,
+    compare,
+    demo,
+    doctor,
+    drop,
+    inspect,
+    kld,
+    prune,
+    retrieval,
+    swap,
+)
 from prunekit.commands import eval as evaluate
 
 
@@ -34,5 +45,17 @@ COMMANDS = {
     module.__name__.rpartition(".")[2]: Command(
         module.SUMMARY, module.DESCRIPTION, module.EXAMPLE, module.add_arguments, module.run
     )
-    for module in (demo, prune, drop, swap, compare, kld, evaluate, bench, inspect, doctor)
+    for module in (
+        demo,
+        prune,
+        drop,
+        swap,
+        compare,
+        kld,
+        evaluate,
+        retrieval,
+        bench,
+        inspect,
+        doctor,
+    )
 }

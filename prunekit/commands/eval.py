@@ -46,8 +46,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     if not tasks:
         raise PrunekitError("which tasks? give --tasks, such as --tasks arc_easy,gsm8k")
 
-    if args.output and not Path(args.output).absolute().parent.is_dir():
-        raise PrunekitError(f"--output {args.output}: its folder does not exist; create it first")
+    options.check_file(args.output)
 
     from prunekit.evaluation.tasks import run_tasks
 

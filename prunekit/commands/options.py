@@ -121,6 +121,18 @@ def output(args: argparse.Namespace, replaceable: Sequence[str]) -> str:
     return str(args.output)
 
 
+def check_file(path: str | None) -> None:
+    """See that a file could be written at `path`, if one is asked for.
+
+    Raises:
+        PrunekitError: Its folder does not exist, or it is a folder.
+    """
+    if path and Path(path).is_dir():
+        raise PrunekitError(f"--output {path} is a folder: name a file in it")
+    if path and not Path(path).absolute().parent.is_dir():
+        raise PrunekitError(f"--output {path}: its folder does not exist; create it first")
+
+
 def needed(value: str | None, what: str) -> str:
     """`value` of a positional argument, which a configuration file may give as well.
 
