@@ -30,6 +30,7 @@ PAGES = tuple(
         "docs/pruning.md",
         "docs/metrics.md",
         "docs/kld.md",
+        "docs/retrieval.md",
     )
 )
 CPU = RESULTS / "cpu"
@@ -60,6 +61,32 @@ def quality() -> str:
         for row in rows("quality_c4.csv")
     ]
     return table(["method", "pattern", "perplexity"], body)
+
+
+def retrieval() -> str:
+    """nDCG@10 with both poolings as sublayers are dropped, beside the perplexity of prose."""
+    if not (CPU / "retrieval.csv").is_file():
+        return "Not measured on this version yet."
+    names = {"dense": "nothing", "attn": "attentions", "mlp": "MLPs"}
+    body = []
+    found = rows("retrieval.csv")
+    for last in (row for row in found if row["pooling"] == "last"):
+        mean = next(
+            row
+            for row in found
+            if row["pooling"] == "mean"
+            and (row["unit"], row["dropped"]) == (last["unit"], last["dropped"])
+        )
+        line = [f"{last['dropped']} {names[last['unit']]}" if last["dropped"] != "0" else "nothing"]
+        for row in (last, mean):
+            level, change = float(row["ndcg@10"]), float(row["ndcg@10_change"])
+            ends = (float(row[f"ndcg@10_change_{end}"]) for end in ("low", "high"))
+            low, high = ends
+            moved = f" ({change:+.3f} [{low:+.3f}, {high:+.3f}])" if last["dropped"] != "0" else ""
+            line.append(f"{level:.3f}{moved}")
+        body.append([*line, f"{float(last['perplexity']):.1f}"])
+    head = ["dropped", "nDCG@10, last token (change)", "nDCG@10, mean (change)", "perplexity"]
+    return table(head, body)
 
 
 def kld() -> str:
@@ -446,6 +473,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "draws": draws,
     "estimates": estimates,
     "h200": h200,
+    "retrieval": retrieval,
     "h200-2:4": h200_two_four,
     "h200-bitmap": h200_bitmap,
     "h200-statistics": h200_statistics,
