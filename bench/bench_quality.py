@@ -1,27 +1,35 @@
-"""Perplexity of a model pruned in several ways, on text that calibration did not see.
+"""Perplexity and KLD of a model pruned in several ways, on text that calibration did not see.
 
     python -m bench.bench_quality --calibration c4.json --text c4.json
 
-Prints a table and writes results/<cpu or gpu name>/quality.csv. Without --calibration the
+Prints a table and writes results/<cpu or gpu name>/quality.csv: a row as soon as it is measured, in
+the place of an earlier row of the same method, calibration and text. Without --calibration the
 model writes its own calibration text; without --text the built-in held-out prose is scored.
+`kld` is the mean KL(dense‖pruned) in nats over the text's first windows, `seconds` the time of
+pruning, and `added_mb` the memory that it took beyond what the process held before (Linux).
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+import csv
 import json
-import sys
 import tempfile
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.bench_prune import Peak, status
 from bench.harness import RESULTS
-from bench.result_rows import provenance, write_csv
+from bench.result_rows import device_name, provenance
 from prunekit import checkpoint
 from prunekit.data import calibration
 from prunekit.data.text_files import read_file
+from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout
 from prunekit.evaluation.likelihood import perplexity
 from prunekit.pruning import Magnitude, Method, SparseGPT, Wanda, prune_
@@ -38,7 +46,18 @@ METHODS: dict[str, Method | None] = {
     "magnitude 2:4": Magnitude(pattern="2:4"),
     "wanda 2:4": Wanda(pattern="2:4"),
     "sparsegpt 2:4": SparseGPT(pattern="2:4"),
+    "wanda, admm": Wanda(update="admm"),
+    "sparsegpt, admm": SparseGPT(update="admm"),
+    "sparsegpt, admm 4:8": SparseGPT(pattern="4:8", update="admm"),
+    "sparsegpt, admm 8:16": SparseGPT(pattern="8:16", update="admm"),
+    "wanda, admm 2:4": Wanda(pattern="2:4", update="admm"),
+    "sparsegpt, admm 2:4": SparseGPT(pattern="2:4", update="admm"),
+    "sparsegpt, admm, 8 bits 2:4": SparseGPT(pattern="2:4", update="admm", bits=8),
+    "sparsegpt, admm, 4 bits 2:4": SparseGPT(pattern="2:4", update="admm", bits=4),
+    "wanda 70%": Wanda(0.7),
 }
+KLD_WINDOWS = 8
+KEY = ("method", "pattern", "sparsity", "model", "calibration", "text", "context")
 
 
 def arguments() -> argparse.Namespace:
@@ -54,6 +73,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--context", type=int, default=512, help="tokens per scored window")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--calibration-dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--only", nargs="*", choices=METHODS, help="some of the methods")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="quality.csv", help="of the file to write")
@@ -82,50 +102,103 @@ def calibration_tokens(options: argparse.Namespace, model: Any, tokenizer: Any) 
 def main() -> None:
     """Prune, score, print, write."""
     options = arguments()
-    model, tokenizer = checkpoint.load(options.model, device=options.device)
-    dense = {name: value.clone() for name, value in model.state_dict().items()}
-    tokens = calibration_tokens(options, model, tokenizer)
+    dense, tokenizer = checkpoint.load(options.model, device=options.device)
+    tokens = calibration_tokens(options, dense, tokenizer)
     if options.text is None:
         held_out = load_heldout()
     else:
         held_out = "\n\n".join(rows(options.text, options.text_rows))
     scored = tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"]
-    found = []
     for name, method in METHODS.items():
-        if options.only and name not in options.only:
-            continue
-        model.load_state_dict(dense)
-        needed = tokens if method is not None and method.calibrated else None
-        report = None if method is None else prune_(model, method, needed)
-        result = perplexity(model, None, scored, context=options.context, progress=True)
-        found.append(
-            {
-                "method": name.split()[0] + (" variant" if "variant" in name else ""),
-                "pattern": "" if method is None else method.pattern,
-                "sparsity": "" if report is None else f"{report.sparsity:.6f}",
-                "perplexity": f"{result.value:.3f}",
-                "scored_tokens": result.tokens,
-            }
-        )
-        print(f"{name}: {result.value:.2f}", file=sys.stderr)
-    write(options, found)
+        if not options.only or name in options.only:
+            row = {**measured(name, method, dense, tokens, scored, options), **context(options)}
+            write_row(
+                options.output
+                / device_name(torch.device(options.device or "cpu")).replace(" ", "_")
+                / options.name,
+                row,
+            )
 
 
-def write(options: argparse.Namespace, found: list[dict[str, Any]]) -> None:
-    """Print the table and write the CSV."""
+def measured(
+    name: str,
+    method: Method | None,
+    dense: Any,
+    tokens: torch.Tensor,
+    scored: list[int],
+    options: argparse.Namespace,
+) -> dict[str, Any]:
+    """Prune a copy of the model and compare it with the model."""
+    model = copy.deepcopy(dense)
+    facts: dict[str, Any] = {"sparsity": "", "seconds": "", "added_mb": ""}
+    if method is not None:
+        held, start = status("RssAnon"), time.perf_counter()
+        dtype = options.calibration_dtype and getattr(torch, options.calibration_dtype)
+        with Peak() as peak:
+            needed = tokens if method.calibrated else None
+            report = prune_(model, method, needed, calibration_dtype=dtype)
+        facts = {
+            "sparsity": f"{report.sparsity:.6f}",
+            "seconds": f"{time.perf_counter() - start:.0f}",
+            "added_mb": f"{(peak.bytes - held) / 1e6:.0f}",
+        }
+    found = perplexity(model, None, scored, context=options.context, progress=True)
+    apart = kl_report(
+        dense, model, None, scored, context=options.context, limit=KLD_WINDOWS, progress=True
+    )
+    pattern = "" if method is None else method.pattern
+    row = {
+        "method": name.removesuffix(f" {pattern}").removesuffix(" 70%"),
+        "pattern": pattern,
+        "sparsity": facts["sparsity"],
+        "perplexity": f"{found.value:.3f}",
+        "kld": f"{apart['kl_mean']:.4f}",
+        "seconds": facts["seconds"],
+        "added_mb": facts["added_mb"],
+        "kld_tokens": int(apart["rows"]),
+        "scored_tokens": found.tokens,
+    }
+    print(
+        f"{name:28} perplexity {float(row['perplexity']):8.2f}  KLD {row['kld']}  "
+        f"{row['seconds'] or 0:>5} s  {row['added_mb'] or 0:>5} MB",
+        flush=True,
+    )
+    return row
+
+
+def context(options: argparse.Namespace) -> dict[str, Any]:
+    """The columns that all rows of a run share."""
     source = "self" if options.calibration is None else Path(options.calibration).name
-    context = {
+    passes = f" {options.calibration_dtype}" if options.calibration_dtype else ""
+    text = f"{Path(options.text).name} rows {options.text_rows}" if options.text else "built-in"
+    return {
         "model": options.model,
-        "calibration": f"{source} {options.samples}x{options.length} seed {options.seed}",
-        "text": "built-in"
-        if options.text is None
-        else f"{Path(options.text).name} rows {options.text_rows}",
+        "calibration": f"{source} {options.samples}x{options.length} seed {options.seed}{passes}",
+        "text": text,
         "context": options.context,
         **provenance(options.device),
     }
-    for row in found:
-        print(f"{row['method']:14} {row['pattern']:13} {float(row['perplexity']):9.2f}")
-    write_csv(options.output, options.name, [{**row, **context} for row in found])
+
+
+def write_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Put a row where the file has one of the same KEY, or at the end; whole or not at all."""
+    plain = {name: str(value) for name, value in row.items()}
+    lines: list[dict[str, str]] = []
+    if path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.DictReader(file))
+    same = [all(line[part] == plain[part] for part in KEY) for line in lines]
+    if True in same:
+        lines[same.index(True)] = plain
+    else:
+        lines.append(plain)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(plain), restval="")
+        writer.writeheader()
+        writer.writerows(lines)
+    part.replace(path)
 
 
 if __name__ == "__main__":

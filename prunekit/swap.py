@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from prunekernels import quantized24_pack
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -23,7 +24,7 @@ from prunekit.models.architectures import Architecture
 from prunekit.models.causal import check_causal
 from prunekit.models.packed_saving import save_packed_
 from prunekit.models.weight_refs import expert_tensors
-from prunekit.packed.formats import FORMATS
+from prunekit.packed.formats import FORMATS, PackedWeight
 from prunekit.packed.modules import (
     FusedGatedMLP,
     MergedLinear,
@@ -37,6 +38,7 @@ from prunekit.packed.warming import warm_up_
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
 from prunekit.pruning.report import align
+from prunekit.pruning.rounding import attached
 
 # Saving less than a tenth is not worth a layer that may be slower.
 _WORTHWHILE = 0.9
@@ -189,7 +191,8 @@ def swap_(
             everything that fits is packed.
         tokens: Tokens per call (batch × new tokens) to decide for: 1 is decoding one sequence.
         formats: Names of the formats to try, in order; None: all that keep every value. "2:4-int8",
-            "2:4-fp8" and "2:4-int4" round to nearest, and only run when they are named.
+            "2:4-fp8" and "2:4-int4" round to nearest, and only run when they are named, or keep
+            every value because pruning in this process rounded the layer (`bits`).
         merge: Whether to compute q/k/v together, and gate/up with their SiLU, where the
             architecture allows it.
         warm_up: Numbers of tokens a call for which kernels are compiled and tested at once (see
@@ -227,7 +230,8 @@ def swap_(
             if blocker is not None:
                 decisions[name] = _left(name, module, blocker)
             else:
-                decisions[name] = _pack_(model, name, module, chosen, least, tokens)
+                fitting = [*_as_rounded(module), *chosen] if formats is None else chosen
+                decisions[name] = _pack_(model, name, module, fitting, least, tokens)
         fused = merge_(model) if merge else {}
         save_packed_(model)
         if warm_up:
@@ -291,7 +295,7 @@ def _pack_(
     reasons = []
     for format_ in formats:
         try:
-            packed = FORMATS[format_].pack(dense)
+            packed = _packed(format_, module, dense)
         except ValueError as error:
             reasons.append(str(error).partition(";")[0])
             continue
@@ -314,6 +318,21 @@ def _pack_(
         _replace_(model, name, made.train(module.training))
         return ModuleSwap(name, (rows, columns), format_, why, size, packed.nbytes, speedup)
     return _left(name, module, "; ".join(reasons))
+
+
+def _as_rounded(module: nn.Module) -> list[str]:
+    """The format that holds exactly the integers that pruning chose for a layer, if it did."""
+    rounded = attached(module)
+    return [] if rounded is None else [f"2:4-int{rounded.bits}"]
+
+
+def _packed(format_: str, module: nn.Module, dense: torch.Tensor) -> PackedWeight:
+    """`dense` in a format: with the integers that pruning chose, where they are of this format."""
+    rounded = attached(module)
+    if rounded is None or format_ not in _as_rounded(module):
+        return FORMATS[format_].pack(dense)
+    integers, scales = rounded.integers, rounded.scales
+    return quantized24_pack(integers, integers != 0, scales, kind=format_, dtype=dense.dtype)
 
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -27,7 +27,17 @@ matrices a mapping 'rules' from name patterns to methods:
 """
 EXAMPLE = "prunekit prune demo --method wanda --pattern 2:4 --output out/wanda24"
 
-_METHOD_OPTIONS = ("method", "pattern", "sparsity", "update", "variant", "block", "damping")
+_METHOD_OPTIONS = (
+    "method",
+    "pattern",
+    "sparsity",
+    "update",
+    "bits",
+    "group",
+    "variant",
+    "block",
+    "damping",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--update", choices=("admm",), help="refit the kept weights of any method's mask"
+    )
+    parser.add_argument(
+        "--bits", type=options.positive, help="round the kept weights to 8 or 4 bits, jointly"
+    )
+    parser.add_argument(
+        "--group", type=options.positive, help="columns that share a scale (a row; at 4 bits 128)"
     )
     parser.add_argument("--variant", action="store_true", help="Wanda: thresholds per row (α)")
     parser.add_argument("--block", type=options.positive, help="SparseGPT: columns at once (128)")

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 STEPS = 20  # the source's number
-PENALTY = 1.0  # ρ, beside a Hessian whose diagonal is 1
+# ρ, where the Hessian's diagonal is 1. Of 0.03, 0.1, 0.3 and the source's 1, this came nearest to
+# the exact answer in 20 steps on the embedded model's matrices.
+PENALTY = 0.3
 DAMPING = 0.01  # of methods that have no setting of that name
 
 

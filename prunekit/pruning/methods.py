@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prunekit.pruning import admm, importance, sparsegpt
+from prunekit.pruning import admm, importance, rounding, sparsegpt
 from prunekit.pruning.input_statistics import InputStatistics
 from prunekit.pruning.recipes import Magnitude, Method, SparseGPT, Wanda
+from prunekit.pruning.rounding import Rounded
+from prunekit.pruning.sparsegpt import InverseFactor
 
 _NO_TOKENS = "no calibration token reached it: scored by magnitude"
 _SILENT = "its calibration inputs are all zero: scored by magnitude"
@@ -18,11 +20,12 @@ _SILENT = "its calibration inputs are all zero: scored by magnitude"
 
 @dataclass(frozen=True)
 class Pruned:
-    """A matrix's new weights and mask, both (out, in), and what was unusual."""
+    """A matrix's new weights and mask, both (out, in), what was unusual, and the rounding."""
 
     weights: Tensor
     mask: Tensor
     note: str = ""
+    rounded: Rounded | None = None
 
 
 def prune_group(
@@ -34,16 +37,20 @@ def prune_group(
         note = _NO_TOKENS
     elif inputs is not None and not bool(inputs.square_sum.any()):
         note = _SILENT
-    if isinstance(method, SparseGPT) and not note:
-        assert inputs is not None
-        results = _by_sparsegpt(matrices, method, inputs)
+    factor = None
+    if inputs is not None and not note and (isinstance(method, SparseGPT) or method.bits):
+        assert inputs.hessian is not None
+        factor = sparsegpt.inverse_factor(inputs.hessian, _damping(method))
+    if isinstance(method, SparseGPT) and factor is not None:
+        results = _by_sparsegpt(matrices, method, factor)
     else:
         masks = _masks(matrices, method, None if note else inputs)
         note = note if method.calibrated else ""
         results = [_masked(*pair, note) for pair in zip(matrices, masks, strict=True)]
-    if method.update is not None and not note:
-        assert inputs is not None
-        return _refitted(matrices, method, inputs, results)
+    if method.update is not None and inputs is not None and not note:
+        results = _refitted(matrices, method, inputs, results)
+    if method.bits is not None and inputs is not None:
+        results = _rounded(matrices, method, inputs, factor, results)
     return results
 
 
@@ -89,6 +96,29 @@ def _refitted(
     return done
 
 
+def _rounded(
+    matrices: Sequence[Tensor],
+    method: Method,
+    inputs: InputStatistics,
+    factor: InverseFactor | None,
+    results: Sequence[Pruned],
+) -> list[Pruned]:
+    """The same masks with rounded weights; without a factor every weight goes to the nearest."""
+    assert method.bits is not None and inputs.hessian is not None
+    if factor is None:
+        upper = hessian = torch.eye(len(inputs.hessian), device=inputs.hessian.device)
+    else:
+        upper, hessian = factor.upper, inputs.hessian.clone()
+        hessian.diagonal().add_(factor.damping * hessian.diagonal().mean())
+    done = []
+    for matrix, result in zip(matrices, results, strict=True):
+        shape = (matrix.shape[0], matrix.shape[1])
+        found = Rounded.empty(shape, method.bits, method.group, matrix.device)
+        rounding.round_(found, result.weights, result.mask, upper, hessian, matrix)
+        done.append(replace(result, weights=found.to_dense(), rounded=found))
+    return done
+
+
 def _damping(method: Method) -> float:
     return method.damping if isinstance(method, SparseGPT) else admm.DAMPING
 
@@ -103,10 +133,8 @@ def _masked(matrix: Tensor, mask: Tensor, note: str = "") -> Pruned:
 
 
 def _by_sparsegpt(
-    matrices: Sequence[Tensor], method: SparseGPT, inputs: InputStatistics
+    matrices: Sequence[Tensor], method: SparseGPT, factor: InverseFactor
 ) -> list[Pruned]:
-    assert inputs.hessian is not None
-    factor = sparsegpt.inverse_factor(inputs.hessian, method.damping)
     notes = []
     if factor.damping != method.damping:
         notes.append(f"damping raised from {method.damping:g} to {factor.damping:g}")

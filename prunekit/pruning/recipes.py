@@ -29,6 +29,7 @@ from prunekit.pruning.patterns import Pattern
 DEFAULT_IGNORE = ("lm_head", "*.router", "*.gate", "*.shared_expert_gate")
 
 UPDATES = ("admm",)
+BITS = (8, 4)
 
 # What a method's mask needs to know of a matrix's inputs.
 NOTHING, MEAN_SQUARES, HESSIAN = "nothing", "mean squares", "hessian"
@@ -44,11 +45,16 @@ class _Method:
         pattern: "unstructured", or "N:M": N kept of every M in a row.
         update: "admm": once the mask is chosen, give the kept weights the values whose outputs come
             closest to the dense ones' (`prunekit.pruning.admm`). None: what the method leaves.
+        bits: 8 or 4: round the kept weights to so many bits and make up for the errors of pruning
+            and rounding together (`prunekit.pruning.rounding`). None: no rounding.
+        group: Columns that share a scale; None: a whole row at 8 bits, 128 columns at 4.
     """
 
     sparsity: float | None = None
     pattern: str = patterns.UNSTRUCTURED
     update: str | None = field(default=None, kw_only=True)
+    bits: int | None = field(default=None, kw_only=True)
+    group: int | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
     scored_by: ClassVar[str]  # NOTHING, MEAN_SQUARES or HESSIAN
@@ -59,6 +65,13 @@ class _Method:
             raise PrunekitError(
                 f"update '{self.update}' is unknown: use {', '.join(UPDATES)}, or leave it out"
             )
+        if self.bits not in (None, *BITS):
+            raise PrunekitError(f"{self.bits} bits are not supported: use {BITS[0]} or {BITS[1]}")
+        if self.group is not None and (self.bits is None or self.group < 1):
+            raise PrunekitError(
+                f"group {self.group} with bits {self.bits}: give bits 8 or 4 and a group from 1, "
+                "such as 128"
+            )
 
     @property
     def calibrated(self) -> bool:
@@ -68,7 +81,7 @@ class _Method:
     @property
     def needs_hessian(self) -> bool:
         """Whether it needs XᵀX of the inputs."""
-        return self.scored_by == HESSIAN or self.update is not None
+        return self.scored_by == HESSIAN or (self.update, self.bits) != (None, None)
 
     @property
     def target(self) -> Pattern:
@@ -171,8 +184,8 @@ def _fits(key: str, value: Any) -> bool:
     if key in ("sparsity", "damping"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number or (key == "sparsity" and value is None)
-    if key == "update":
-        return value is None or isinstance(value, str)
+    if key in ("update", "bits", "group"):
+        return value is None or type(value) is (str if key == "update" else int)
     kinds: dict[str, type] = {"pattern": str, "variant": bool, "block": int, "keep_zeros": bool}
     return type(value) is kinds[key]
 

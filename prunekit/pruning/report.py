@@ -26,6 +26,7 @@ class MatrixReport:
             inputs X that reach the matrix when all earlier layers are pruned; None without
             calibration, or when no token reached it.
         note: What was unusual, or "".
+        bits: To how many bits the kept weights were rounded, or None.
     """
 
     name: str
@@ -37,6 +38,7 @@ class MatrixReport:
     zeros: int
     relative_error: float | None
     note: str = ""
+    bits: int | None = None
 
     @property
     def size(self) -> int:
@@ -147,9 +149,8 @@ class PruneReport:
         groups: dict[Any, list[MatrixReport]] = {}
         for matrix in self.matrices:
             kind = matrix.name if verbose else matrix.kind
-            groups.setdefault((kind, matrix.shape, matrix.method, matrix.pattern), []).append(
-                matrix
-            )
+            pattern = matrix.pattern + ("" if matrix.bits is None else f", {matrix.bits} bits")
+            groups.setdefault((kind, matrix.shape, matrix.method, pattern), []).append(matrix)
         for (kind, shape, method, pattern), members in groups.items():
             sparsity = sum(m.zeros for m in members) / sum(m.size for m in members)
             errors = [m.relative_error for m in members if m.relative_error is not None]

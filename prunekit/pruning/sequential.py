@@ -22,12 +22,14 @@ from prunekit.models.weight_refs import WeightRef
 from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
+from prunekit.pruning import rounding
 from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
 from prunekit.pruning.journal import Journal, fingerprint
 from prunekit.pruning.methods import prune_group
 from prunekit.pruning.recipes import Method, Recipe
 from prunekit.pruning.reconstruction import Reconstruction, Targets, reconstruct_
 from prunekit.pruning.report import BlockFit, MatrixReport, PruneReport, dtype_name
+from prunekit.pruning.rounding import Rounded
 from prunekit.pruning.stream import Stream
 
 
@@ -102,6 +104,12 @@ def prune_(
         raise PrunekitError(
             "reconstruction needs calibration: pass calibration tokens, or a Calibration()"
         )
+    rounds = next((name for name, method in assigned.items() if method.bits is not None), None)
+    if reconstruct is not None and rounds is not None:
+        raise PrunekitError(
+            f"reconstruction would move {rounds} off its {assigned[rounds].bits}-bit values: leave "
+            "out bits, or reconstruct"
+        )
     device = model.get_input_embeddings().weight.device
     with evaluating(model), contextlib.ExitStack() as held:
         record = None
@@ -142,6 +150,7 @@ def prune_(
             if dense is not None:
                 dense.states.advance(index)  # while the layer is dense
                 changed = arch.parameters(index) if refs else {}
+            changed = {**changed, **_prepare_roundings_(refs, assigned)}
             done = record.restore(index, changed) if record is not None and refs else None
             if done is None:
                 # unnamed, so that its sums are gone before the next layer's are allocated
@@ -235,11 +244,12 @@ def _check_tokens(
 ) -> None:
     """Raise a PrunekitError where fewer tokens than inputs are to be fitted (experts: noted)."""
     for ref in (ref for refs in layers for ref in refs if ref.expert is None):
-        needed, update = ref.matrix.shape[1], assigned[ref.name].update
-        if update is not None and tokens < needed:
+        needed, method = ref.matrix.shape[1], assigned[ref.name]
+        if tokens < needed and (method.update, method.bits) != (None, None):
+            what = "bits" if method.update is None else f"update '{method.update}'"
             raise PrunekitError(
-                f"update '{update}' of {ref.name} fits {needed} weights a row: calibrate on at "
-                f"least {needed} tokens, not {tokens}"
+                f"{what} of {ref.name} fits {needed} weights a row: calibrate on at least "
+                f"{needed} tokens, not {tokens}"
             )
 
 
@@ -265,6 +275,20 @@ def _observe(
     return collector.groups
 
 
+def _prepare_roundings_(
+    refs: Sequence[WeightRef], assigned: Mapping[str, Method]
+) -> dict[str, Tensor]:
+    """Room beside the linear layers for integers and scales, by name: a journal holds them, too."""
+    room: dict[str, Tensor] = {}
+    for ref in refs:
+        method, (rows, width) = assigned[ref.name], ref.matrix.shape
+        if method.bits is not None and ref.expert is None:
+            empty = Rounded.empty((rows, width), method.bits, method.group, ref.matrix.device)
+            rounding.attach_(ref.module, empty)
+            room |= {f"{ref.name}.integers": empty.integers, f"{ref.name}.scales": empty.scales}
+    return room
+
+
 def _prune_layer_(
     refs: Sequence[WeightRef],
     assigned: Mapping[str, Method],
@@ -283,6 +307,8 @@ def _prune_layer_(
             if inputs is not None:
                 errors[ref.name] = _output_squares(inputs.sampled, ref.matrix, result.weights)
             ref.matrix.copy_(result.weights)
+            if result.rounded is not None and ref.expert is None:
+                rounding.fill_(ref.module, result.rounded)
             done[ref.name] = MatrixReport(
                 name=ref.name,
                 layer=ref.layer,
@@ -293,6 +319,7 @@ def _prune_layer_(
                 zeros=int((ref.matrix == 0).sum()),
                 relative_error=None,
                 note=result.note,
+                bits=None if result.rounded is None else result.rounded.bits,
             )
         del result, results  # before the next group's H is factored
     return _with_errors([done[ref.name] for ref in refs], errors)
