@@ -32,9 +32,9 @@ from prunekit.data.text_files import read_file
 from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout
 from prunekit.evaluation.likelihood import perplexity
-from prunekit.pruning import Magnitude, Method, SparseGPT, Wanda, prune_
+from prunekit.pruning import OWL, Magnitude, Method, Recipe, SparseGPT, Wanda, prune_
 
-METHODS: dict[str, Method | None] = {
+METHODS: dict[str, Method | Recipe | None] = {
     "dense": None,
     "magnitude": Magnitude(),
     "wanda": Wanda(),
@@ -55,6 +55,9 @@ METHODS: dict[str, Method | None] = {
     "sparsegpt, admm, 8 bits 2:4": SparseGPT(pattern="2:4", update="admm", bits=8),
     "sparsegpt, admm, 4 bits 2:4": SparseGPT(pattern="2:4", update="admm", bits=4),
     "wanda 70%": Wanda(0.7),
+    "wanda, owl 70%": Recipe({"*": Wanda(0.7)}, budget=OWL()),
+    "sparsegpt, admm 70%": SparseGPT(0.7, update="admm"),
+    "sparsegpt, admm, owl 70%": Recipe({"*": SparseGPT(0.7, update="admm")}, budget=OWL()),
 }
 KLD_WINDOWS = 8
 KEY = ("method", "pattern", "sparsity", "model", "calibration", "text", "context")
@@ -122,7 +125,7 @@ def main() -> None:
 
 def measured(
     name: str,
-    method: Method | None,
+    method: Method | Recipe | None,
     dense: Any,
     tokens: torch.Tensor,
     scored: list[int],
@@ -146,7 +149,7 @@ def measured(
     apart = kl_report(
         dense, model, None, scored, context=options.context, limit=KLD_WINDOWS, progress=True
     )
-    pattern = "" if method is None else method.pattern
+    pattern = "" if method is None else Recipe.of(method).rules["*"].pattern
     row = {
         "method": name.removesuffix(f" {pattern}").removesuffix(" 70%"),
         "pattern": pattern,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from prunekit.evaluation.retrieval.searching import retrieve
     from prunekit.packed.warming import warm_up_
     from prunekit.pruning import (
+        OWL,
         Drop,
         Magnitude,
         Recipe,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "OWL",
     "Calibration",
     "Drop",
     "Kld",
@@ -80,7 +82,17 @@ _HOMES = {
     "kld": "prunekit.divergence.run",
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),
     **dict.fromkeys(
-        ("Drop", "Magnitude", "Recipe", "Reconstruction", "SparseGPT", "Wanda", "drop_", "prune_"),
+        (
+            "OWL",
+            "Drop",
+            "Magnitude",
+            "Recipe",
+            "Reconstruction",
+            "SparseGPT",
+            "Wanda",
+            "drop_",
+            "prune_",
+        ),
         "prunekit.pruning",
     ),
     **dict.fromkeys(("SwapReport", "swap_", "unswap_"), "prunekit.swap"),

@@ -42,7 +42,7 @@ _METHOD_OPTIONS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.set_defaults(nested_keys=("rules",), rules=None)
+    parser.set_defaults(nested_keys=("rules", "budget"), rules=None)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
     parser.add_argument("--method", help="magnitude, wanda (default) or sparsegpt")
     parser.add_argument("--pattern", help="unstructured (default), or N:M with N kept of M: 2:4")
@@ -61,6 +61,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--variant", action="store_true", help="Wanda: thresholds per row (α)")
     parser.add_argument("--block", type=options.positive, help="SparseGPT: columns at once (128)")
     parser.add_argument("--damping", type=options.fraction, help="SparseGPT: of the mean (0.01)")
+    parser.add_argument(
+        "--budget",
+        choices=("uniform", "owl"),
+        help="owl: layers with more outliers keep more, in all as many (uniform)",
+    )
     parser.add_argument(
         "--revive-zeros",
         action="store_true",
@@ -173,13 +178,14 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     # 0 is no sparsity and False no variant, but a sparsity of 0 must be refused, not ignored
     given |= {"sparsity": args.sparsity} if args.sparsity is not None else {}
     given |= {"keep_zeros": False} if args.revive_zeros else {}
+    shared = {"ignore": ignore, "budget": args.budget}
     if args.rules is None:
-        return Recipe.from_dict({"method": "wanda", **given, "ignore": ignore})
+        return Recipe.from_dict({"method": "wanda", **given, **shared})
     if given:
         raise PrunekitError(
             f"--{next(iter(given))} contradicts 'rules' of the configuration: put it into a rule"
         )
-    return Recipe.from_dict({"rules": args.rules, "ignore": ignore})
+    return Recipe.from_dict({"rules": args.rules, **shared})
 
 
 def _reconstruct(args: argparse.Namespace) -> Reconstruction | None:

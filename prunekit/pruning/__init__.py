@@ -5,6 +5,7 @@ from prunekit.pruning.patterns import Pattern
 from prunekit.pruning.recipes import (
     DEFAULT_IGNORE,
     METHODS,
+    OWL,
     Magnitude,
     Method,
     Recipe,
@@ -19,6 +20,7 @@ from prunekit.pruning.sequential import prune_
 __all__ = [
     "DEFAULT_IGNORE",
     "METHODS",
+    "OWL",
     "BlockFit",
     "Drop",
     "DropReport",

@@ -108,7 +108,7 @@ class LayerCollector:
         self.groups: dict[str, InputStatistics] = {}
         self._batches = batches
         self._sources: dict[nn.Module, list[WeightRef]] = {}
-        self._pending: set[nn.Module] = set()
+        self._pending: set[nn.Module | None] = set()  # None: never all seen
         self._batch = 0
         for ref in refs:
             if ref.input_group in self.groups:
@@ -130,9 +130,15 @@ class LayerCollector:
             batch: The batch's index over all processes.
         """
         self._batch = batch
-        self._pending = set(self._sources)
+        self._pending = {*self._sources}
         with self._hooks(), contextlib.suppress(_AllSeenError):
             run()
+
+    def through(self, run: Callable[[], Tensor], batch: int) -> Tensor:
+        """Run the whole layer on batch number `batch`, its inputs read; returns its output."""
+        self._batch, self._pending = batch, {None}
+        with self._hooks():
+            return run()
 
     def finish(self) -> None:
         """Sum over processes.

@@ -11,6 +11,8 @@ or rules, of which the first that matches a matrix's name counts:
       "*.mlp.*": {method: sparsegpt, sparsity: 0.6}
       "*": {method: wanda}
     ignore: ["*.layers.0.*"]
+
+Both may hold `budget: owl` or `budget: {outlier: 5, spread: 0.08}`: layers lose more or less.
 """
 
 from __future__ import annotations
@@ -179,15 +181,61 @@ def method_from_dict(settings: Mapping[str, Any]) -> Method:
     return METHODS[name](**values)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def _fits(key: str, value: Any) -> bool:
     """Whether a setting read from a file has its type ('2:4' unquoted is a number in YAML 1.1)."""
     if key in ("sparsity", "damping"):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number or (key == "sparsity" and value is None)
+        return _is_number(value) or (key == "sparsity" and value is None)
     if key in ("update", "bits", "group"):
         return value is None or type(value) is (str if key == "update" else int)
     kinds: dict[str, type] = {"pattern": str, "variant": bool, "block": int, "keep_zeros": bool}
     return type(value) is kinds[key]
+
+
+@dataclass(frozen=True)
+class OWL:
+    """Layers with more outliers keep more; in all, as many weights go as without it.
+
+    Source: "Outlier Weighed Layerwise Sparsity (OWL)", arXiv 2310.05175. An outlier is a weight of
+    the dense model whose |W| · √(mean x²) is `outlier` times its layer's mean.
+
+    Attributes:
+        outlier: M of the source.
+        spread: λ of the source: how far a layer's sparsity may lie from the mean.
+    """
+
+    outlier: float = 5.0
+    spread: float = 0.08
+
+    def __post_init__(self) -> None:
+        if not self.outlier > 0 or not 0 < self.spread < 1:
+            raise PrunekitError(
+                f"OWL outlier {self.outlier} and spread {self.spread}: use an outlier above 0, "
+                "such as 5, and a spread in (0, 1), such as 0.08"
+            )
+
+    @classmethod
+    def from_setting(cls, setting: Any) -> OWL | None:
+        """Read `budget` of a recipe: None, "uniform", "owl", or OWL's settings.
+
+        Raises:
+            PrunekitError: It is none of these.
+        """
+        if setting in (None, "uniform"):
+            return None
+        if setting == "owl":
+            return cls()
+        fields = [part.name for part in dataclasses.fields(cls)]
+        if not isinstance(setting, Mapping) or not all(
+            key in fields and _is_number(value) for key, value in setting.items()
+        ):
+            raise PrunekitError(
+                f"budget can't be {setting!r}: use uniform, owl, or numbers for {', '.join(fields)}"
+            )
+        return cls(**setting)
 
 
 @dataclass(frozen=True)
@@ -199,10 +247,12 @@ class Recipe:
             matches a matrix's full name counts; a matrix that none matches stays dense.
         ignore: Name patterns of matrices that stay dense whatever the rules say. Replaces
             `DEFAULT_IGNORE` (MoE routers): extend that to keep it.
+        budget: What decides how much of its method's total each layer loses; None: all alike.
     """
 
     rules: Mapping[str, Method]
     ignore: tuple[str, ...] = field(default=DEFAULT_IGNORE)
+    budget: OWL | None = None
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -212,6 +262,11 @@ class Recipe:
     def of(cls, recipe: Recipe | Method) -> Recipe:
         """`recipe` itself, or the recipe that prunes every matrix by one method."""
         return recipe if isinstance(recipe, Recipe) else cls({"*": recipe})
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs calibration."""
+        return self.budget is not None or any(rule.calibrated for rule in self.rules.values())
 
     def assign(self, names: Iterable[str]) -> dict[str, Method]:
         """The method of each matrix to prune.
@@ -250,6 +305,7 @@ class Recipe:
         return {
             "rules": {rule: method.to_dict() for rule, method in self.rules.items()},
             "ignore": list(self.ignore),
+            "budget": None if self.budget is None else dataclasses.asdict(self.budget),
         }
 
     @classmethod
@@ -263,8 +319,9 @@ class Recipe:
         ignore = settings.pop("ignore", DEFAULT_IGNORE)
         if isinstance(ignore, str) or not all(isinstance(rule, str) for rule in ignore):
             raise PrunekitError("ignore must be a list of name patterns: write it as ['…']")
+        budget = OWL.from_setting(settings.pop("budget", None))
         if "rules" not in settings:
-            return cls({"*": method_from_dict(settings)}, tuple(ignore))
+            return cls({"*": method_from_dict(settings)}, tuple(ignore), budget)
         rules = settings.pop("rules")
         if settings:
             raise PrunekitError(
@@ -272,7 +329,8 @@ class Recipe:
             )
         if not isinstance(rules, Mapping):
             raise PrunekitError("rules must map name patterns to methods: write '*': {method: …}")
-        return cls({str(rule): method_from_dict(rules[rule]) for rule in rules}, tuple(ignore))
+        methods = {str(rule): method_from_dict(rules[rule]) for rule in rules}
+        return cls(methods, tuple(ignore), budget)
 
 
 def _any_matches(name: str, patterns_: Iterable[str]) -> bool:

@@ -26,6 +26,7 @@ from prunekit.pruning import rounding
 from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
 from prunekit.pruning.journal import Journal, fingerprint
 from prunekit.pruning.methods import prune_group
+from prunekit.pruning.owl import budgeted
 from prunekit.pruning.recipes import Method, Recipe
 from prunekit.pruning.reconstruction import Reconstruction, Targets, reconstruct_
 from prunekit.pruning.report import BlockFit, MatrixReport, PruneReport, dtype_name
@@ -104,6 +105,8 @@ def prune_(
         raise PrunekitError(
             "reconstruction needs calibration: pass calibration tokens, or a Calibration()"
         )
+    if recipe.budget is not None and calibration is None:
+        raise PrunekitError("OWL needs calibration: pass calibration tokens, or a Calibration()")
     rounds = next((name for name, method in assigned.items() if method.bits is not None), None)
     if reconstruct is not None and rounds is not None:
         raise PrunekitError(
@@ -139,6 +142,13 @@ def prune_(
             if reconstruct is not None:
                 targets = Stream(arch, together, dtype=calibration_dtype, offload=offload)
                 dense = Targets(targets, range(len(runs[0]), len(together)), reconstruct)
+            if recipe.budget is not None:
+                dense_run = Stream(arch, together, dtype=calibration_dtype, offload=offload)
+                assigned = budgeted(
+                    arch, dense_run, chosen, assigned, recipe.budget, progress=progress
+                )
+                chosen = [[ref for ref in refs if ref.name in assigned] for refs in chosen]
+                del dense_run
         if record is not None:
             record.start()
         reports: list[MatrixReport] = []
