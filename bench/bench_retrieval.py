@@ -24,8 +24,7 @@ from prunekit.data.calibration import Calibration
 from prunekit.evaluation.items import load_heldout
 from prunekit.evaluation.likelihood import perplexity
 from prunekit.evaluation.retrieval.collection import load_collection
-from prunekit.evaluation.retrieval.embedding import POOLINGS
-from prunekit.evaluation.retrieval.searching import Retrieval, retrieve
+from prunekit.evaluation.retrieval.searching import Retrieval, retrieve_by
 from prunekit.models.dropped import drop_sublayers_
 from prunekit.pruning import Drop, drop_
 
@@ -38,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="demo", help="what prunekit.load takes")
     parser.add_argument("--collection", help="a folder as BEIR has it (the built-in one)")
-    parser.add_argument("--counts", type=int, nargs="+", default=[2, 4, 8, 12])
+    parser.add_argument("--counts", type=int, nargs="+", default=[4, 8, 12])
     parser.add_argument("--samples", type=int, default=8, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--context", type=int, default=256, help="tokens per scored window")
@@ -71,8 +70,7 @@ def main() -> None:
     def measured(unit: str, count: int, model: Any) -> list[dict[str, Any]]:
         prose = perplexity(model, tokenizer, load_heldout(), context=options.context)
         rows = []
-        for pooling in POOLINGS:
-            found = retrieve(model, tokenizer, collection, pooling=pooling)
+        for pooling, found in retrieve_by(model, tokenizer, collection).items():
             before.setdefault(pooling, found)
             row = {"unit": unit, "dropped": count, "pooling": pooling, "perplexity": prose.value}
             for measure in MEASURES:

@@ -54,7 +54,9 @@ PAIR_FIELDS = {
     "margin_dense": "margin_base",
 }
 LABEL_FIELDS = {"nll_dense": "nll_base", "nll_pruned": "nll_other"}
-METRICS = (*HIDDEN_FIELDS, *PAIR_FIELDS, *LABEL_FIELDS)
+# Root mean square of the change of the logits over the vocabulary, from the sum of its squares.
+DELTA_RMS = "z_delta_rms"
+METRICS = (*HIDDEN_FIELDS, *PAIR_FIELDS, DELTA_RMS, *LABEL_FIELDS)
 
 
 def check_pair(
@@ -235,6 +237,8 @@ class Reader:
         fields = PAIR_FIELDS if labels is None else {**PAIR_FIELDS, **LABEL_FIELDS}
         metrics = {name: to_array(getattr(hidden, field)) for name, field in HIDDEN_FIELDS.items()}
         metrics |= {name: to_array(getattr(pairs, field)) for name, field in fields.items()}
+        vocabulary = head.weight.shape[0]
+        metrics[DELTA_RMS] = np.sqrt(to_array(pairs.delta_l2) / vocabulary)
         return Reading(metrics, pairs)
 
 

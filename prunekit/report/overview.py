@@ -8,8 +8,9 @@ from __future__ import annotations
 import csv as tables
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
+from itertools import cycle
 from string import Template
 from typing import Any
 
@@ -17,11 +18,22 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from prunekit.report import terminal
+from prunekit.report.charts import Chart, Figure, Series
 from prunekit.report.page import asset, embed
 from prunekit.report.summary_tables import NONE, Value
 
 # Columns that a narrow terminal goes without, the first first.
 _SPARE = ("chrF", "identical texts", "bits/weight", "right → wrong")
+# metric of a study's teacher-forced grid, title, unit, logarithmic
+STEPS = (
+    ("h_cosine", "Hidden state", "cosine(dense, copy)", False),
+    ("z_cosine", "Logits", "cosine(dense, copy)", False),
+    ("p_cosine", "Probabilities", "cosine(dense, copy)", False),
+    ("z_delta_rms", "Change of the logits", "root mean square of Δz", True),
+    ("uniform_variance", "Spread of the change", "variance of Δz", True),
+    ("kl_dense_pruned", "Divergence", "KL(dense‖copy), nats", True),
+)
+_ROLES = ("h", "p", "z", "reverse", "dense")  # five that differ
 _SCRIPTS = ("elements", "points", "overview")
 
 
@@ -75,6 +87,37 @@ def csv(told: Mapping[str, Any]) -> str:
     writer.writeheader()
     writer.writerows(lines)
     return made.getvalue()
+
+
+def steps_csv(told: Mapping[str, Any]) -> str:
+    """One line per copy and step: means over the prompts that reach it, and how many these are."""
+    made = io.StringIO()
+    writer = tables.writer(made, lineterminator="\n")
+    names = [key for key, *_ in STEPS]
+    writer.writerow(["copy", "step", "prompts", *names])
+    for row in told["copies"]:
+        found = row.get("steps")
+        if found:
+            columns = [found["step"], found["prompts"], *(found[name] for name in names)]
+            writer.writerows([row["name"], *line] for line in zip(*columns, strict=True))
+    return made.getvalue()
+
+
+def steps_figure(told: Mapping[str, Any]) -> Figure:
+    """Both models along the dense model's own text, in h, z and p, one curve per copy."""
+    rows = [row for row in told["copies"] if row.get("steps")]
+    charts = []
+    for key, title, unit, log in STEPS:
+        series = [
+            Series(row["name"], role, row["steps"]["step"], _numbers(row["steps"][key]))
+            for row, role in zip(rows, cycle(_ROLES), strict=False)
+        ]
+        charts.append(Chart(f"step-{key}", title, "step of decoding", unit, series, log=log))
+    return Figure("steps", f"Copies of {told['meta']['name']}, step by step", "", charts)
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None else float(value) for value in values]
 
 
 def render(told: Mapping[str, Any]) -> str:

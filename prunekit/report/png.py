@@ -34,7 +34,7 @@ _MARKERS = {"h": "o", "z": "s", "p": "^", "kl": "o", "reverse": "v", "estimate":
 def draw(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` as PNG, 144 dots per inch."""
     width, height = _PANEL_INCHES
-    rows = 2 if len(figure.charts) == 4 else 1
+    rows = 2 if len(figure.charts) in (4, 6) else 1
     columns = -(-len(figure.charts) // rows)
     with rc_context(_STYLE):
         canvas = Canvas(figsize=(width * columns, height * rows), layout="constrained")

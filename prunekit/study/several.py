@@ -10,6 +10,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel
 
 from prunekit.analysis.grid import interval_to_dict
@@ -25,12 +26,14 @@ from prunekit.models.causal import check_causal
 from prunekit.packed.sizes import weight_count
 from prunekit.process import distributed
 from prunekit.report import overview
+from prunekit.report.charts import compact
 from prunekit.speed.beside import Speed, beside
 from prunekit.study.baseline import Baseline
 from prunekit.study.comparison import compare
 from prunekit.study.study import Study
 
-FILES = ("comparison.json", "comparison.csv", "index.html")
+FILES = ("comparison.json", "comparison.csv", "steps.csv", "index.html")
+FIGURE = "steps.png"
 SCHEMA_VERSION = 1
 # Numbers of `Study.summary` that a copy's row carries, where the study has them.
 _SHOWN = (
@@ -125,6 +128,8 @@ class Several:
         """
         if not distributed.is_main():
             return Path(folder)
+        from prunekit.report import png  # matplotlib is slow to import, and only needed here
+
         told = self.to_dict()
         replaceable = (FILES[0], "study.json")
         with replaced_folder(folder, overwrite=overwrite, replaceable=replaceable) as part:
@@ -134,10 +139,13 @@ class Several:
             texts = (
                 json.dumps(told, ensure_ascii=False, allow_nan=False, indent=1) + "\n",
                 overview.csv(told),
+                overview.steps_csv(told),
                 overview.render(told),
             )
             for name, text in zip(FILES, texts, strict=True):
                 (part / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+            if any(row.get("steps") for row in told["copies"]):
+                png.draw(overview.steps_figure(told), part / FIGURE)
         return Path(folder)
 
     def _row(self, copy: Copy) -> dict[str, Any]:
@@ -163,6 +171,7 @@ class Several:
             "gained": None if change is None else change.gained,
             "lost": None if change is None else change.lost,
             "mcnemar_p": None if change is None else change.p,
+            "steps": _steps(copy.study),
         }
 
     def _folders(self) -> dict[str, str]:
@@ -171,7 +180,7 @@ class Several:
         for copy in self.copies:
             plain = re.sub(r"[^\w.@-]+", "-", copy.name).strip("-.") or "copy"
             name, number = plain, 1
-            while name in found.values() or name in FILES:
+            while name in found.values() or name in (*FILES, FIGURE):
                 number += 1
                 name = f"{plain}-{number}"
             found[copy.name] = name
@@ -293,6 +302,16 @@ def _distance(copy: Copy) -> float:
     if study is None or study.decoding is None:
         return float("inf")
     return float(study.decoding.teacher_forced.interval("kl_dense_pruned").mean)
+
+
+def _steps(study: Study) -> dict[str, list[Any]] | None:
+    """Means over prompts along the dense model's own texts, and how many prompts reach a step."""
+    if study.decoding is None:
+        return None
+    grid = study.decoding.teacher_forced
+    reached = np.sum(~np.isnan(grid["kl_dense_pruned"]), axis=0)
+    means = {key: compact(grid.mean(key, keep=("step",))) for key, *_ in overview.STEPS}
+    return {"step": list(grid.labels["step"]), "prompts": reached.tolist(), **means}
 
 
 def _beaten_by(

@@ -82,33 +82,15 @@ function againstSize() {
   scatter(byId("against-size"), points, { xLabel: "size (on disk, else in memory)", xText: bytes, color: colors.color });
 }
 
-function lines(box, key, options, words) {
-  const curves = data.curves.filter((curve) => !hidden.has(curve.name));
-  const all = curves.flatMap((curve) => curve[key]);
-  if (!all.length) { box.replaceChildren(); return; }
-  const xs = all.map((point) => point[0]);
-  const y = yRange(all.map((point) => point[1]));
-  const drawn = frame(box, { x: options.x ?? [Math.min(...xs), Math.max(...xs)], y, ...options });
-  for (const curve of curves) {
-    const points = curve[key].filter((point) => point[1] > 0 && point[1] >= y[0]);
-    const path = points.map(([px, py], index) => `${index ? "L" : "M"}${drawn.toX(px).toFixed(1)},${drawn.toY(py).toFixed(1)}`).join("");
-    drawn.svg.append(shape("path", { d: path, fill: "none", stroke: colors.color(curve.name), "stroke-width": 1.8 }));
-    for (const point of points) {
-      const mark = shape("circle", { cx: drawn.toX(point[0]), cy: drawn.toY(point[1]), r: 6, fill: "transparent" });
-      tell(mark, `${curve.name}\n${words(point)}`);
-      drawn.svg.append(mark);
-    }
-  }
-}
-
 function charts() {
   againstSize();
   const last = 1 - 1 / Math.max(2, data.plan.positions);
   const place = (share) => -Math.log10(1 - Math.min(share, last));
-  lines(byId("percentiles"), "percentiles", { x: [0, last], place, xLabel: "positions at or below, %", xTicks: [0, 0.9, 0.99, 0.999, 0.9999].filter((tick) => tick <= last), xText: (tick) => `${Number((100 * tick).toFixed(3))}` },
+  const curves = (key) => data.curves.filter((curve) => !hidden.has(curve.name)).map((curve) => ({ name: curve.name, points: curve[key] }));
+  lines(byId("percentiles"), curves("percentiles"), { color: colors.color, x: [0, last], place, xLabel: "positions at or below, %", xTicks: [0, 0.9, 0.99, 0.999, 0.9999].filter((tick) => tick <= last), xText: (tick) => `${Number((100 * tick).toFixed(3))}` },
     ([share, value]) => `${Number((100 * share).toFixed(3))} % of positions: KL ≤ ${number(value)}`);
   const places = data.curves.flatMap((curve) => curve.places.map((point) => point[0]));
-  lines(byId("places"), "places", { xLabel: "tokens before", xTicks: places.length ? linearTicks(Math.min(...places), Math.max(...places)) : [], xText: (tick) => String(tick) },
+  lines(byId("places"), curves("places"), { color: colors.color, xLabel: "tokens before", xTicks: places.length ? linearTicks(Math.min(...places), Math.max(...places)) : [], xText: (tick) => String(tick) },
     ([at, value, count]) => `about token ${Math.round(at)}: mean KL ${number(value)} of ${count} positions`);
 }
 

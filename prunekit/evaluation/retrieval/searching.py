@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.intervals import Interval, bootstrap_mean, paired_difference
 from prunekit.evaluation.retrieval.collection import Collection, load_collection
-from prunekit.evaluation.retrieval.embedding import Pooling, embed
+from prunekit.evaluation.retrieval.embedding import POOLINGS, Pooling, pooled
 from prunekit.evaluation.retrieval.measures import Floats, of_query, ranks, table
 from prunekit.process.ambient import usual_torch
 
@@ -62,7 +63,6 @@ class Retrieval:
         return self.values[measure]
 
 
-@usual_torch()
 def retrieve(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -77,7 +77,7 @@ def retrieve(
 ) -> Retrieval:
     """Rank all documents for every query by the cosine of their vectors.
 
-    The vectors are pooled final hidden states (`embed`). A document that has the id of the query
+    The vectors are pooled final hidden states (`pooled`). A document that has the id of the query
     does not take part, as in BEIR. Under several processes each embeds its share of the texts.
 
     Args:
@@ -92,21 +92,61 @@ def retrieve(
         progress: Show progress bars (on a terminal only).
 
     Raises:
-        PrunekitError: See `embed`.
+        PrunekitError: See `pooled`.
     """
+    return retrieve_by(
+        model,
+        tokenizer,
+        collection,
+        poolings=(pooling,),
+        instruction=instruction,
+        max_length=max_length,
+        append_eos=append_eos,
+        batch_size=batch_size,
+        progress=progress,
+    )[pooling]
+
+
+@usual_torch()
+def retrieve_by(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    collection: Collection | None = None,
+    *,
+    poolings: Sequence[Pooling] = POOLINGS,
+    instruction: str = INSTRUCTION,
+    **options: Any,
+) -> dict[Pooling, Retrieval]:
+    """`retrieve` with several poolings of the same states, which are computed once."""
     searched = load_collection() if collection is None else collection
-    options: dict[str, Any] = {
-        "pooling": pooling,
-        "max_length": max_length,
-        "append_eos": append_eos,
-        "batch_size": batch_size,
-        "progress": progress,
-    }
     asked = [instruction + text for text in searched.queries.values()]
-    queries = embed(model, tokenizer, asked, label="queries", **options)
-    documents = embed(
-        model, tokenizer, list(searched.documents.values()), label="documents", **options
-    )
+    told = list(searched.documents.values())
+    queries = pooled(model, tokenizer, asked, poolings, label="queries", **options)
+    documents = pooled(model, tokenizer, told, poolings, label="documents", **options)
+    meta = {
+        "collection": searched.name,
+        "documents": len(searched.documents),
+        "queries": len(searched.queries),
+        "notes": list(searched.notes),
+        "instruction": instruction,
+        "max_length": options.get("max_length", 512),
+        "append_eos": options.get("append_eos", False),
+    }
+    return {
+        pooling: _searched(
+            searched, queries[pooling], documents[pooling], {**meta, "pooling": pooling}
+        )
+        for pooling in poolings
+    }
+
+
+def _searched(
+    searched: Collection,
+    queries: NDArray[np.float32],
+    documents: NDArray[np.float32],
+    meta: dict[str, Any],
+) -> Retrieval:
+    """Ranks and measures of every query, from vectors of length 1."""
     place = {name: index for index, name in enumerate(searched.documents)}
     found: list[tuple[int, ...]] = []
     values: list[dict[str, float]] = []
@@ -119,14 +159,4 @@ def retrieve(
             own = ranks(row, [place[name] for name in relevant], place.get(query))
             found.append(tuple(own))
             values.append(of_query(own, list(relevant.values()), CUTS))
-    meta = {
-        "collection": searched.name,
-        "documents": len(documents),
-        "queries": len(names),
-        "notes": list(searched.notes),
-        "pooling": pooling,
-        "instruction": instruction,
-        "max_length": max_length,
-        "append_eos": append_eos,
-    }
     return Retrieval(tuple(names), tuple(found), table(values), meta)

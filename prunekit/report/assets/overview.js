@@ -49,6 +49,26 @@ function charts() {
   draw("against-speed", rows.filter((row) => row.speed).map((row) => point(row, row.speed.speedup, `${number(row.speed.decode, 3)} tokens/s, ${row.speed.speedup.toFixed(2)} × dense`)), { xLabel: "speed of writing (1 = dense)", xText: (tick) => number(tick, 3), fromZero: false });
 }
 
+// key, title, linear axis
+const STEPS = [
+  ["h_cosine", "Hidden state: cosine", true], ["z_cosine", "Logits: cosine", true], ["p_cosine", "Probabilities: cosine", true],
+  ["z_delta_rms", "Change of the logits: root mean square", false], ["uniform_variance", "Change of the logits: variance", false], ["kl_dense_pruned", "KL(dense‖copy), nats", false],
+];
+
+function steps() {
+  const rows = shown.filter((row) => row.steps && !colors.hidden.has(row.name));
+  for (const [key, title, linear] of STEPS) {
+    const curves = rows.map((row) => ({ name: row.name, points: row.steps.step.map((step, index) => [step, row.steps[key][index], row.steps.prompts[index]]) }));
+    const found = curves.flatMap((curve) => curve.points.map((point) => point[1])).filter((value) => value !== null);
+    const xs = rows.flatMap((row) => row.steps.step), low = Math.min(...found);
+    const y = linear && found.length ? [low - 0.04 * (1 - low || 1), 1] : undefined;
+    lines(byId(`step-${key}`), curves, { y, linear, color: colors.color, xLabel: "step of decoding", xTicks: xs.length ? linearTicks(Math.min(...xs), Math.max(...xs)) : [], xText: String },
+      ([step, value, prompts]) => `step ${step}: ${title} ${number(value)} (${prompts} prompts)`);
+  }
+}
+
+function redraw() { charts(); steps(); }
+
 function pairs() {
   const compared = (value, scale = 1) => {
     if (!value) return cell("–");
@@ -70,7 +90,8 @@ byId("quality").addEventListener("change", charts);
 if (!shown.some((row) => row.speed)) byId("speed-figure").remove();
 if (!data.pairs.length) byId("pairs-section").remove();
 ranking();
-legendOf(byId("legend"), shown, colors, charts);
-charts();
+byId("steps").append(...STEPS.map(([key, title]) => node("figure", {}, node("h2", {}, title), node("div", { id: `step-${key}` }))));
+legendOf(byId("legend"), shown, colors, redraw);
+redraw();
 pairs();
-addEventListener("resize", charts);
+addEventListener("resize", redraw);

@@ -154,3 +154,23 @@ function scatter(box, points, { xLabel, xText, linear = false, fromZero = true, 
     svg.append(shape("text", { class: "name", ...placeName(text, places[index], drawn, taken) }, text));
   });
 }
+
+// ---- curves ----------------------------------------------------------------------------------
+
+// Curves {name, points: [[x, y, …]]}; `words` says what a point is. A missing y leaves a gap.
+function lines(box, curves, { color, ...options }, words) {
+  const all = curves.flatMap((curve) => curve.points).filter((point) => point[1] !== null);
+  if (!all.length) { box.replaceChildren(); return; }
+  const xs = all.map((point) => point[0]), y = options.y ?? (options.linear ? linearRange : yRange)(all.map((point) => point[1]));
+  const drawn = frame(box, { x: options.x ?? [Math.min(...xs), Math.max(...xs)], ...options, y });
+  for (const curve of curves) {
+    const points = curve.points.filter((point) => point[1] !== null && (options.linear || point[1] > 0 && point[1] >= y[0]));
+    const path = points.map(([px, py], index) => `${index ? "L" : "M"}${drawn.toX(px).toFixed(1)},${drawn.toY(py).toFixed(1)}`).join("");
+    drawn.svg.append(shape("path", { d: path, fill: "none", stroke: color(curve.name), "stroke-width": 1.8 }));
+    for (const point of points) {
+      const mark = shape("circle", { cx: drawn.toX(point[0]), cy: drawn.toY(point[1]), r: 6, fill: "transparent" });
+      tell(mark, `${curve.name}\n${words(point)}`);
+      drawn.svg.append(mark);
+    }
+  }
+}

@@ -35,6 +35,7 @@ ZERO = (
     "kl_pruned_dense",
     "kl_estimate",
     "uniform_variance",
+    "z_delta_rms",
     "flipped",
 )
 ONE = ("h_cosine", "z_cosine", "p_cosine", "estimate_valid")
@@ -77,6 +78,7 @@ def plain(a, b, temperature=1.0, weights=None):
         "p_one_minus_cosine": 1 - torch.cosine_similarity(p, q, dim=-1).item(),
         "p_one_minus_cosine_estimate": variance(r),
         "uniform_variance": d.var(correction=0).item(),
+        "z_delta_rms": d.square().mean().sqrt().item(),
         "z_cosine": torch.cosine_similarity(a, b, dim=-1).item(),
         "z_one_minus_cosine": 1 - torch.cosine_similarity(a, b, dim=-1).item(),
         "z_alpha": alpha,

@@ -63,6 +63,15 @@ def test_copies_are_ranked_on_one_page(here, copies, tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert [row["copy"] for row in rows] == ["dense", "drop1", "drop2"]
     assert float(rows[1]["kl_dense_pruned"]) == pytest.approx(means[0])
+    with (out / "steps.csv").open(newline="", encoding="utf-8") as file:
+        lines = [row for row in csv.DictReader(file) if row["copy"] == "drop1"]
+    grid = pk.Study.load(out / "drop1").decoding.teacher_forced
+    assert [int(row["step"]) for row in lines] == grid.labels["step"] and (
+        out / "steps.png"
+    ).exists()
+    for metric in ("z_delta_rms", "uniform_variance", "h_cosine"):
+        for row, mean in zip(lines, grid.mean(metric, keep=("step",)), strict=True):
+            assert float(row[metric]) == pytest.approx(mean, rel=1e-4)
     page = (out / "index.html").read_text(encoding="utf-8")
     assert "Which copies can be told apart?" in page and "://" not in page
     old = snapshot(out)
