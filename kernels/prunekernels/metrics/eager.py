@@ -104,10 +104,11 @@ def logit_blocks(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """First row and float32 logits `(R, V)` of base and other, in buffers that are reused.
 
-    Equal hidden states give equal logits to the last bit, if both have one head: on a CPU, where
-    the products take most of the time, a state of `other` that also occurs among `base` is
-    multiplied just once (dropping a sublayer leaves the state that the sublayer before it made);
-    elsewhere, where that search would cost a host sync, see `joint_logits`. With two heads both
+    Where both have one head, one product of the states of both reads it, and equal hidden states
+    give equal logits to the last bit: on a CPU, where the products take most of the time, a state
+    of `other` that also occurs among `base` is multiplied just once (dropping a sublayer leaves
+    the state that the sublayer before it made); elsewhere, where that search would cost a host
+    sync, see `joint_logits`. With two heads both
     rows of a pair come from products of the same shape, at the same place in buffers of the same
     alignment.
 
@@ -121,9 +122,8 @@ def logit_blocks(
     vocab, width = heads[0].shape
     device = heads[0].device
     rows = hidden[0].numel() // width
-    one_head, on_cpu = heads[0] is heads[1], device.type == "cpu"
+    joint, on_cpu = heads[0] is heads[1], device.type == "cpu"
     step = chunk_rows(rows, vocab, (128 << 20) if on_cpu else (640 << 20))
-    joint = one_head and not on_cpu
     # Two allocations, not two halves of one: a matmul may round by its output's alignment.
     logits = [
         torch.empty((1 + joint) * _aligned(step), vocab, dtype=torch.float32, device=device)
@@ -147,16 +147,19 @@ def logit_blocks(
             rms_normalised(take_rows(states, start, stop), head.norm_weight, head.norm_eps)
             for states in hidden
         )
-        if joint:
+        if joint and not on_cpu:
             a, b = joint_logits(base, other, lambda states: project(states, 0), equalise)
             yield start, a, b
             continue
-        found = _positions(other, base) if one_head else None
-        if found is None or bool((found < 0).all()):
+        if not joint:
             yield start, project(base, 0), project(other, 1)
             continue
-        a, missing = project(base, 0), found < 0
-        fresh = project(other[missing], 1)
+        found = _positions(other, base)
+        missing = found < 0
+        a, fresh = project(torch.cat([base, other[missing]]), 0).tensor_split([stop - start])
+        if fresh.shape[0] == stop - start:
+            yield start, a, fresh
+            continue
         found[missing] = torch.arange(fresh.shape[0])
         for row in range(0, stop - start, GROUP_ROWS):
             group = slice(row, row + GROUP_ROWS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from torch import Tensor
 _LOG2E = math.log2(math.e)
 _NEG_INF = float("-inf")
 _WIDTH = 128
+# A tail that is a larger share of all loses less than three digits of a float64 to the difference.
+_SHARE = 1e-3
 
 
 def leader(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,6 +96,7 @@ def compare(
     temperature: float,
     k: int,
     reads: bool,
+    exact_masses: bool = False,
     tail_rows: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Top tokens of a block of pairs.
@@ -104,6 +108,8 @@ def compare(
         temperature: T.
         k: how many.
         reads: whether the host may wait for a value, which a CUDA graph rules out.
+        exact_masses: whether `norms` are right to float64's rounding and the host may read: a tail
+            that is no small share of all is then what the top tokens leave of it.
         tail_rows: rows whose tail is summed at once, in float64 copies; None: all.
 
     Returns:
@@ -117,11 +123,16 @@ def compare(
         cross.append(logits.gather(1, ids[1 - side]).double())
         log_own.append((own[side] - reference) / temperature - norm)
         log_cross.append((cross[side] - reference) / temperature - norm)
-        sums = [
-            _tail(logits[part], ids[0, part], reference[part], temperature)
-            for part in _parts(len(logits), tail_rows)
-        ]
-        tail.append(torch.cat(sums) * torch.exp(-norm[:, 0]))
+        parts: Iterable[slice | Tensor] = _parts(len(logits), tail_rows)
+        rest = torch.zeros_like(norms[side])
+        if exact_masses:
+            rest = 1.0 - (log_cross if side else log_own)[side].exp().sum(-1)
+            small = torch.nonzero(~(rest > _SHARE))[:, 0]  # NaN too
+            parts = small.split(tail_rows or max(1, len(small)))
+        for part in parts:
+            sums = _tail(logits[part], ids[0, part], reference[part], temperature)
+            rest[part] = sums * torch.exp(-norm[part, 0])
+        tail.append(rest)
     log_p = torch.cat([log_own[0], torch.log(tail[0])[:, None]], 1)
     log_q = torch.cat([log_cross[1], torch.log(tail[1])[:, None]], 1)
     probability = [log_own[0].exp(), log_own[1].exp()]

@@ -12,6 +12,7 @@ Mathematics: the module docstring of `closed_form`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -50,6 +51,7 @@ _OF_ONE_ROW = frozenset((*needed_sums.MASSES, "Wy", "Vy"))  # these need no x
 # figures with a relative error of millionths are made. Shorter rows cost more calls than that.
 _BY_DOT = frozenset(("W2", "V2", "R1", "S1", "R2", "S2", "U2"))
 DOT_PIECE, DOT_ROW = 1 << 15, 1 << 12
+_KEPT_SHARE = 0.04  # of the logits' bytes, at most, for the weights of a block of whole rows
 
 
 class PairSums:
@@ -79,15 +81,18 @@ class PairSums:
         self.labels = None if labels is None else labels.reshape(-1)
         self.work = torch.float64 if options.precise else torch.float32
         self.needed = options.sums(float32=False)
-        self.full = bool(options.second_pass)
+        self.full = options.second_pass
         self.reach = _REACH[not self.needed.isdisjoint(_SQUARES)] * self.temperature
         self.dots = device.type == "cpu" and vocab >= DOT_ROW
-        buffers = 6 + 2 * (dtype != self.work) + self.full
+        buffers = 6 + 2 * (dtype != self.work) + bool(self.full)
         tile = tile_elements(rows * vocab, buffers, self.work, dtype, device)
         self.columns = -(-vocab // -(-vocab // tile))  # as many in each tile of a row
         self.block_rows = min(max(1, tile // vocab), max(rows, 1))
         # Finding the maxima takes few bytes per row but many small launches: more rows at once.
         self.group_rows = max(self.block_rows, GROUP_ROWS)
+        # Whether the second pass finds the weights that the first pass took.
+        weights = 2 * self.work.itemsize * max(self.block_rows * vocab, tile)
+        self.keeps = bool(self.full) and weights <= _KEPT_SHARE * 2 * dtype.itemsize * rows * vocab
         self.masked = False
         self.wide = True  # whether weights are cut off
         self.buffers: dict[str, Tensor] = {}
@@ -207,15 +212,20 @@ class PairSums:
     def _load(self, name: str, tile: Tensor) -> Tensor:
         return tile if tile.dtype == self.work else self._buffer(name, tile.shape).copy_(tile)
 
-    def _powers(self, rows: slice, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """a', b', w, v of one tile, in buffers of these names (a', b' only if they are summed)."""
+    def _powers(
+        self, rows: slice, tile: int, a: Tensor, b: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """a', b', w, v of one tile, in buffers of these names (a', b' only if they are summed).
+
+        Where weights are kept, each tile has buffers of its own for them.
+        """
         found = []
         for logits, side, shifted, weight, total in (
             (a, 0, "xa", "w", "Wy"),
             (b, 1, "xb", "v", "Vy"),
         ):
             reference = self.references[side, rows, None].to(self.work)
-            out = self._buffer(weight, a.shape)
+            out = self._buffer(f"{weight}{tile}" if self.keeps else weight, a.shape)
             x = self._buffer(shifted, a.shape) if total in self.needed else out
             torch.sub(logits, reference, out=x)
             found += [x, self._power(x, out)]
@@ -267,12 +277,10 @@ class PairSums:
                 found[name] = [x + y for x, y in zip(so_far, found[name], strict=True)]
 
         of_a, of_b, gap = self.gaps[:, rows, None]
-        for tile_a, tile_b in zip(
-            torch.split(base, self.columns, 1), torch.split(other, self.columns, 1), strict=True
-        ):
+        for tile, tile_a, tile_b in self._tiles(base, other):
             a, b = self._load("a", tile_a), self._load("b", tile_b)
             of_inputs: dict[int, list[tuple[Tensor, ...]]] = {}
-            xa, xb, w, v = self._powers(rows, a, b)
+            xa, xb, w, v = self._powers(rows, tile, a, b)
             slots["n"].fill_(a.shape[1])
             holes = None
             if self.masked:
@@ -340,31 +348,42 @@ class PairSums:
         b = self._buffer("b", b.shape).copy_(b).masked_fill_(holes, 0.0)
         return a, b, holes
 
+    def _tiles(self, base: Tensor, other: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Number and columns of each tile of a block of rows."""
+        pairs = zip(*(torch.split(x, self.columns, 1) for x in (base, other)), strict=True)
+        return ((tile, a, b) for tile, (a, b) in enumerate(pairs))
+
     def _second_pass(self, rows: slice, base: Tensor, other: Tensor) -> None:
         """Jensen–Shannon, total variation and Hellinger: they need both normalisers first.
 
         With m = (p+q)/2 and s = (q−p)/(q+p): p = m(1−s), q = m(1+s), and
-        2·JS = Σ p·log1p(−s) + q·log1p(s).
+        2·JS = Σ p·ln(1−s) + q·ln(1+s), whose rounding is p's and q's own: where 1−s or 1+s loses
+        digits, the weight before its logarithm is as small.
         """
         w0 = self.sums[_INDEX["W0"], rows, None]
         v0 = self.sums[_INDEX["V0"], rows, None]
         js, tv, he = (self.sums[_INDEX[name], rows] for name in ("JS", "TV", "HE"))
-        for tile_a, tile_b in zip(
-            torch.split(base, self.columns, 1), torch.split(other, self.columns, 1), strict=True
-        ):
-            a, b = self._load("a", tile_a), self._load("b", tile_b)
-            _, _, p, q = self._powers(rows, a, b)
-            s, log = self._buffer("xa", a.shape), self._buffer("xb", a.shape)
+        for tile, tile_a, tile_b in self._tiles(base, other):
+            shape = tile_a.shape
+            if self.keeps:
+                p, q = self._buffer(f"w{tile}", shape), self._buffer(f"v{tile}", shape)
+            else:
+                a, b = self._load("a", tile_a), self._load("b", tile_b)
+                _, _, p, q = self._powers(rows, tile, a, b)
+            s, log = self._buffer("xa", shape), self._buffer("xb", shape)
             p.div_(w0)
             q.div_(v0)
             torch.sub(q, p, out=s)
-            tv += torch.abs(s, out=log).sum(-1)
-            # The smallest float keeps 0/0 out; |s| = 1 would make 0·(−inf) of the empty side.
-            torch.add(p, q, out=log).add_(_TINY)
-            s.div_(log).clamp_(-_ALMOST_ONE, _ALMOST_ONE)
-            js += torch.log1p(s, out=log).mul_(q).sum(-1)
-            js += torch.log1p(s.neg_(), out=log).mul_(p).sum(-1)
-            he += q.sqrt_().sub_(p.sqrt_()).square_().sum(-1)
+            if "total_variation" in self.full:
+                tv += torch.abs(s, out=log).sum(-1)
+            if "js" in self.full:
+                # The smallest float keeps 0/0 out; |s| = 1 would make 0·(−inf) of the empty side.
+                torch.add(p, q, out=log).add_(_TINY)
+                s.div_(log).clamp_(-_ALMOST_ONE, _ALMOST_ONE)
+                js += torch.add(s, 1.0, out=log).log_().mul_(q).sum(-1)
+                js += torch.add(s.neg_(), 1.0, out=log).log_().mul_(p).sum(-1)
+            if "hellinger" in self.full:
+                he += q.sqrt_().sub_(p.sqrt_()).square_().sum(-1)
 
     def _top_tokens(self, rows: slice, base: Tensor, other: Tensor) -> None:
         norms = torch.log(self.sums[[_INDEX["W0"], _INDEX["V0"]], rows])
@@ -375,6 +394,7 @@ class PairSums:
             self.temperature,
             self.topk,
             reads=True,
+            exact_masses=self.work == torch.float64,
             tail_rows=self.block_rows,
         )
         for whole, part in zip(
@@ -405,7 +425,7 @@ class PairSums:
         """Floats, ids, flags; then the subset's three; then the top tokens' three."""
         alpha, beta = self.references
         named = dict(zip(SUMS, self.sums, strict=True))
-        fields = pair_fields(named, alpha, beta, self.options, full=self.full)
+        fields = pair_fields(named, alpha, beta, self.options, full=bool(self.full))
         packed = pack(
             fields,
             self.maxima,
