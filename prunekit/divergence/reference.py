@@ -129,7 +129,8 @@ def cached(
         facts = _told(side, loaded, wanted)
         _write(folder, windows, loaded, facts, tokenizer, options)
         loaded = None
-    free_memory()
+    if not side.is_loaded:  # a model that the caller holds stays
+        free_memory()
     held = Capture(folder)
     held.check(windows)
     source = side.source if isinstance(side.source, str) else None

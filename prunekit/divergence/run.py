@@ -194,7 +194,8 @@ def _compared(
     except Exception as failed:  # a model's own code may fail in any way; the others go on
         known = isinstance(failed, PrunekitError)
         error = one_line(failed) if known else f"{type(failed).__name__}: {one_line(failed)}"
-    free_memory()
+    if not side.is_loaded:  # a model that the caller holds stays
+        free_memory()
     return Candidate(side.name, found, error)
 
 

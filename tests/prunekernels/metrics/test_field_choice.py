@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 from typing import Any
 
@@ -12,6 +13,7 @@ from interpreter import run_interpreted
 from prunekernels import PairStats, head_pair_stats, merge, pair_state, pair_stats, summarize
 from prunekernels.metrics import eager, needed_sums, result_rows
 from prunekernels.metrics.options import PairOptions
+from prunekernels.metrics.sums.eager import PairSums
 from prunekernels.runtime import interpreting
 from rows import adversarial
 from torch import Tensor
@@ -268,3 +270,35 @@ def test_groups_of_sums_are_as_small_as_said() -> None:
     assert len(bundle) == 18 + 4 + 1
     assert {"A", "Fp", "Fq", "V2"}.isdisjoint(bundle)
     assert set(result_rows.PAIR_FLOATS) <= set(needed_sums.PAIR_FIELDS)
+
+
+@compiled
+def test_the_second_pass_of_kept_weights_is_that_of_recomputed_ones() -> None:
+    """Many rows leave room for the weights of one, few do not; far, equal and empty tokens too."""
+    base = torch.randn(60, 20_000, generator=torch.Generator().manual_seed(3))
+    other = base + 0.3 * torch.randn(60, 20_000, generator=torch.Generator().manual_seed(4))
+    other[0] = base[0]
+    other[1] -= 60.0 * (torch.arange(20_000) % 3 == 0)  # |s| rounds to 1
+    base[2, 5:700] = other[2, 300:900] = -math.inf
+    base[3, :9000] = other[3, :9000] = -1e4  # both weights vanish
+    fields = ("js", "total_variation", "hellinger")
+    options = PairOptions(level="full", fields=",".join(fields))
+    kept, few = (
+        PairSums(rows, 20_000, base.device, base.dtype, None, None, options) for rows in (60, 4)
+    )
+    kept.add(0, base, other)
+    few.add(0, base[:4], other[:4])
+    assert (kept.keeps, few.keeps) == (True, False)
+    torch.testing.assert_close(kept.sums[:, :4], few.sums, rtol=1e-12, atol=1e-13)
+    p, q = base.double().softmax(-1), other.double().softmax(-1)
+    m = (p + q) / 2
+    js = (torch.special.xlogy(p, p / m) + torch.special.xlogy(q, q / m)).nan_to_num().sum(-1) / 2
+    for name, wanted in zip(
+        fields,
+        (js, (p - q).abs().sum(-1) / 2, ((p.sqrt() - q.sqrt()).square().sum(-1) / 2).sqrt()),
+        strict=True,
+    ):
+        found = getattr(pair_stats(base, other, level="full"), name)
+        alone = getattr(pair_stats(base, other, level="full", fields=(name,)), name)
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-12)
+        assert found[0] == 0 and torch.equal(found, alone)

@@ -26,7 +26,7 @@ _LOG2E = math.log2(math.e)
 _NEG_INF = float("-inf")
 _ALMOST_ONE = math.nextafter(1.0, 0.0)
 _INDEX = {name: row for row, name in enumerate(SUMS)}
-_TINY = torch.finfo(torch.float64).tiny
+_SECOND = ("JS", "TV", "HE")
 GROUP_ROWS = 64
 # Sums of weights, of them times x, and times x².
 _MOMENTS = tuple(
@@ -93,6 +93,7 @@ class PairSums:
         # Whether the second pass finds the weights that the first pass took.
         weights = 2 * self.work.itemsize * max(self.block_rows * vocab, tile)
         self.keeps = bool(self.full) and weights <= _KEPT_SHARE * 2 * dtype.itemsize * rows * vocab
+        self.one = torch.ones((), dtype=self.work, device=device)
         self.masked = False
         self.wide = True  # whether weights are cut off
         self.buffers: dict[str, Tensor] = {}
@@ -361,8 +362,9 @@ class PairSums:
         digits, the weight before its logarithm is as small.
         """
         w0 = self.sums[_INDEX["W0"], rows, None]
-        v0 = self.sums[_INDEX["V0"], rows, None]
-        js, tv, he = (self.sums[_INDEX[name], rows] for name in ("JS", "TV", "HE"))
+        ratio = w0 / self.sums[_INDEX["V0"], rows, None]
+        found = self.sums[[_INDEX[name] for name in _SECOND], rows]
+        js, tv, he = found
         for tile, tile_a, tile_b in self._tiles(base, other):
             shape = tile_a.shape
             if self.keeps:
@@ -371,19 +373,35 @@ class PairSums:
                 a, b = self._load("a", tile_a), self._load("b", tile_b)
                 _, _, p, q = self._powers(rows, tile, a, b)
             s, log = self._buffer("xa", shape), self._buffer("xb", shape)
-            p.div_(w0)
-            q.div_(v0)
+            q.mul_(ratio)  # both are W0 times what they are called
             torch.sub(q, p, out=s)
             if "total_variation" in self.full:
                 tv += torch.abs(s, out=log).sum(-1)
             if "js" in self.full:
-                # The smallest float keeps 0/0 out; |s| = 1 would make 0·(−inf) of the empty side.
-                torch.add(p, q, out=log).add_(_TINY)
-                s.div_(log).clamp_(-_ALMOST_ONE, _ALMOST_ONE)
-                js += torch.add(s, 1.0, out=log).log_().mul_(q).sum(-1)
-                js += torch.add(s.neg_(), 1.0, out=log).log_().mul_(p).sum(-1)
+                js += self._twice_js(p, q, s, log)
             if "hellinger" in self.full:
                 he += q.sqrt_().sub_(p.sqrt_()).square_().sum(-1)
+        self.sums[[_INDEX[name] for name in _SECOND], rows] = found / w0[:, 0]
+
+    def _twice_js(self, p: Tensor, q: Tensor, s: Tensor, log: Tensor) -> Tensor:
+        """Σ p·ln(1−s) + q·ln(1+s) of each row; `s` holds q−p, `log` is scratch memory."""
+        torch.div(s, torch.add(p, q, out=log), out=s)
+        first = self._dots(torch.add(s, 1.0, out=log).log_(), q)
+        total = first + self._dots(torch.sub(self.one, s, out=log).log_(), p)
+        if bool(torch.isfinite(total).all()):
+            return total
+        # |s| = 1 makes 0·(−inf) of the empty side, and 0/0 was where both are.
+        s.nan_to_num_(0.0).clamp_(-_ALMOST_ONE, _ALMOST_ONE)
+        first = torch.add(s, 1.0, out=log).log_().mul_(q).sum(-1)
+        return first + torch.sub(self.one, s, out=log).log_().mul_(p).sum(-1)
+
+    def _dots(self, left: Tensor, right: Tensor) -> Tensor:
+        """Products of the rows of two buffers, summed."""
+        if not self.dots:
+            return torch.mul(left, right, out=left).sum(-1)
+        both = zip(self.pieces[id(left)], self.pieces[id(right)], strict=True)
+        sums = [sum(torch.dot(x, y) for x, y in zip(*row, strict=True)) for row in both]
+        return torch.stack(sums)
 
     def _top_tokens(self, rows: slice, base: Tensor, other: Tensor) -> None:
         norms = torch.log(self.sums[[_INDEX["W0"], _INDEX["V0"]], rows])
