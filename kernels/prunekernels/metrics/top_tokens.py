@@ -128,7 +128,7 @@ def compare(
         if exact_masses:
             rest = 1.0 - (log_cross if side else log_own)[side].exp().sum(-1)
             small = torch.nonzero(~(rest > _SHARE))[:, 0]  # NaN too
-            parts = small.split(tail_rows or max(1, len(small)))
+            parts = torch.split(small, tail_rows or max(1, len(small)))
         for part in parts:
             sums = _tail(logits[part], ids[0, part], reference[part], temperature)
             rest[part] = sums * torch.exp(-norm[part, 0])

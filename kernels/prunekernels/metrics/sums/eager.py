@@ -400,8 +400,8 @@ class PairSums:
         if not self.dots:
             return torch.mul(left, right, out=left).sum(-1)
         both = zip(self.pieces[id(left)], self.pieces[id(right)], strict=True)
-        sums = [sum(torch.dot(x, y) for x, y in zip(*row, strict=True)) for row in both]
-        return torch.stack(sums)
+        sums = [sum(torch.dot(x, y).item() for x, y in zip(*row, strict=True)) for row in both]
+        return torch.tensor(sums, dtype=torch.float64)
 
     def _top_tokens(self, rows: slice, base: Tensor, other: Tensor) -> None:
         norms = torch.log(self.sums[[_INDEX["W0"], _INDEX["V0"]], rows])
