@@ -37,10 +37,11 @@ if TYPE_CHECKING:
         prune_,
     )
     from prunekit.study.comparison import compare
-    from prunekit.study.drop_sweep import sweep
     from prunekit.study.several import Several, compare_several
     from prunekit.study.study import Study
     from prunekit.swap import SwapReport, swap_, unswap_
+    from prunekit.sweeping.result import Sweep
+    from prunekit.sweeping.run import sweep
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "SparseGPT",
     "Study",
     "SwapReport",
+    "Sweep",
     "Wanda",
     "compare",
     "compare_several",
@@ -76,7 +78,8 @@ _HOMES = {
     "Study": "prunekit.study.study",
     "compare": "prunekit.study.comparison",
     **dict.fromkeys(("Several", "compare_several"), "prunekit.study.several"),
-    "sweep": "prunekit.study.drop_sweep",
+    "Sweep": "prunekit.sweeping.result",
+    "sweep": "prunekit.sweeping.run",
     "Calibration": "prunekit.data.calibration",
     "Kld": "prunekit.divergence.result",
     "kld": "prunekit.divergence.run",

@@ -18,6 +18,7 @@ from prunekit.commands import (
     prune,
     retrieval,
     swap,
+    sweep,
 )
 from prunekit.commands import eval as evaluate
 
@@ -51,6 +52,7 @@ COMMANDS = {
         drop,
         swap,
         compare,
+        sweep,
         kld,
         evaluate,
         retrieval,

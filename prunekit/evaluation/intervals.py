@@ -116,12 +116,14 @@ class Paired:
         gained: Questions that only the second answers right.
         lost: Questions that only the first answers right.
         p: Two-sided p-value of McNemar's exact test, between 0 and 1.
+        needed: How many such questions would show a change of 2 points, see `needed_pairs`.
     """
 
     difference: Interval
     gained: int
     lost: int
     p: float
+    needed: int
 
 
 def paired_difference(
@@ -196,7 +198,40 @@ def paired(first: Sequence[bool], second: Sequence[bool], *, seed: int = 0) -> P
     pairs = list(zip(first, second, strict=True))
     gained = sum(b and not a for a, b in pairs)
     lost = sum(a and not b for a, b in pairs)
-    return Paired(difference, gained, lost, mcnemar(gained, lost))
+    needed = needed_pairs(gained + lost, len(pairs))
+    return Paired(difference, gained, lost, mcnemar(gained, lost), needed)
+
+
+def needed_pairs(
+    changed: int, n: int, *, difference: float = 0.02, level: float = 0.95, power: float = 0.8
+) -> int:
+    """How many questions two models must answer for a difference of accuracy to be seen.
+
+    Connor 1987 ("Sample Size for Testing Differences in Proportions for the Paired-Sample Design",
+    Biometrics 43): (z₁ √ψ + z₂ √(ψ − δ²))² / δ² with ψ the share of questions that only one of the
+    two answers right, δ the difference, z₁ and z₂ the normal quantiles of level and power. Where
+    none of the n questions changed, ψ is the upper end of Wilson's interval; ψ is at least δ.
+
+    Args:
+        changed: Questions that only one of the two models answers right.
+        n: Questions that both were asked.
+        difference: The difference to be seen, between 0 and 1.
+        level: Coverage of the interval that must leave out zero.
+        power: Probability that it does.
+
+    Raises:
+        PrunekitError: A number is out of range.
+    """
+    _check_level(level)
+    _check_level(power)
+    if not 0 < difference <= 1:
+        raise PrunekitError(f"difference is {difference}: use a share above 0, such as 0.02")
+    share = changed / n if changed else float(wilson(0, n, level=level).high)
+    share = max(share, difference)
+    normal = NormalDist()
+    first, second = normal.inv_cdf((1 + level) / 2), normal.inv_cdf(power)
+    root = first * math.sqrt(share) + second * math.sqrt(share - difference**2)
+    return math.ceil((root / difference) ** 2)
 
 
 def _check_level(level: float) -> None:

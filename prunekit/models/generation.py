@@ -8,13 +8,19 @@ two identical models then give bitwise the same tokens.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    PreTrainedModel,
+    StoppingCriteria,
+)
 
 from prunekit.errors import PrunekitError, one_line
 from prunekit.files.texts import clean
@@ -24,6 +30,10 @@ from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
 
 Chat = Literal["auto", "always", "never"]
+#: Whether a continuation (its token ids so far) is complete.
+Stop: TypeAlias = Callable[[Sequence[int]], bool]
+# Fewer common tokens are not worth a pass of their own.
+_SHORTEST_SHARED = 16
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,13 @@ class Rollout:
         prompt: What the model was given, at least one token.
         continuation: What follows, without padding; ends with an end-of-sequence token if the
             model stopped by itself.
+        entropies: Entropy of the model's next-token distribution at each token of `continuation`,
+            in nats, where they were asked for.
     """
 
     prompt: tuple[int, ...]
     continuation: tuple[int, ...]
+    entropies: tuple[float, ...] = field(default=(), compare=False)
 
     @property
     def ids(self) -> tuple[int, ...]:
@@ -137,6 +150,21 @@ def check_context(model: PreTrainedModel, prompts: Sequence[Sequence[int]], new:
             )
 
 
+def common_prefix(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all prompts have in common and a model can read once.
+
+    0 where they are few, and for models whose attention slides: the padding behind the shared
+    tokens would take room in their windows.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None) or ()
+    if getattr(config, "sliding_window", None) or any("sliding" in kind for kind in kinds):
+        return 0
+    most = min((len(ids) for ids in prompts), default=1) - 1  # something is left of each
+    common = next((i for i in range(most) if len({ids[i] for ids in prompts}) > 1), most)
+    return common if common >= _SHORTEST_SHARED and len(prompts) > 1 else 0
+
+
 @usual_torch()
 @torch.inference_mode()
 def generate(
@@ -148,6 +176,9 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     ends: Sequence[int] | None = None,
+    stop: Stop | None = None,
+    shared: int = 0,
+    entropies: bool = False,
     progress: bool = False,
     label: str = "generating",
 ) -> list[Rollout]:
@@ -161,6 +192,10 @@ def generate(
         temperature: 0 decodes greedily; above, samples from softmax(logits / temperature).
         seed: Seed of the sampling.
         ends: Token ids that end a text; the model's own (`end_tokens`) by default.
+        stop: Ends a text too, with the first token at which it is true.
+        shared: How many leading tokens all prompts have in common (`common_prefix`): they are read
+            once, and copies of their cache continued.
+        entropies: Also record the entropy of each step's distribution.
         progress: Show a progress bar (on a terminal only).
         label: What the progress bar says.
 
@@ -181,22 +216,77 @@ def generate(
     ends = end_tokens(model) if ends is None else list(ends)
     config = _pinned(max_new_tokens, temperature, ends)
     device = input_device(model)
+    prefix = list(prompts[0][:shared]) if shared else []
+    cache = _read(model, prefix) if shared else None
     found: dict[int, Rollout] = {}
     with _own_defaults_set_aside(model), torch.random.fork_rng(enabled=temperature > 0):
         torch.manual_seed(seed) if temperature > 0 else None
         for indices in track(
             batches_by_length(prompts, batch_size), label, enabled=progress, count=len
         ):
-            ids, mask = left_padded([prompts[index] for index in indices], config.pad_token_id)
+            rests = [prompts[index][shared:] for index in indices]
+            ids, mask = _behind(prefix, *left_padded(rests, config.pad_token_id))
+            held = {} if cache is None else {"past_key_values": _copies(cache, len(indices))}
+            watched = _Entropies()
             output = model.generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
                 generation_config=config,
+                logits_processor=[watched] if entropies else None,
+                stopping_criteria=None if stop is None else [_Stopped(stop, ids.shape[1])],
+                **held,
             )
-            for index, row in zip(indices, output[:, ids.shape[1] :].tolist(), strict=True):
-                continuation = _until_end(row, ends)
-                found[index] = Rollout(tuple(prompts[index]), tuple(continuation))
+            for place, index in enumerate(indices):
+                continuation = _until_end(output[place, ids.shape[1] :].tolist(), ends)
+                continuation = continuation if stop is None else _until_stop(continuation, stop)
+                steps = [float(step[place]) for step in watched.steps[: len(continuation)]]
+                found[index] = Rollout(tuple(prompts[index]), tuple(continuation), tuple(steps))
     return [found[index] for index in range(len(prompts))]
+
+
+class _Stopped(StoppingCriteria):
+    """Ends each row of a batch when `stop` says so of what it has written."""
+
+    def __init__(self, stop: Stop, width: int) -> None:
+        self.stop, self.width = stop, width
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        rows = input_ids[:, self.width :].tolist()
+        done = [self.stop(row) for row in rows]
+        return torch.tensor(done, dtype=torch.bool, device=input_ids.device)
+
+
+class _Entropies(LogitsProcessor):
+    """Notes the entropy of every step's distributions, and leaves them as they are."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logs = scores.float().log_softmax(-1)
+        self.steps.append(-(logs.exp() * logs).nan_to_num().sum(-1).double().cpu())
+        return scores
+
+
+def _read(model: PreTrainedModel, ids: Sequence[int]) -> Any:
+    """The cache of one row of `ids`, or None for a model without one."""
+    given = torch.tensor([list(ids)], device=input_device(model))
+    return getattr(model(input_ids=given, use_cache=True), "past_key_values", None)
+
+
+def _copies(cache: Any, count: int) -> Any:
+    """`cache` of one row, as one of `count` rows."""
+    made = copy.deepcopy(cache)
+    made.batch_repeat_interleave(count)
+    return made
+
+
+def _behind(prefix: Sequence[int], ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of ids and mask with the same tokens before all of them (and before their padding)."""
+    if not prefix:
+        return ids, mask
+    before = torch.tensor(list(prefix)).expand(len(ids), -1)
+    return torch.cat([before, ids], 1), torch.cat([torch.ones_like(before), mask], 1)
 
 
 def end_tokens(model: PreTrainedModel) -> list[int]:
@@ -261,3 +351,8 @@ def _until_end(row: list[int], ends: list[int]) -> list[int]:
     """`row` up to and including its first end-of-sequence token."""
     stop = next((index for index, token in enumerate(row) if token in ends), len(row) - 1)
     return row[: stop + 1]
+
+
+def _until_stop(row: list[int], stop: Stop) -> list[int]:
+    """`row` up to and including the first token at which `stop` is true of it."""
+    return next((row[:end] for end in range(1, len(row) + 1) if stop(row[:end])), row)

@@ -12,8 +12,10 @@ from typing import Any
 _SCRIPTS = ("elements", "page", "texts", "questions")  # the last one draws
 
 
-def render(payload: dict[str, Any]) -> str:
+def render(payload: dict[str, Any], methods: str | None = None) -> str:
     """The page that shows `payload` (what the scripts in `assets` read), as UTF-8 text.
+
+    `methods` is HTML that says how the numbers are made, by default that of a study.
 
     Everything in `payload` may be text that a model wrote: it enters the page as JSON only, and the
     script puts it into the document as text, never as HTML.
@@ -23,7 +25,7 @@ def render(payload: dict[str, Any]) -> str:
         title=escape(title),
         style=asset("page.css"),
         script="\n\n".join(asset(f"{name}.js") for name in _SCRIPTS),
-        methods=asset("methods.html"),
+        methods=asset("methods.html") if methods is None else methods,
         data=embed(payload),
     )
 

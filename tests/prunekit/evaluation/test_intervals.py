@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.intervals import bootstrap_mean, mcnemar, paired, paired_difference, wilson
+from prunekit.evaluation.intervals import (
+    bootstrap_mean,
+    mcnemar,
+    needed_pairs,
+    paired,
+    paired_difference,
+    wilson,
+)
 
 
 def test_bootstrap_agrees_with_the_normal_interval() -> None:
@@ -150,3 +157,47 @@ def test_paired_interval_covers_the_true_difference() -> None:
     unpaired = np.var(first, 0) + np.var(second, 0)
     width = np.asarray(found.high) - np.asarray(found.low)
     assert width.mean() < 0.9 * (2 * 1.96 * np.sqrt(unpaired / 100)).mean()
+
+
+def test_how_many_questions_two_points_would_take():
+    # Connor 1987, equation 7, by hand: psi = 0.1, delta = 0.02
+    root = 1.959964 * 0.1**0.5 + 0.841621 * (0.1 - 0.0004) ** 0.5
+    assert needed_pairs(20, 200) == math.ceil(root**2 / 0.0004)
+    assert needed_pairs(40, 200) > needed_pairs(20, 200) > needed_pairs(2, 200)
+    # no change seen is not no change: the upper end of Wilson's interval stands in
+    assert needed_pairs(0, 50) > needed_pairs(0, 500) >= needed_pairs(10, 500)
+    assert needed_pairs(20, 200, difference=0.1) < needed_pairs(20, 200) / 20
+    with pytest.raises(PrunekitError, match="difference is 0"):
+        needed_pairs(1, 2, difference=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("gained", "lost"), [(0.05, 0.10), (0.04, 0.06), (0.15, 0.15)])
+def test_so_many_questions_show_the_difference_with_the_power_asked_for(gained, lost):
+    changed = round(1000 * (gained + lost))
+    needed = needed_pairs(changed, 1000, difference=abs(lost - gained) or 0.05)
+    draw = np.random.default_rng(3)
+    pairs = draw.multinomial(needed, [gained, lost, 1 - gained - lost], size=4000)
+    z = (pairs[:, 0] - pairs[:, 1]) / np.sqrt(np.maximum(pairs[:, 0] + pairs[:, 1], 1))
+    seen = float(np.mean(np.abs(z) > 1.96))
+    assert 0.03 < seen < 0.07 if lost == gained else 0.77 < seen < 0.83
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("n", "gained", "lost"),
+    [(200, 0.05, 0.10), (200, 0.15, 0.15), (200, 0.03, 0.12), (500, 0.02, 0.06), (100, 0.2, 0.3)],
+)
+def test_paired_intervals_cover_what_they_promise(n, gained, lost):
+    """95 % intervals over 4000 synthetic pairs of models cover the true difference 93 to 97 %."""
+    truth, covered, made = gained - lost, 0, 0
+    draw = np.random.default_rng(17)
+    for seed in range(10):  # every block of 400 pairs shares its resamples
+        kinds = draw.choice(3, (n, 400), p=[gained, lost, 1 - gained - lost])
+        agree = draw.random((n, 400)) < 0.5  # where both are alike: both right or both wrong
+        first = np.where(kinds == 2, agree, kinds == 1)
+        second = np.where(kinds == 2, agree, kinds == 0)
+        found = paired_difference(first, second, seed=seed)
+        covered += int(np.sum((found.low <= truth) & (truth <= found.high)))
+        made += 400
+    assert 0.93 <= covered / made <= 0.97, covered / made

@@ -1,0 +1,244 @@
+"""A sweep as sentences, a table and figures, for the terminal and the page alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunekit.evaluation.intervals import Interval, Paired, needed_pairs
+from prunekit.report import terminal
+from prunekit.report.contents import flatten
+from prunekit.report.sentences import Sentence
+from prunekit.report.summary_tables import NONE, Table, Value, number
+from prunekit.sweeping.edges import Edge
+from prunekit.sweeping.figures import figures, plain
+from prunekit.sweeping.findings import SweepFindings, Swept
+from prunekit.sweeping.rows import Row, dense_scores
+
+SIDES = {"accuracy": "accuracy", "exact_match": "exact match"}
+# An exact match below this can hardly lose anything.
+_NOTHING_TO_LOSE = 0.1
+# Mean absolute error, as a share, from which on the prediction is said to fail.
+_MISSES = 0.1
+HEAD = (
+    "copy",
+    "accuracy",
+    "change, points",
+    "exact match",
+    "change, points ",
+    "same answer",
+    "same text",
+    "KL, nats",
+    "× dense speed",
+    "in memory",
+)
+_SPARE = ("in memory", "same text", "× dense speed", "same answer")
+
+
+def sentences(found: SweepFindings) -> list[Sentence]:
+    """Where each series breaks, what the questions could show, and whether drift is predicted."""
+    said: list[Sentence] = []
+    scores = dense_scores(found.dense)
+    n = " and ".join(
+        f"{found.meta[count]} {what}"
+        for count, what in (("choices", "multiple-choice questions"), ("questions", "open ones"))
+        if found.meta[count]
+    )
+    base = ", ".join(f"{SIDES[s]} {Value.of(scores[s], '%', 100)}" for s in found.sides())
+    said.append(Sentence(f"The dense model's {base}, on {n}."))
+    if "exact_match" in scores and float(scores["exact_match"].mean) < _NOTHING_TO_LOSE:
+        said.append(
+            Sentence(
+                "The dense model answers so few of the open questions right that exact match can "
+                "hardly fall: look at the share of answers that stay the same.",
+                warn=True,
+            )
+        )
+    for one in found.series:
+        if len(one.rows) == 1 and not one.rows[0].error:
+            said.append(_single(one.rows[0], found))
+        elif any(not row.error for row in one.rows):
+            said.append(_edge(one, found))
+        said += [
+            Sentence(f"{row.label} failed: {row.error}", True) for row in one.rows if row.error
+        ]
+        if one.left:
+            said.append(Sentence(f"{one.name}: not measured, by the budget: {_listed(one.left)}."))
+    said += _power(found)
+    said += _predicted(found)
+    return said
+
+
+def _edge(one: Swept, found: SweepFindings) -> Sentence:
+    rows = [row for row in one.rows if not row.error]
+    parts = [_side(side, edge, rows, found.margin) for side, edge in found.edges(one).items()]
+    return Sentence(f"{one.name[:1].upper()}{one.name[1:]}: {'; '.join(parts)}.")
+
+
+def _side(side: str, edge: Edge, rows: Sequence[Row], margin: float) -> str:
+    """What a series does to one side: `accuracy within 2 points up to 6 (…), lost from 10`."""
+    n = int(rows[0].changes[side].difference.n)
+    what, points = f"{SIDES[side]} (n = {n})", f"{margin:g} points"
+    if edge.holds is None:
+        text = f"{what} loses more than {points} from the first copy on ({rows[0].label}"
+        text += f", {_change(rows[0].changes[side])})"
+    else:
+        at = rows[edge.holds]
+        text = f"{what} within {points} up to {at.label} ({_change(at.changes[side])})"
+        if edge.shown is None:
+            text += ", though at no copy are greater losses ruled out"
+        elif edge.shown < edge.holds:
+            text += f", greater losses being ruled out up to {rows[edge.shown].label} only"
+    if edge.lost is not None:
+        text += f", certainly lost from {rows[edge.lost].label} on"
+    elif edge.holds is None or edge.holds < len(rows) - 1:
+        text += ", certainly lost nowhere"
+    return text
+
+
+def _single(row: Row, found: SweepFindings) -> Sentence:
+    parts = [
+        f"{SIDES[side]} changes by {_change(row.changes[side])} points, {_flips(row.changes[side])}"
+        for side in found.sides()
+    ]
+    return Sentence(f"{row.label}: {'; '.join(parts)}.")
+
+
+def _change(change: Paired) -> str:
+    return str(Value.of(change.difference, "", 100))
+
+
+def _flips(change: Paired) -> str:
+    return f"{change.lost} lost and {change.gained} gained (McNemar's p = {number(change.p)})"
+
+
+def _power(found: SweepFindings) -> list[Sentence]:
+    """How many questions 2 points would take, by the median of the points' changed answers."""
+    said = []
+    for side in found.sides():
+        changes = [row.changes[side] for row in found.rows if side in row.changes]
+        if not changes:
+            continue
+        middle = sorted(changes, key=lambda one: one.gained + one.lost)[len(changes) // 2]
+        n = int(middle.difference.n)
+        needed = needed_pairs(middle.gained + middle.lost, n)
+        if needed > n:
+            said.append(
+                Sentence(
+                    f"Two points of {SIDES[side]} can't be told from zero with {n} questions: with "
+                    f"as many changed answers as the middle copy has, {needed} would be needed.",
+                    warn=True,
+                )
+            )
+    return said
+
+
+def _predicted(found: SweepFindings) -> list[Sentence]:
+    told = found.calibration()
+    if told is None:
+        return []
+    error, flat = told["mean_absolute_error"], told["constant_mean_absolute_error"]
+    verdict = (
+        "Single steps predict where the answers leave the dense model's"
+        if error < _MISSES
+        else "Single steps do not predict where the answers leave the dense model's"
+    )
+    return [
+        Sentence(
+            f"{verdict}: the predicted share of unchanged answers is off by {100 * error:.1f} "
+            f"points on average (mean error {100 * told['mean_error']:+.1f}) over {told['points']} "
+            f"copies and all steps, against {100 * flat:.1f} for one flip rate at all entropies.",
+            warn=error >= _MISSES,
+        )
+    ]
+
+
+def lines(found: SweepFindings) -> list[list[Value | str]]:
+    """The cells of the table, the dense model first."""
+    scores = dense_scores(found.dense)
+    size = terminal.size
+    own: list[Value | str] = [
+        str(found.meta["dense"]),
+        _cell(scores.get("accuracy")),
+        NONE,
+        _cell(scores.get("exact_match")),
+        *([NONE] * 5),
+        size(found.dense["bytes_in_memory"]),
+    ]
+    rows = [own]
+    for row in found.rows:
+        if row.error:
+            rows.append([row.label, f"failed: {row.error}", *[NONE] * 8])
+            continue
+        kl = (row.kl or {}).get("kl")
+        rows.append(
+            [
+                row.label,
+                _cell(row.scores.get("accuracy")),
+                _difference(row, "accuracy"),
+                _cell(row.scores.get("exact_match")),
+                _difference(row, "exact_match"),
+                _cell(row.scores.get("same_answer")),
+                _cell(row.scores.get("same_text")),
+                NONE if kl is None else _value(kl),
+                _cell(row.speed, "", 1),
+                size(int(row.sizes["bytes_in_memory"] or 0)),
+            ]
+        )
+    return rows
+
+
+def table(found: SweepFindings) -> Table:
+    """All points as one table."""
+    n = f"{found.meta['choices']} multiple-choice and {found.meta['questions']} open questions"
+    return Table(f"{found.meta['dense']} and its copies: {n}", HEAD, lines(found))
+
+
+def shown(found: SweepFindings) -> Any:
+    """The table and the sentences, for a terminal."""
+    from rich.console import Group
+    from rich.text import Text
+
+    made = table(found)
+    parts: list[Any] = [terminal.Fitted(made.title, made.columns, made.rows, _SPARE), Text()]
+    return Group(*parts, *(terminal.sentence(said) for said in sentences(found)))
+
+
+def payload(found: SweepFindings) -> dict[str, Any]:
+    """The data that the page's scripts draw."""
+    meta = found.meta
+    return {
+        "names": {"dense": meta["dense"], "pruned": "how much can go"},
+        "chips": [
+            f"{meta['choices']} multiple-choice questions",
+            f"{meta['questions']} open questions, {meta['examples']} examples each",
+            f"{len(found.rows)} copies",
+            f"{meta['dtype']} on {meta['device']}",
+            f"seed {meta['seed']}",
+        ],
+        "hierarchy": [],
+        "sentences": [{"text": said.text, "warn": said.warn} for said in sentences(found)],
+        "tables": [table(found).to_dict()],
+        "figures": [figure.to_dict() for figure in figures(found)],
+        "questions": [],
+        "generations": [],
+        "texts_lead": "",
+        "meta": [[name, value] for name, value in flatten(meta).items()],
+    }
+
+
+def _cell(interval: Interval | None, unit: str = "%", scale: float = 100) -> Value | str:
+    return NONE if interval is None else Value.of(interval, unit, scale)
+
+
+def _difference(row: Row, side: str) -> Value | str:
+    change = row.changes.get(side)
+    return NONE if change is None else Value.of(change.difference, "", 100)
+
+
+def _value(ends: Mapping[str, Any]) -> Value:
+    return Value(plain(ends["mean"]), plain(ends["low"]), plain(ends["high"]))
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)

@@ -1,0 +1,60 @@
+"""Edges by hand, and the prediction of the first divergence against its own model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from prunekit.evaluation.intervals import Interval, Paired
+from prunekit.sweeping.edges import Edge, edge, is_lost, lowest
+from prunekit.sweeping.prediction import BINS, calibration, flips_by_entropy, predicted
+
+
+def change(mean: float, half: float, n: int = 200) -> Paired:
+    return Paired(Interval(mean, mean - half, mean + half, n), 3, 4, 0.5, 100)
+
+
+def test_an_edge():
+    changes = [change(0.01, 0.02), change(-0.01, 0.04), change(-0.03, 0.02), change(-0.2, 0.05)]
+    assert edge(changes, 2.0) == Edge(holds=1, shown=0, lost=3)
+    assert edge(changes, 5.0) == Edge(holds=2, shown=2, lost=3)
+    assert edge(changes[2:], 2.0) == Edge(holds=None, shown=None, lost=1)
+    assert edge([change(-0.2, 0.05), change(0.0, 0.05)], 2.0).lost is None  # it came back
+    assert is_lost(change(-0.2, 0.05), 2.0) and not is_lost(change(-0.03, 0.02), 2.0)
+
+
+def test_no_change_seen_rules_out_only_what_the_questions_could_show():
+    same = Paired(Interval(0.0, 0.0, 0.0, 50), 0, 0, 1.0, 100)
+    assert -0.08 < lowest(same) < -0.05
+    assert edge([same], 2.0) == Edge(holds=0, shown=None, lost=None)
+    assert edge([same], 10.0).shown == 0
+
+
+def test_flips_are_counted_by_entropy():
+    entropies = np.array([0.0, 0.01, 0.02, 0.3, 3.5, 50.0])
+    found = flips_by_entropy(entropies, np.array([True, False, True, True, False, True]))
+    assert sum(found["positions"]) == 6 and found["positions"][:2] == [2, 1]
+    assert found["flips"][:2] == [1, 1] and found["positions"][-1] == 1
+    assert len(found["positions"]) == len(BINS) - 1
+
+
+def test_texts_that_follow_the_model_are_predicted():
+    draw = np.random.default_rng(5)
+    hazard = np.linspace(0.001, 0.3, len(BINS) - 1)
+    places = draw.integers(0, len(BINS) - 1, 200_000)
+    middle = np.array([*(np.add(BINS[:-2], BINS[1:-1]) / 2), 5.0])
+    counted = flips_by_entropy(middle[places], draw.random(len(places)) < hazard[places])
+    told = []
+    for _ in range(3):
+        paths = [draw.choice(len(BINS) - 1, 16, p=None) for _ in range(2000)]
+        first = []
+        for path in paths:
+            flips = np.nonzero(draw.random(16) < hazard[path])[0]
+            first.append(float(flips[0]) if len(flips) else None)
+        told.append(predicted(counted, [middle[path] for path in paths], first, [True] * 2000))
+    found = calibration(told)
+    assert found["mean_absolute_error"] < 0.02 and found["correlation"] > 0.99
+    assert told[0]["predicted_same"] == pytest.approx(told[0]["observed_same"], abs=0.04)
+    assert told[0]["predicted_exact_match"] == pytest.approx(told[0]["predicted_same"])
+    assert [row["step"] for row in told[0]["steps"]] == [1, 2, 3, 4, 6, 8, 12, 16]
+    assert calibration([]) is None
