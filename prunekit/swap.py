@@ -11,11 +11,11 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from prunekernels import quantized24_pack
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -230,8 +230,8 @@ def swap_(
             if blocker is not None:
                 decisions[name] = _left(name, module, blocker)
             else:
-                fitting = [*_as_rounded(module), *chosen] if formats is None else chosen
-                decisions[name] = _pack_(model, name, module, fitting, least, tokens)
+                tried = [*_as_rounded(module), *chosen] if formats is None else chosen
+                decisions[name] = _pack_(model, name, module, tried, least, tokens)
         fused = merge_(model) if merge else {}
         save_packed_(model)
         if warm_up:
@@ -243,9 +243,13 @@ def swap_(
     return SwapReport(tuple(done), device.type, tokens, least)
 
 
+def exact_formats() -> list[str]:
+    """Names of the formats that hold weights as they are, unrounded."""
+    return [name for name, kind in FORMATS.items() if kind.exact]
+
+
 def _checked_formats(formats: Sequence[str] | None) -> list[str]:
-    exact = [name for name, kind in FORMATS.items() if kind.exact]
-    chosen = exact if formats is None else list(formats)
+    chosen = exact_formats() if formats is None else list(formats)
     for name in chosen:
         if name not in FORMATS:
             raise PrunekitError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
@@ -292,32 +296,68 @@ def _pack_(
     if conv1d:
         dense = dense.t()
     rows, columns = dense.shape
+    fit = fitting(module, dense, formats, least, tokens)
+    if fit.weight is None:
+        return _left(name, module, fit.reason)
+    packed = fit.weight
+    made = PackedLinear(
+        packed,
+        module.bias,
+        packed.format,
+        conv1d=conv1d,
+        trainable=module.weight.requires_grad,
+    )
+    _replace_(model, name, made.train(module.training))
+    size = dense.numel() * dense.element_size()
+    return ModuleSwap(
+        name, (rows, columns), packed.format, fit.reason, size, packed.nbytes, fit.speedup
+    )
+
+
+class Fit(NamedTuple):
+    """What a matrix is best stored as.
+
+    Attributes:
+        weight: The packed weight, None where the matrix stays dense.
+        speedup: Expected speed-up over the dense matrix.
+        reason: What runs it, or why it stays dense.
+    """
+
+    weight: PackedWeight | None
+    speedup: float
+    reason: str
+
+
+def fitting(
+    module: nn.Module, dense: Tensor, formats: Iterable[str], least: float, tokens: int
+) -> Fit:
+    """The first format that holds a matrix and pays.
+
+    Args:
+        module: The layer that it is of, which may hold integers that pruning chose.
+        dense: (out, in).
+        formats: Names of the formats to try.
+        least: Smallest expected speed-up.
+        tokens: Tokens per call to decide for.
+    """
+    size = dense.numel() * dense.element_size()
     reasons = []
-    for format_ in formats:
+    for name in formats:
         try:
-            packed = _packed(format_, module, dense)
+            packed = _packed(name, module, dense)
         except ValueError as error:
             reasons.append(str(error).partition(";")[0])
             continue
-        size = dense.numel() * dense.element_size()
         if packed.nbytes > _WORTHWHILE * size:
             part = packed.nbytes / size
-            reasons.append(f"hardly smaller as {format_}: {part:.2f} of the dense bytes")
+            reasons.append(f"hardly smaller as {name}: {part:.2f} of the dense bytes")
             continue
         speedup, _, why = packed.expected(tokens)
         if speedup < least:
-            reasons.append(f"slower as {format_}: expected {speedup:.2f}× ({why})")
+            reasons.append(f"slower as {name}: expected {speedup:.2f}× ({why})")
             continue
-        made = PackedLinear(
-            packed,
-            module.bias,
-            format_,
-            conv1d=conv1d,
-            trainable=module.weight.requires_grad,
-        )
-        _replace_(model, name, made.train(module.training))
-        return ModuleSwap(name, (rows, columns), format_, why, size, packed.nbytes, speedup)
-    return _left(name, module, "; ".join(reasons))
+        return Fit(packed, speedup, why)
+    return Fit(None, 1.0, "; ".join(reasons))
 
 
 def _as_rounded(module: nn.Module) -> list[str]:
