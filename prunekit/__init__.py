@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from prunekit.divergence.result import Kld
     from prunekit.divergence.run import kld
     from prunekit.evaluation.retrieval.searching import retrieve
+    from prunekit.mixing.result import SearchResult
+    from prunekit.mixing.run import search
     from prunekit.packed.warming import warm_up_
     from prunekit.pruning import (
         OWL,
@@ -54,6 +56,7 @@ __all__ = [
     "PrunekitError",
     "Recipe",
     "Reconstruction",
+    "SearchResult",
     "Several",
     "SparseGPT",
     "Study",
@@ -68,6 +71,7 @@ __all__ = [
     "prune_",
     "retrieve",
     "save",
+    "search",
     "swap_",
     "sweep",
     "unswap_",
@@ -83,6 +87,8 @@ _HOMES = {
     "Calibration": "prunekit.data.calibration",
     "Kld": "prunekit.divergence.result",
     "kld": "prunekit.divergence.run",
+    "SearchResult": "prunekit.mixing.result",
+    "search": "prunekit.mixing.run",
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),
     **dict.fromkeys(
         (

@@ -17,6 +17,7 @@ from prunekit.commands import (
     kld,
     prune,
     retrieval,
+    search,
     swap,
     sweep,
 )
@@ -50,6 +51,7 @@ COMMANDS = {
         demo,
         prune,
         drop,
+        search,
         swap,
         compare,
         sweep,

@@ -244,7 +244,9 @@ def _plan_tensors(windows: Windows) -> dict[str, Tensor]:
     }
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write tensors to a safetensors file, whole or not at all.
 
     Raises:
@@ -253,7 +255,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replaced_file(path) as written:
         try:
-            save_file(held, written)
+            save_file(held, written, metadata)
         except (SafetensorError, OSError) as error:  # such as a full disk
             raise PrunekitError(
                 f"{path} couldn't be written ({one_line(error)}): free some space or use another "

@@ -41,7 +41,9 @@ def draw(figure: Figure, path: Path) -> None:
         axes = canvas.subplots(rows, columns, squeeze=False, sharey=figure.share_y)
         for axis, chart in zip(axes.flat, figure.charts, strict=True):
             _draw_chart(axis, chart)
-        canvas.savefig(path, dpi=144, metadata={"Software": None, "Title": figure.title})
+        canvas.savefig(
+            path, format="png", dpi=144, metadata={"Software": None, "Title": figure.title}
+        )
 
 
 def _draw_chart(axis: Axes, chart: Chart) -> None:

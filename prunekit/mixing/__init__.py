@@ -1,0 +1,8 @@
+"""Which part of a model is compressed how, for the smallest KL from the dense model at a budget.
+
+mixes ── choices per part as plain numbers: what they cost, cheapest mixes, evolution
+copies ── compressed copies of the model on disk, part by part, and the model made of them
+fitness ── exact KL of the model as it is from its dense self
+result ── the front of size against KL: table, JSON, CSV, figure
+run ── `pk.search`
+"""
