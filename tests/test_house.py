@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels/prunekernels", "prunekit")
 #: The most entries that may stand directly in a folder.
-MOST = {"kernels/prunekernels": 11, "kernels/prunekernels/sparse": 10, "prunekit": 20}
+MOST = {"kernels/prunekernels": 11, "kernels/prunekernels/sparse": 10, "prunekit": 22}
 LONGEST = 550  # lines of a source file
 
 
