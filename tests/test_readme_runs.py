@@ -27,6 +27,8 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.
 # beginnings of commands that are too long for a test, or need what a test has not; and why
 LEFT_OUT = {
     "prunekit demo": "two studies and a sweep: test_drop_and_compare.py runs it smaller",
+    "prunekit compare demo out/drop4 out/wanda24": "two studies: test_compare_several.py",
+    "prunekit bench demo": "four variants, five rounds: test_bench_command.py",
     "prunekit doctor --kernels": "compiles every kernel: test_doctor.py does",
     "prunekit eval": "lm-eval and the data sets of its tasks come from a network",
 }
@@ -34,7 +36,7 @@ EACH, ALL = 120, 400  # seconds: a few on an idle machine, more beside other tes
 
 
 def left_out(line: str) -> bool:
-    return any(line == begun or line.startswith(f"{begun} ") for begun in LEFT_OUT)
+    return any(f"{line} ".startswith(f"{begun} ") for begun in LEFT_OUT)
 
 
 @pytest.fixture(scope="module")
@@ -88,13 +90,14 @@ def run(place: Path, command: str, seconds: float) -> None:
 
 def test_the_commands_of_the_table_run_one_after_the_other(place: Path) -> None:
     asked = [line for line in TABLE if not left_out(line)]
-    assert len(asked) >= 7 and len(asked) + len(LEFT_OUT) == len(TABLE)
+    assert len(asked) >= 7
+    assert all(any(f"{line} ".startswith(f"{b} ") for line in TABLE) for b in LEFT_OUT)
     end = time.monotonic() + ALL
     for line in asked:
         run(place, line, min(EACH, end - time.monotonic()))
     for written in ("wanda24", "drop4", "packed24"):
         assert (place / "out" / written / "config.json").is_file()
-    for page in ("study", "several", "kld"):
+    for page in ("study", "kld"):
         assert (place / "out" / page / "index.html").is_file()
 
 

@@ -107,18 +107,38 @@ def output(args: argparse.Namespace, replaceable: Sequence[str]) -> str:
     Raises:
         PrunekitError: It is missing or can't be used, or another run is writing it.
     """
-    from prunekit.files.atomic import check_target
     from prunekit.files.locks import locked
 
+    folder = needed_output(args)
+    check_output(folder, args, replaceable)
+    if os.environ.get("RANK", "0") == "0":  # of a launch's processes one writes
+        args.until_end.enter_context(locked(folder))
+    return folder
+
+
+def needed_output(args: argparse.Namespace) -> str:
+    """The output folder.
+
+    Raises:
+        PrunekitError: It is missing.
+    """
     if not args.output:
         raise PrunekitError("where to? give --output DIR")
+    return str(args.output)
+
+
+def check_output(folder: str, args: argparse.Namespace, replaceable: Sequence[str]) -> None:
+    """See that a folder can be written, and is empty or allowed to be replaced.
+
+    Raises:
+        PrunekitError: It can't be used.
+    """
+    from prunekit.files.atomic import check_target
+
     try:
-        check_target(args.output, overwrite=args.overwrite, replaceable=replaceable)
+        check_target(folder, overwrite=args.overwrite, replaceable=replaceable)
     except PrunekitError as error:
         raise PrunekitError(str(error).replace("allow overwriting", "add --overwrite")) from error
-    if os.environ.get("RANK", "0") == "0":  # of a launch's processes one writes
-        args.until_end.enter_context(locked(args.output))
-    return str(args.output)
 
 
 def check_file(path: str | None) -> None:

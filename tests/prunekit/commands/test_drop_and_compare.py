@@ -139,3 +139,34 @@ def test_names_of_a_pair_are_short_and_differ():
     assert _names("demo", "out/a") == ("SmolLM2-135M-Instruct", "a")
     assert _names("one/model", "two/model") == ("one/model", "two/model")
     assert _names("x/model", "x/model") == ("model (dense)", "model (pruned)")
+
+
+def test_the_models_of_the_paper(tmp_path, capsys):
+    checkpoint.save(tiny_model(layers=10), tiny_tokenizer(), tmp_path / "model")
+    checkpoint.save(tiny_model(layers=8), tiny_tokenizer(), tmp_path / "shallow")
+    text = tmp_path / "long.txt"
+    text.write_text("some words to read, and some more of them. " * 20, encoding="utf-8")
+    out = tmp_path / "paper"
+    rest = f"--preset paper --samples 2 --length 16 --calibration {text} --output {out}"
+    assert cli.main(f"drop {tmp_path / 'model'} {rest} --json".split()) == 0
+    told = json.loads(capsys.readouterr().out)
+    names = [row["name"] for row in told["models"]]
+    assert names == ["attn-4", "attn-8", "mlp-4", "mlp-8", "block-4", "block-8"]
+    gone = {row["name"]: row["report"] for row in told["models"]}
+    assert len(gone["attn-8"]["dropped_attn"]) == 8 and len(gone["mlp-4"]["dropped_mlp"]) == 4
+    assert set(gone["attn-4"]["dropped_attn"]) < set(gone["attn-8"]["dropped_attn"])
+    assert len(checkpoint.load(out / "block-8")[0].model.layers) == 2
+    # as each count alone drops them
+    alone = tmp_path / "alone"
+    line = rest.replace("--preset paper", "--unit mlp --count 4").replace(str(out), str(alone))
+    assert cli.main(f"drop {tmp_path / 'model'} {line} --json".split()) == 0
+    assert json.loads(capsys.readouterr().out)["report"] == gone["mlp-4"]
+    for words, message in (
+        (f"{tmp_path / 'model'} {rest}", "add --overwrite"),
+        (f"{tmp_path / 'model'} {rest} --count 2", "exclude one another"),
+        (f"{tmp_path / 'model'} {rest.replace('paper', 'papers', 1)}", "use paper"),
+        (f"{tmp_path / 'shallow'} {rest} --overwrite", "has 8 layers"),
+    ):
+        assert cli.main(["drop", *words.split()]) == 2
+        err = capsys.readouterr().err
+        assert message in err and err.count("\n") == 1
