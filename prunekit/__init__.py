@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prunekit.packed.warming import warm_up_
     from prunekit.pruning import (
         OWL,
+        RIA,
         Drop,
         Magnitude,
         Recipe,
@@ -49,6 +50,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "OWL",
+    "RIA",
     "Calibration",
     "Drop",
     "Kld",
@@ -93,6 +95,8 @@ _HOMES = {
     **dict.fromkeys(
         (
             "OWL",
+            "RIA",
+            "RIA",
             "Drop",
             "Magnitude",
             "Recipe",

@@ -6,6 +6,7 @@ import torch
 
 from prunekit.models.architectures import Architecture
 from prunekit.pruning import (
+    RIA,
     Magnitude,
     SparseGPT,
     Wanda,
@@ -17,6 +18,7 @@ METHODS = {
     "magnitude": Magnitude,
     "wanda": Wanda,
     "variant": lambda **settings: Wanda(variant=True, **settings),
+    "ria": RIA,
     # a block that divides no matrix of the tiny models
     "sparsegpt": lambda **settings: SparseGPT(block=20, **settings),
 }

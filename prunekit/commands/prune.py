@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prunekit.pruning import PruneReport, Recipe, Reconstruction
     from prunekit.swap import SwapReport
 
-SUMMARY = "set weights to zero: magnitude, Wanda or SparseGPT"
+SUMMARY = "set weights to zero: magnitude, Wanda, RIA or SparseGPT"
 DESCRIPTION = """\
 Set weights of a model's decoder layers to zero and save it as a checkpoint.
 
@@ -35,6 +35,8 @@ _METHOD_OPTIONS = (
     "bits",
     "group",
     "variant",
+    "power",
+    "permute",
     "block",
     "damping",
 )
@@ -44,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.set_defaults(nested_keys=("rules", "budget"), rules=None)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
-    parser.add_argument("--method", help="magnitude, wanda (default) or sparsegpt")
+    parser.add_argument("--method", help="magnitude, wanda (default), ria or sparsegpt")
     parser.add_argument("--pattern", help="unstructured (default), or N:M with N kept of M: 2:4")
     parser.add_argument(
         "--sparsity", type=options.fraction, help="fraction to prune (0.5, or what N:M implies)"
@@ -59,6 +61,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--group", type=options.positive, help="columns that share a scale (a row; at 4 bits 128)"
     )
     parser.add_argument("--variant", action="store_true", help="Wanda: thresholds per row (α)")
+    parser.add_argument("--power", type=options.fraction, help="RIA: exponent of the inputs (0.5)")
+    parser.add_argument(
+        "--permute", action="store_true", help="RIA, N:M: order the inputs of gated MLPs' outputs"
+    )
     parser.add_argument("--block", type=options.positive, help="SparseGPT: columns at once (128)")
     parser.add_argument("--damping", type=options.fraction, help="SparseGPT: of the mean (0.01)")
     parser.add_argument(
@@ -175,8 +181,9 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
     ignore = [*DEFAULT_IGNORE, *(args.ignore or [])]
     given = {name: getattr(args, name) for name in _METHOD_OPTIONS if getattr(args, name)}
-    # 0 is no sparsity and False no variant, but a sparsity of 0 must be refused, not ignored
+    # False is no variant, but a sparsity of 0 must be refused, not ignored, and a power of 0 used
     given |= {"sparsity": args.sparsity} if args.sparsity is not None else {}
+    given |= {"power": args.power} if args.power is not None else {}
     given |= {"keep_zeros": False} if args.revive_zeros else {}
     shared = {"ignore": ignore, "budget": args.budget}
     if args.rules is None:

@@ -239,13 +239,18 @@ class Architecture:
 
     def silu_mlps(self, index: int) -> Iterator[tuple[str, GatedMLP]]:
         """The modules of layer `index` that compute down(SiLU(gate(x))·up(x)), and their parts."""
+        for path, names in self.gated_mlps(index):
+            if isinstance(self._part(f"{path}.{names.activation}"), _SILU):
+                yield path, names
+
+    def gated_mlps(self, index: int) -> Iterator[tuple[str, GatedMLP]]:
+        """The modules of layer `index` that compute down(activation(gate(x))·up(x)), and parts."""
         names = self.layout.gated_mlp
         if names is None:
             return
         parts = (names.gate, names.up, names.down, names.activation)
         for *_, activation in self._holders(index, self.layout.mlp, parts):
-            if isinstance(self._part(activation), _SILU):
-                yield activation.rpartition(".")[0], names
+            yield activation.rpartition(".")[0], names
 
     def _holders(self, index: int, branch: Branch, names: Sequence[str]) -> Iterator[list[str]]:
         """For each module of a sublayer that has all submodules `names`: their dotted names."""

@@ -32,6 +32,26 @@ def wanda(matrix: Tensor, mean_square: Tensor) -> Tensor:
     return matrix.float().abs().mul_(mean_square.sqrt().to(matrix.device, torch.float32))
 
 
+def relative(matrix: Tensor, mean_square: Tensor, power: float) -> Tensor:
+    """(|W| / its row's sum of |W| + |W| / its column's) · (√mean x²)^a: RIA's score.
+
+    Args:
+        matrix: (out, in).
+        mean_square: See `wanda`.
+        power: a.
+
+    Returns:
+        (out, in), float32. A row or column of zeros scores zero. Source: "Plug-and-Play: An
+        Efficient Post-training Pruning Method for Large Language Models" (ICLR 2024), equation 4
+        (a norm there: the root of the mean ranks alike).
+    """
+    size = matrix.float().abs()
+    tiny = torch.finfo(torch.float32).tiny
+    shares = size / size.sum(1, keepdim=True).clamp_min_(tiny)
+    shares += size / size.sum(0, keepdim=True).clamp_min_(tiny)
+    return shares.mul_(mean_square.to(matrix.device, torch.float32).pow(power / 2))
+
+
 def wanda_mask(matrix: Tensor, mean_square: Tensor, pattern: Pattern) -> Tensor:
     """The mask that keeps each row's highest `wanda` scores, without forming them.
 

@@ -66,6 +66,13 @@ class InputStatistics:
             sparsegpt.mirror_(self.hessian)
             self.square_sum.copy_(self.hessian.diagonal())
 
+    def permute_(self, order: Tensor) -> None:
+        """Put the inputs into another order, (in,) int64."""
+        self.square_sum = self.square_sum[order]
+        if self.hessian is not None:
+            self.hessian = self.hessian[order][:, order]
+        self._sampled = [rows[:, order] for rows in self._sampled]
+
     @property
     def mean_square(self) -> Tensor:
         """(in,), float64, mean of x² over the tokens."""

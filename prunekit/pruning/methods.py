@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunekit.pruning import admm, importance, rounding, sparsegpt
 from prunekit.pruning.input_statistics import InputStatistics
-from prunekit.pruning.recipes import Magnitude, Method, SparseGPT, Wanda
+from prunekit.pruning.recipes import RIA, Magnitude, Method, SparseGPT, Wanda
 from prunekit.pruning.rounding import Rounded
 from prunekit.pruning.sparsegpt import InverseFactor
 
@@ -69,7 +69,10 @@ def _masks(
         return [importance.wanda_mask(matrix, mean_square, pattern) for matrix in matrices]
     found = []
     for matrix in matrices:
-        ranked = importance.wanda(matrix, mean_square)
+        if isinstance(method, RIA):
+            ranked = importance.relative(matrix, mean_square, method.power)
+        else:
+            ranked = importance.wanda(matrix, mean_square)
         if isinstance(method, Wanda):
             ranked = importance.cumulative_shares(ranked)
         found.append(importance.select(ranked, pattern, per_row=False))

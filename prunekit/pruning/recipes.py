@@ -126,6 +126,36 @@ class Wanda(_Method):
 
 
 @dataclass(frozen=True)
+class RIA(_Method):
+    """Prune the weights smallest in their share of row and column, times (√mean x²)^a.
+
+    Counted over a whole matrix (or its N:M groups). Source: "Plug-and-Play: An Efficient
+    Post-training Pruning Method for Large Language Models", ICLR 2024.
+
+    Attributes:
+        power: a, from 0 (inputs do not count).
+        permute: Under N:M, order the inputs of each gated MLP's last matrix first so that its
+            groups hold more of what is worth keeping; the rows of gate and up follow, so the
+            model computes the same. Other matrices have inputs that many others share.
+    """
+
+    power: float = 0.5
+    permute: bool = False
+
+    name: ClassVar[str] = "ria"
+    scored_by: ClassVar[str] = MEAN_SQUARES
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.power < float("inf"):
+            raise PrunekitError(f"RIA power {self.power} is negative: use for example 0.5")
+        if self.permute and not self.target.structured:
+            raise PrunekitError(
+                f"RIA permute has no effect on pattern '{self.pattern}': use N:M, such as 2:4"
+            )
+
+
+@dataclass(frozen=True)
 class SparseGPT(_Method):
     """Prune by W² / diag(chol(H⁻¹))², and make up for it in the weights not yet visited.
 
@@ -156,8 +186,10 @@ class SparseGPT(_Method):
             )
 
 
-Method: TypeAlias = Magnitude | Wanda | SparseGPT
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Magnitude, Wanda, SparseGPT)}
+Method: TypeAlias = Magnitude | Wanda | RIA | SparseGPT
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (Magnitude, Wanda, RIA, SparseGPT)
+}
 
 
 def method_from_dict(settings: Mapping[str, Any]) -> Method:
@@ -187,11 +219,17 @@ def _is_number(value: Any) -> bool:
 
 def _fits(key: str, value: Any) -> bool:
     """Whether a setting read from a file has its type ('2:4' unquoted is a number in YAML 1.1)."""
-    if key in ("sparsity", "damping"):
+    if key in ("sparsity", "damping", "power"):
         return _is_number(value) or (key == "sparsity" and value is None)
     if key in ("update", "bits", "group"):
         return value is None or type(value) is (str if key == "update" else int)
-    kinds: dict[str, type] = {"pattern": str, "variant": bool, "block": int, "keep_zeros": bool}
+    kinds: dict[str, type] = {
+        "pattern": str,
+        "variant": bool,
+        "permute": bool,
+        "block": int,
+        "keep_zeros": bool,
+    }
     return type(value) is kinds[key]
 
 

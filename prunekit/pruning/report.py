@@ -18,7 +18,7 @@ class MatrixReport:
         name: Its name in the model.
         layer: Index of its decoder layer.
         shape: (out, in).
-        method: "magnitude", "wanda" or "sparsegpt".
+        method: The name of its method, such as "wanda".
         pattern: "unstructured" or "N:M".
         kept: Weights that the mask keeps.
         zeros: Weights that are zero now: the pruned ones and those that were zero before.

@@ -23,6 +23,7 @@ from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
 from prunekit.pruning import rounding
+from prunekit.pruning.folding import check_foldable, fold_permutations_, permutes
 from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
 from prunekit.pruning.journal import Journal, fingerprint
 from prunekit.pruning.methods import prune_group
@@ -101,6 +102,7 @@ def prune_(
     assigned = recipe.assign(names)
     chosen = [[ref for ref in refs if ref.name in assigned] for refs in layers]
     _check(chosen, assigned, calibrated=calibration is not None)
+    check_foldable(arch, assigned)
     if reconstruct is not None and calibration is None:
         raise PrunekitError(
             "reconstruction needs calibration: pass calibration tokens, or a Calibration()"
@@ -160,12 +162,14 @@ def prune_(
             if dense is not None:
                 dense.states.advance(index)  # while the layer is dense
                 changed = arch.parameters(index) if refs else {}
+            if permutes(refs, assigned):
+                changed = arch.parameters(index)
             changed = {**changed, **_prepare_roundings_(refs, assigned)}
             done = record.restore(index, changed) if record is not None and refs else None
             if done is None:
                 # unnamed, so that its sums are gone before the next layer's are allocated
                 pruned = _prune_layer_(
-                    refs, assigned, _observe(arch, stream, index, refs, assigned)
+                    arch, refs, assigned, _observe(arch, stream, index, refs, assigned)
                 )
                 fit = None
                 if dense is not None and stream is not None and refs:
@@ -300,11 +304,14 @@ def _prepare_roundings_(
 
 
 def _prune_layer_(
+    arch: Architecture,
     refs: Sequence[WeightRef],
     assigned: Mapping[str, Method],
     statistics: Mapping[str, InputStatistics],
 ) -> list[MatrixReport]:
     """Prune one layer's matrices in place."""
+    if refs:
+        fold_permutations_(arch, refs[0].layer, refs, assigned, statistics)
     together: dict[tuple[str, Method], list[WeightRef]] = {}
     for ref in refs:
         together.setdefault((ref.input_group, assigned[ref.name]), []).append(ref)
