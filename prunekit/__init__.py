@@ -21,6 +21,7 @@ from prunekit.errors import PrunekitError
 if TYPE_CHECKING:
     from prunekit.checkpoint import load, save
     from prunekit.data.calibration import Calibration
+    from prunekit.divergence.recovery import KeepMasks, Recovery, recover_
     from prunekit.divergence.result import Kld
     from prunekit.divergence.run import kld
     from prunekit.evaluation.retrieval.searching import retrieve
@@ -53,11 +54,13 @@ __all__ = [
     "RIA",
     "Calibration",
     "Drop",
+    "KeepMasks",
     "Kld",
     "Magnitude",
     "PrunekitError",
     "Recipe",
     "Reconstruction",
+    "Recovery",
     "SearchResult",
     "Several",
     "SparseGPT",
@@ -71,6 +74,7 @@ __all__ = [
     "kld",
     "load",
     "prune_",
+    "recover_",
     "retrieve",
     "save",
     "search",
@@ -108,6 +112,7 @@ _HOMES = {
         ),
         "prunekit.pruning",
     ),
+    **dict.fromkeys(("KeepMasks", "Recovery", "recover_"), "prunekit.divergence.recovery"),
     **dict.fromkeys(("SwapReport", "swap_", "unswap_"), "prunekit.swap"),
     "retrieve": "prunekit.evaluation.retrieval.searching",
     "warm_up_": "prunekit.packed.warming",

@@ -151,8 +151,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         return (error.code if isinstance(error.code, int) else 0), ""
     if isinstance(error, KeyboardInterrupt):
         return 130, (
-            "interrupted (nothing half-written was left behind; run it again: prune, kld and "
-            "sweep go on where they stopped)"
+            "interrupted (nothing half-written was left behind; run it again: prune, recover, kld "
+            "and sweep go on where they stopped)"
         )
     if isinstance(error, BrokenPipeError):  # `prunekit inspect … | head`
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (the interpreter flushes it at exit)

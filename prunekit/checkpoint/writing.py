@@ -19,6 +19,7 @@ from prunekit.files.atomic import replaced_folder
 from prunekit.models import dropped as modeling
 from prunekit.models.architectures import Architecture
 from prunekit.models.layouts import SUBLAYERS, base_model_type
+from prunekit.models.masks import check_masks
 from prunekit.models.packed_saving import write_packed, write_state
 from prunekit.models.saveable import check_saveable
 from prunekit.packed.described import dense_state, is_packed
@@ -59,11 +60,13 @@ def save(
 
     Raises:
         PrunekitError: Unknown format; no tokenizer; the model is not what its configuration says
-            (`prunekit.models.saveable`); or the folder is not empty or can't be written.
+            (`prunekit.models.saveable`); fine-tuning broke its mask (`prunekit.models.masks`); or
+            the folder is not empty or can't be written.
     """
     check_format(format)
     _check_tokenizer(tokenizer)
     check_saveable(model)
+    check_masks(model)
     arch = Architecture(model)
     dropped = {
         sublayer: [i for i in range(len(arch.layers)) if arch.is_dropped(i, sublayer)]

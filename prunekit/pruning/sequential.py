@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prunekit.data.calibration import Calibration, CalibrationInput, batches, sequences
+from prunekit.data.calibration import CalibrationInput, batches, sequences
 from prunekit.errors import PrunekitError
 from prunekit.files.locks import locked
 from prunekit.models import blocks
@@ -25,7 +25,7 @@ from prunekit.process.progress import track
 from prunekit.pruning import rounding
 from prunekit.pruning.folding import check_foldable, fold_permutations_, permutes
 from prunekit.pruning.input_statistics import InputStatistics, LayerCollector
-from prunekit.pruning.journal import Journal, fingerprint
+from prunekit.pruning.journal import Journal, run_facts
 from prunekit.pruning.methods import prune_group
 from prunekit.pruning.owl import budgeted
 from prunekit.pruning.recipes import Method, Recipe
@@ -122,18 +122,22 @@ def prune_(
             held.enter_context(locked(journal))
         if journal is not None:
             settings = {
+                "recipe": recipe.to_dict(),
                 "batch_size": batch_size,
                 "calibration_dtype": str(calibration_dtype),
                 "device": device.type,  # decides about the batches, too
                 "reconstruct": None if reconstruct is None else reconstruct.to_dict(),
             }
-            record = Journal(journal, _facts(model, recipe, calibration, settings))
+            record = Journal(journal, run_facts(model, calibration, settings))
         found: list[Tensor] = []
         stream = dense = None
         if calibration is not None:
 
             def compute() -> list[Tensor]:
-                return sequences(calibration, model, tokenizer, progress=progress)
+                texts = sequences(calibration, model, tokenizer, progress=progress)
+                if reconstruct is not None:
+                    reconstruct.split(texts)  # too few are refused before anything is recorded
+                return texts
 
             found = compute() if record is None else record.tokens(compute)
             _check_tokens(chosen, assigned, sum(map(len, found)))
@@ -191,28 +195,6 @@ def prune_(
         None if reconstruct is None else reconstruct.to_dict(),
         tuple(fits),
     )
-
-
-def _facts(
-    model: nn.Module,
-    recipe: Recipe,
-    calibration: CalibrationInput | None,
-    settings: Mapping[str, Any],
-) -> dict[str, Any]:
-    """The facts that must be equal for a journal's blocks to belong to this run."""
-    described: Any = None
-    if isinstance(calibration, Calibration):
-        described = {**asdict(calibration), "source": str(calibration.source)}
-    elif calibration is not None:
-        described = [tokens.tolist() for tokens in calibration]
-    return {
-        "model": fingerprint(model),
-        "recipe": recipe.to_dict(),
-        "calibration": described,
-        **settings,
-        "processes": distributed.world_size(),
-        "torch": torch.__version__,
-    }
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from prunekit.errors import PrunekitError
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
 from prunekit.pruning import Magnitude, Recipe, Reconstruction, Wanda
-from prunekit.pruning.reconstruction import descend
+from prunekit.pruning.descent import descend
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_descent_reaches_the_least_squares_of_its_mask():
         answer = torch.linalg.lstsq(columns, wanted[:, row : row + 1]).solution
         least += float((columns @ answer - wanted[:, row : row + 1]).square().sum()) / len(flat)
     assert fit.before > 1.1 * least
-    assert (1 - 1e-6) * least < fit.after < 1.002 * least  # sums of float32
+    assert (1 - 1e-6) * least < fit.least < 1.002 * least  # sums of float32
     assert (best["w"][~keep] == 0).all()
 
 
@@ -67,7 +67,7 @@ def test_held_out_items_decide():
         {"w": start}, {"w": keep}, squares(inputs, targets), [0, 1, 2], [3], sizes, settings
     )
     assert torch.equal(best["w"], start)
-    assert fit.before == fit.after == 0 and fit.steps == 10  # two checks of eight
+    assert fit.before == fit.least == 0 and fit.steps == 10  # two checks of eight
     assert "did not fall" in fit.note
 
 
@@ -84,7 +84,7 @@ def test_what_is_not_finite_ends_it_with_the_last_good_state():
     sizes = dict.fromkeys(range(4), 64)
     best, fit = descend({"w": start}, {"w": keep}, errors, [0, 1, 2], [3], sizes, settings)
     assert "not finite" in fit.note
-    assert best["w"].isfinite().all() and fit.after < fit.before
+    assert best["w"].isfinite().all() and fit.least < fit.before
 
 
 def test_reported_errors_are_those_of_the_block(tiny, sequences):
