@@ -12,13 +12,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import prunekit
 from prunekit import checkpoint
 from prunekit.checkpoint.sources import located
+from prunekit.data import calibration as calibrating
 from prunekit.data import text_files
 from prunekit.data.calibration import Calibration
+from prunekit.divergence.capture import save_tensors
 from prunekit.divergence.windows import Windows, of_text
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.items import load_heldout
@@ -37,6 +41,7 @@ from prunekit.pruning import journal, prune_
 from prunekit.pruning.recipes import Method
 
 _FACTS, _RECORD, _COPIES = "run.json", "measured.jsonl", "copies"
+_TOKENS = "calibration.safetensors"
 _CPU_TOKENS, _GPU_TOKENS = 1024, 8192  # per forward pass
 _FRONT = 9  # mixes of the additive model that are measured along the front, from
 _BELOW = 0.75  # of the budget
@@ -115,8 +120,9 @@ def search(
         )
         closing.callback(mixture.close)
         closing.push(lambda kind, *_: None if kind is None else mixture.restore_())
+        calibrated = _Calibrated(calibration, tokenizer, folder / _TOKENS, progress)
         for name, choice in choices.items():
-            _offer(mixture, name, choice, facts, calibration, tokenizer, folder, progress)
+            _offer(mixture, name, choice, facts, calibrated, folder, progress)
         limits = _Limits(mixture, bytes, speed)
         measured = _Measured(mixture, windows, Record(folder / _RECORD), model, progress)
         damage = measured.alone()
@@ -170,6 +176,33 @@ class _Limits:
 
     def start(self, damage: Any) -> Mix:
         return least_damage(damage, self.costs, self.limit)
+
+
+class _Calibrated:
+    """The tokens that all copies are calibrated on, made once."""
+
+    def __init__(
+        self,
+        calibration: Calibration,
+        tokenizer: PreTrainedTokenizerBase,
+        path: Path,
+        progress: bool,
+    ) -> None:
+        self._calibration, self._tokenizer = calibration, tokenizer
+        self._path, self._progress = path, progress
+
+    def tokens(self, model: PreTrainedModel) -> Tensor:
+        """(samples, length), from the dense model, or from disk."""
+        told = json.dumps(_facts_of(self._calibration))
+        if self._path.is_file():
+            with safe_open(self._path, framework="pt") as held:
+                if (held.metadata() or {}).get("calibration") == told:
+                    found: Tensor = held.get_tensor("tokens")
+                    return found
+        given = self._calibration, model, self._tokenizer
+        found = calibrating.tokens(*given, progress=self._progress)
+        save_tensors(self._path, {"tokens": found}, {"calibration": told})
+        return found
 
 
 class _Measured:
@@ -339,8 +372,11 @@ def _made_of(choice: Method | str | Path | None, calibration: Calibration) -> An
         path = located(str(choice))
         files = [path] if path.is_file() else sorted(path.iterdir())
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    used = {**asdict(calibration), "source": str(calibration.source)}
-    return [choice.to_dict(), used if choice.calibrated else None]
+    return [choice.to_dict(), _facts_of(calibration) if choice.calibrated else None]
+
+
+def _facts_of(calibration: Calibration) -> dict[str, Any]:
+    return {**asdict(calibration), "source": str(calibration.source)}
 
 
 def _offer(
@@ -348,8 +384,7 @@ def _offer(
     name: str,
     choice: Method | str | Path | None,
     made: Mapping[str, str],
-    calibration: Calibration,
-    tokenizer: PreTrainedTokenizerBase,
+    calibrated: _Calibrated,
     folder: Path,
     progress: bool,
 ) -> None:
@@ -366,8 +401,7 @@ def _offer(
             prune_(
                 model,
                 choice,
-                calibration if choice.calibrated else None,
-                tokenizer=tokenizer,
+                calibrated.tokens(model) if choice.calibrated else None,
                 journal=record if choice.calibrated else None,
                 progress=progress,
             )

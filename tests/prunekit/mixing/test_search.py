@@ -235,3 +235,19 @@ def test_copies_of_other_models_and_other_searches_are_refused(word_tokenizer, t
 
 def test_stages_end_with_all_windows():
     assert run._STAGES[-1][0] == 1.0
+
+
+def test_calibration_is_sampled_once_for_all_copies(word_tokenizer, tmp_path, monkeypatch):
+    sampled = []
+    tokens = run.calibrating.tokens
+
+    def counted(*args, **settings):
+        sampled.append(1)
+        return tokens(*args, **settings)
+
+    monkeypatch.setattr(run.calibrating, "tokens", counted)
+    choices = {"2:4": pk.Wanda(pattern="2:4"), "50%": pk.SparseGPT(sparsity=0.5)}
+    calibration = pk.Calibration(samples=2, length=16)
+    options = {"choices": choices, "calibration": calibration, "generations": 0}
+    result = _search(make_tiny("llama"), word_tokenizer, tmp_path, bytes=0.9, **options)
+    assert sampled == [1] and result.found.within
