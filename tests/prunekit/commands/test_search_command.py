@@ -1,0 +1,59 @@
+"""`prunekit search` on the command line: what it writes, going on, refusals in one line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import prunekit as pk
+from prunekit.cli import main
+from prunekit.packed.modules import packed_layers
+
+WORK = ["--context", "16", "--limit", "8", "--generations", "1", "--offspring", "2", "--quiet"]
+MADE = ["--method", "magnitude", "--choices", "2:4, 50%, drop"]
+
+
+def _run(place, out, *more: str, capsys) -> dict:
+    text = ["--text", str(place / "long.txt")]
+    given = ["search", str(place / "dense"), *MADE, *WORK, *text, "--output", str(out), *more]
+    assert main([*given, "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+def test_the_saved_model_is_the_found_mix_packed(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    told = _run(place, out, "--bytes", "80%", capsys=capsys)
+    assert told["found"]["within"] and told["choices"] == ["dense", "2:4", "50%", "drop"]
+    best, _ = pk.load(out / "best")
+    size = sum(p.nbytes for p in best.parameters())
+    size += sum(layer.weight.nbytes for _, layer in packed_layers(best))
+    assert size == told["found"]["bytes"]
+    measured = (out / "measured.jsonl").read_text()
+    again = _run(place, out, "--bytes", "0.8", capsys=capsys)
+    assert again["found"] == told["found"] and (out / "measured.jsonl").read_text() == measured
+    other = _run(place, out, "--speed", "1.2x", "--no-pack", capsys=capsys)
+    assert other["found"]["speed"] >= 1.2 and other["budget"].startswith("speed")
+
+
+REFUSED = {
+    "no budget": (["--choices", "drop"], "one budget"),
+    "a word": (["--bytes", "50%", "--choices", "half"], "'half' is no choice"),
+    "a percentage": (["--bytes", "50%", "--choices", "x%"], "'x%' is not a percentage"),
+    "a pattern": (["--bytes", "50%", "--choices", "5:4"], "5:4"),
+    "a size": (["--bytes", "half"], "'half' is not a number"),
+    "a lost copy": (["nowhere/copy", "--bytes", "50%"], "nowhere/copy"),
+    "a foreign folder": (["--bytes", "50%", "--output", "full"], "not empty"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_input_is_one_line_with_status_2(case, place, tmp_path, capsys, monkeypatch):
+    more, message = REFUSED[case]
+    monkeypatch.chdir(place)
+    text = ["--text", str(place / "long.txt")]
+    out = ["--output", str(tmp_path / "out")]
+    assert main(["search", *out, str(place / "dense"), *more, *text, *WORK]) == 2
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
+    assert (place / "full" / "precious.txt").read_text() == "keep me"
