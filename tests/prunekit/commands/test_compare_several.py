@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import QUESTIONS, QUICK, snapshot
+from command_line import QUESTIONS, QUICK, snapshot, tiny_model, tiny_tokenizer
 
 import prunekit as pk
-from prunekit import cli
+from bench.kld_copies import integers
+from prunekit import checkpoint, cli
+from prunekit.models.dropped import drop_sublayers_
 from prunekit.report import png
 
 SMALL = (
@@ -133,3 +135,28 @@ def test_a_configuration_file_lists_copies(here, copies, tmp_path, capsys):
     line = f"compare --config {config} {SMALL} --output {out} --quiet"
     assert cli.main(line.split()) == 0
     assert Path(out, "drop1", "study.json").is_file() and Path(out, "drop2").is_dir()
+
+
+@pytest.mark.slow
+def test_a_quantised_copy_beside_a_dropped_one(tmp_path, capsys):
+    pytest.importorskip("torchao")
+    dense = tiny_model(hidden=64, inner=64)  # rows that groups of 32 divide
+    checkpoint.save(dense, tiny_tokenizer(), tmp_path / "dense")
+    integers(str(tmp_path / "dense"), tmp_path / "int8", 8)
+    drop_sublayers_(dense, mlp=[1])
+    checkpoint.save(dense, tiny_tokenizer(), tmp_path / "drop")
+    names = " ".join(str(tmp_path / name) for name in ("dense", "drop", "int8"))
+    line = f"compare {names} --limit 4 --max-new-tokens 6 --layerwise-steps 1 --json"
+    assert cli.main([*line.split(), "--output", str(tmp_path / "out")]) == 0
+    eight, drop = json.loads(capsys.readouterr().out)["copies"]
+    assert (eight["name"], drop["name"]) == ("int8", "drop")
+    assert eight["bytes_in_memory"] < drop["bytes_in_memory"] and drop["beaten_by"] == ["int8"]
+    assert 0 < eight["scores"]["kl_dense_pruned"]["mean"] < 0.1
+    assert eight["notes"] == ["quantised by torchao"] and eight["speed"]["decode"] > 0
+    # alone, too, and timed by bench
+    line = f"compare {tmp_path / 'dense'} {tmp_path / 'int8'} --limit 2 --max-new-tokens 4 --quiet"
+    assert cli.main([*line.split(), "--output", str(tmp_path / "one")]) == 0
+    line = f"bench {tmp_path / 'dense'} {tmp_path / 'int8'} --variants dense --prompt 8 --new 3"
+    assert cli.main([*line.split(), "--rounds", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["variants"]
+    assert [row["variant"] for row in rows] == ["dense", "int8"] and rows[1]["size"] < 0.6
