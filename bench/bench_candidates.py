@@ -54,6 +54,16 @@ DRAWS = (
         "2:4 wgmma_tma",
         ("dense", "cuSPARSELt best", "TileLang gemm_sp"),
     ),
+    *(
+        Draw(
+            "linear",
+            "2:4",
+            ("dense", "2:4 mma_sp", f"{name} auto"),
+            f"{name} mma_sp",
+            ("int8 weight-only", "int4 weight-only"),
+        )
+        for name in ("2:4-int8", "2:4-int4")
+    ),
     Draw("block", "2:4", ("2:4 auto", "2:4 wgmma_sp"), "2:4 wgmma_tma", ("dense",)),
     Draw("linear", "unstructured", ("dense",), "bitmap mma", ("bitmap triton",)),
     *(

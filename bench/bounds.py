@@ -2,7 +2,8 @@
 
     python -m bench.bounds [--all]                bounds on H100, H200, A100, L4 and RTX 4090
     python -m bench.bounds --csv FILE             measured times of a result file beside its bounds
-    python -m bench.bounds --compile              count instructions anew (Triton, no GPU needed)
+    python -m bench.bounds --compile [KERNELS]    count instructions anew (Triton, no GPU needed),
+                                                  of all or of those whose names begin so
 
 Four limits act at once, so an op takes at least the longest of: its bytes over the memory's
 bandwidth, its products over the matrix units' rate, its instructions over the issue slots
@@ -145,6 +146,13 @@ def packed24_bytes(rows: int, columns: int, itemsize: int = 2) -> float:
     return padded * (itemsize / 2 + 1 / 8)
 
 
+def quantized24_bytes(rows: int, columns: int, bits: int, group: int = 0) -> float:
+    """Bytes of a packed 2:4 weight with values of so many bits and float32 scales, padded."""
+    height, width = -(-rows // 16) * 16, -(-columns // 64) * 64
+    groups = -(-columns // group) if group else 1
+    return height * (width * (bits / 16 + 1 / 8) + 4 * groups)
+
+
 def bitmap_bytes(rows: int, columns: int, sparsity: float) -> float:
     """Bytes of a bitmap weight with 16-bit values: a bit per weight, the non-zeros, half of the
     filling of each tile of 2048, and its start."""
@@ -174,6 +182,22 @@ def bitmap_passes(sparsity: float) -> float:
     return float(loads / tiles + words + size / tiles / 128 + 1 + x) / 2048
 
 
+#: 2:4 with quantised values: the name of the compiled kernel, bits, columns of a group.
+QUANTISED = {
+    "24 int8": ("int8", 8, 0),
+    "24 fp8": ("fp8", 8, 0),
+    "24 int4": ("int4g128", 4, 128),
+}
+
+
+def _counted_name(name: str, tokens: int) -> str:
+    return f"quantized24/mma_sp/{name}/bf16/t{tokens}/split"
+
+
+def _counted(name: str, tokens: int) -> bool:
+    return _counted_name(name, tokens) in compiled_slots()
+
+
 def linear(
     kind: str, M: int, N: int, K: int, sparsity: float = 0.5, itemsize: int = 2
 ) -> list[Cost]:
@@ -183,7 +207,9 @@ def linear(
         kind: How the weight is kept: "dense", "int8", "24 mma" (sparse tensor cores), "24
             triton" (expanded in registers), "24 expand" (expanded in memory, then dense), "24
             wgmma" (a library's kernel), "bitmap" (tensor cores), "bitmap triton" (the portable
-            kernel), "bitmap expand", "csr".
+            kernel), "bitmap expand", "csr"; of quantised values "int8" and "int4" (groups of 128)
+            for every weight, "24 int8", "24 fp8" and "24 int4" (groups of 128) for a 2:4 one, and
+            each of them with " expand".
         M: Tokens.
         N: Rows of the weight, outputs.
         K: Columns of the weight, inputs.
@@ -198,6 +224,17 @@ def linear(
     if kind == "24 mma":
         slots = slots_of(f"sparse24/mma_sp/bf16/t{tokens}/split") * N * K * -(-M // tokens)
         return [Cost(packed24_bytes(N, K, itemsize) + ends, mma_flop=padded / 2, slots=slots)]
+    if kind in QUANTISED:
+        name, bits, group = QUANTISED[kind]
+        # more tokens than a program has take the weight's instructions anew
+        tile = next((t for t in (8, 16, 32, 64) if t >= M and _counted(name, t)), 64)
+        slots = slots_of(_counted_name(name, tile)) * N * K * -(-M // tile)
+        held = quantized24_bytes(N, K, bits, group)
+        return [Cost(held + ends, mma_flop=padded / 2, slots=slots)]
+    if kind.removesuffix(" expand") in QUANTISED:
+        _, bits, group = QUANTISED[kind.removesuffix(" expand")]
+        held = quantized24_bytes(N, K, bits, group)
+        return [Cost(held + dense), Cost(dense + ends, products)]
     if kind == "24 triton":
         name = "m16" if M <= 16 else "m64"
         slots = slots_of(f"sparse24/portable/bf16/{name}") * N * K * -(-M // 64)
@@ -221,7 +258,14 @@ def linear(
         return [Cost(size, mma_flop=padded, slots=slots, passes=passes)]
     if kind == "bitmap expand":
         return [Cost(bitmap_bytes(N, K, sparsity) + dense), Cost(dense + ends, products)]
-    weight = {"dense": dense, "int8": N * K, "csr": (itemsize + 4) * (1 - sparsity) * N * K}[kind]
+    # two 16-bit numbers for each 128 columns: scale and zero point
+    int4 = N * K * (1 / 2 + 4 / 128)
+    weight = {
+        "dense": dense,
+        "int8": N * K,
+        "int4": int4,
+        "csr": (itemsize + 4) * (1 - sparsity) * N * K,
+    }[kind]
     return [Cost(weight + ends, products)]
 
 
@@ -263,8 +307,11 @@ LAYERS = {
     "8B down": (4096, 14336),
     "70B gate/up": (28672, 8192),
 }
-KINDS = ("dense", "24 mma", "24 triton", "24 expand", "bitmap", "bitmap triton")
-SHORT_KINDS = ("dense", "24 mma", "bitmap")
+KINDS = (
+    *("dense", "int8", "int4", "24 mma", "24 triton", "24 expand", *QUANTISED, "24 int4 expand"),
+    *("bitmap", "bitmap triton"),
+)
+SHORT_KINDS = ("dense", "24 mma", "24 int8", "24 int4", "bitmap")
 Row = tuple[str, str, str, list[Cost]]
 
 
@@ -324,15 +371,20 @@ def print_measured(path: Path, write: Callable[[str], object] = print) -> None:
                 write(f"{row['op']:16} {row['shape']:30} {row['provider']:24} {cells}  {share}")
 
 
-def count_instructions() -> None:
-    """Compile every kernel for sm_90 and write its instructions per element."""
+def count_instructions(begins: str) -> None:
+    """Compile kernels whose names begin so for sm_90, and write their instructions per element."""
     from prunekernels.compilation import compile_case, discover
 
     rows = []
+    if begins and SLOTS.is_file():
+        with SLOTS.open(newline="", encoding="utf-8") as file:
+            kept = [tuple(row.values()) for row in csv.DictReader(file)]
+        rows = [row for row in kept if not row[0].startswith(begins)]
     for case in discover():
-        if 90 in case.archs and case.elements_per_iteration:
+        if 90 in case.archs and case.elements_per_iteration and case.name.startswith(begins):
             report = compile_case(case, 90)
-            rows.append((case.name, f"{report.instructions_per_element:.3f}", report.registers))
+            each = f"{report.instructions_per_element:.3f}"
+            rows.append((case.name, each, str(report.registers)))
     SLOTS.parent.mkdir(parents=True, exist_ok=True)
     with SLOTS.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("kernel", "per_element", "registers"), *rows])
@@ -343,11 +395,13 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--csv", type=Path, help="a result file: measured beside the bound")
-    parser.add_argument("--compile", action="store_true", help="count instructions anew")
+    parser.add_argument(
+        "--compile", nargs="?", const="", metavar="KERNELS", help="count instructions anew"
+    )
     parser.add_argument("--all", action="store_true", help="every row, not the main ones alone")
     options = parser.parse_args()
-    if options.compile:
-        count_instructions()
+    if options.compile is not None:
+        count_instructions(options.compile)
     if options.csv is not None:
         print_measured(options.csv)
     else:

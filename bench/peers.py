@@ -136,7 +136,9 @@ def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
     def kind(x: Tensor) -> str:
         return kinds.get(chosen(x.shape[0]), kinds["else"])
 
-    return Layer(lambda x: linear(x, packed, impl=impl), packed.nbytes, kind=kind)
+    # a format that rounds is judged by the weight that it then has
+    exact = None if packed.exact else packed.to(dtype=torch.float32).to_dense()
+    return Layer(lambda x: linear(x, packed, impl=impl), packed.nbytes, exact, kind=kind)
 
 
 #: Our formats: packing, product, the op's name, and what an implementation costs.
@@ -159,6 +161,15 @@ PACKED_FORMATS: dict[str, Any] = {
         "bitmap_linear",
         {"eager": "bitmap expand", "triton": "bitmap triton", "else": "bitmap"},
     ),
+    **{
+        name: (
+            functools.partial(prunekernels.quantized24_round, kind=name),
+            prunekernels.quantized24_linear,
+            "quantized24_linear",
+            {"eager": f"24 {name[4:]} expand", "else": f"24 {name[4:]}"},
+        )
+        for name in ("2:4-int8", "2:4-fp8", "2:4-int4")
+    },
 }
 
 
@@ -174,6 +185,32 @@ def _int8(weight: Tensor, tokens: int) -> Layer:
             raise Absent("int8 weight-only: torch's CPU kernel takes bfloat16 activations")
         return Layer(lambda x: torch._weight_int8pack_mm(x, values, scale), held, exact)
     return Layer(lambda x: compiled(_dequantised)(x, values, scale), held, exact)
+
+
+def _int4(weight: Tensor, tokens: int) -> Layer:
+    """Values rounded to 4 bits in groups of 128, by torch's own kernel (from the TinyGEMM)."""
+    rows, columns = weight.shape
+    if weight.dtype != torch.bfloat16 or rows % 64 or columns % 128:
+        raise Absent("int4 weight-only: torch's kernel takes bfloat16, multiples of 64 and 128")
+    grouped = weight.float().view(rows, -1, 128)
+    scale = (grouped.abs().amax(2) / 7).clamp_min(1e-8).to(weight.dtype)
+    codes = (grouped / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int32) + 8
+    exact = ((codes - 8).double() * scale.double()[..., None]).view(rows, columns)
+    # (groups, N, 2): scale and the value of code 8
+    pairs = torch.stack((scale, torch.zeros_like(scale)), 2).transpose(0, 1).contiguous()
+    codes = codes.view(rows, columns)
+    if weight.device.type == "cpu":
+        packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
+
+        def apply(x: Tensor) -> Tensor:
+            return torch._weight_int4pack_mm_for_cpu(x, packed, 128, pairs)
+    else:
+        packed = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).byte(), 8)
+
+        def apply(x: Tensor) -> Tensor:
+            return torch._weight_int4pack_mm(x, packed, 128, pairs)
+
+    return Layer(apply, size(packed, pairs), exact)
 
 
 def _semi_structured(backend: str, weight: Tensor, tokens: int) -> Layer:
@@ -314,6 +351,11 @@ LINEAR = (
     LinearPeer("dense", "dense", _dense),
     LinearPeer("torch.compile", "dense", _compiled, ("2:4",), few=True),
     *_ours("2:4", runtime.ops()["sparse24_linear"].impls, ("2:4",)),
+    *(
+        peer
+        for name in ("2:4-int8", "2:4-fp8", "2:4-int4")
+        for peer in _ours(name, ("auto", "mma_sp"), ("2:4",))
+    ),
     *_ours("bitmap", runtime.ops()["bitmap_linear"].impls, PATTERNS),
     LinearPeer("cuSPARSELt", "24 wgmma", _semi("cusparselt"), ("2:4",)),
     LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),
@@ -322,6 +364,7 @@ LINEAR = (
     LinearPeer("torch CSR", "csr", _csr, most_tokens=256),
     LinearPeer("torch BSR", "dense", _bsr, most_tokens=256),
     LinearPeer("int8 weight-only", "int8", _int8, PATTERNS, few=True),
+    LinearPeer("int4 weight-only", "int4", _int4, PATTERNS, most_tokens=256),
     LinearPeer("2:4 instead", "dense", _two_four, ("unstructured",)),
     LinearPeer("MACKO", "bitmap", _macko, ("unstructured",), 1),
     LinearPeer("SpInfer", "bitmap", _spinfer, ("unstructured",), 64),

@@ -87,5 +87,7 @@ def made(
     """A random packed weight; scales of 1 if `whole`, so that all values are integers."""
     given = integers(rows, columns, kind, group, zeros)
     if whole:
-        given = given._replace(scales=torch.ones_like(given.scales))
+        small = given.integers.float().round().clamp(-16, 16).to(given.integers.dtype)
+        held = small if kind == "2:4-fp8" else given.integers
+        given = given._replace(integers=held, scales=torch.ones_like(given.scales))
     return Made(quantized24_pack(*given, kind=kind, dtype=dtype), exact(given))

@@ -117,6 +117,9 @@ class Registers:
         self._binary(opcode, operands, active, np.bitwise_xor)
 
     def _not(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        if opcode[-1] == "pred":
+            self._set(operands[0], self._bits(operands[1]) == 0, active)
+            return
         self._set(operands[0], ~self._value(operands[1], opcode[-1].replace("b", "u")), active)
 
     def _shift(self, opcode: list[str], operands: list[Any], active: Array, function: Any) -> None:
@@ -153,9 +156,44 @@ class Registers:
         self._binary(["add", kind], [operands[0], operands[0], operands[3]], active, np.add)
 
     def _fma(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        if opcode[-1] in ("bf16x2", "f16x2"):
+            # products of two 16-bit floats are exact in float64; the sum is rounded to float32
+            # and then to 16 bits, which is once wherever float32 holds it
+            kind, words = opcode[-1][:-2], [self._value(o, "u32") for o in operands[1:]]
+            halves = []
+            for shift in (np.uint32(0), np.uint32(16)):
+                a, b, c = (to_float(w >> shift & 0xFFFF, kind).astype(np.float64) for w in words)
+                exact = a * b + c
+                if not (exact.astype(np.float32) == exact).all():
+                    raise ValueError("fma of 16-bit floats with a sum that float32 does not hold")
+                halves.append(from_float(exact, kind).astype(np.uint32) << shift)
+            self._set(operands[0], halves[0] | halves[1], active)
+            return
         a, b, c = (self._value(o, "f32").astype(np.float64) for o in operands[1:])
         with np.errstate(all="ignore"):
             self._set(operands[0], (a * b + c).astype(np.float32), active)
+
+    def _lop3(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        """Bit i is bit (a, b, c) of the table, a the highest."""
+        a, b, c = (self._value(o, "u32") for o in operands[1:4])
+        table, result = int(operands[4], 0), np.zeros(self.threads, np.uint32)
+        for case in range(8):
+            if table >> case & 1:
+                terms = (v if case >> place & 1 else ~v for v, place in ((a, 2), (b, 1), (c, 0)))
+                result |= np.bitwise_and.reduce(list(terms))
+        self._set(operands[0], result, active)
+
+    def _shf(self, opcode: list[str], operands: list[Any], active: Array) -> None:
+        """The upper (l) or lower (r) word of two words, high and low, shifted by 0 … 31 (wrap)."""
+        low, high, count = (self._value(o, "u32").astype(np.uint64) for o in operands[1:])
+        both, count = high << np.uint64(32) | low, count & np.uint64(31)
+        if opcode[1:3] == ["l", "wrap"]:
+            shifted = both << count >> np.uint64(32)
+        elif opcode[1:3] == ["r", "wrap"]:
+            shifted = both >> count
+        else:
+            raise ValueError(f"unknown instruction: {opcode}")
+        self._set(operands[0], shifted.astype(np.uint32), active)
 
     def _abs(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         self._set(operands[0], np.abs(self._value(operands[1], opcode[-1])), active)

@@ -29,6 +29,8 @@ _LAUNCH_BYTES = 17e6
 # weights of 117 MB (of 33.5 MB: 0.25 and 0.45), bench/results/NVIDIA_H200/sparse.csv. Elsewhere
 # predicted.
 _PORTABLE_SPEEDUP = {"2:4": 0.15, "bitmap": 0.3}
+# Predicted: twice as many instructions for each weight as the 2:4 one has.
+_PORTABLE_QUANTISED = 0.075
 
 # Predicted, not measured: what the bitmap's tensor-core kernel (format 3) takes at 1 token on an
 # H200, in bytes that a GPU reads meanwhile: for each byte of the dense weight, and of the packed
@@ -69,7 +71,7 @@ def packed_speedup(
         tokens: M.
         dense: Bytes of the dense weight.
         packed: Bytes of the packed weight.
-        what: The format: "2:4" or "bitmap".
+        what: The format, by its name.
         capability: CUDA compute capability.
     """
     ridge = _RIDGE.get(capability, min(_RIDGE.values()))
@@ -85,7 +87,7 @@ def packed_speedup(
         # predicted: expanding a bitmap in registers costs about half of what reading less gains
         return (1 + gain) / 2
     if impl == "triton":
-        return _PORTABLE_SPEEDUP[what]
+        return _PORTABLE_SPEEDUP.get(what, _PORTABLE_QUANTISED)
     if impl != "eager":
         # as many instructions as the dense kernel has time for
         return 1.0

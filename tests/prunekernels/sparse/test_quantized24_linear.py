@@ -94,7 +94,8 @@ def test_bad_input_is_refused_with_both_values():
         ((x, packed.to_dense()), "quantized24_pack"),
         ((x, packed, x[0]), r"shape \(32,\)"),
         ((x, packed, None, "swish"), "silu.*'swish'"),
-        ((x, packed, None, None, "cuda"), "eager.*'cuda'"),
+        ((x, packed, None, None, "cuda"), "mma_sp.*'cuda'"),
+        ((x, packed, None, None, "mma_sp"), "cannot run: .*NVIDIA GPU"),
     ):
         with pytest.raises(ValueError, match=message):
             quantized24_linear(*arguments)

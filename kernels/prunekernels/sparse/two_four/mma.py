@@ -55,11 +55,17 @@ def _mma_text(kind, selector):
 @gluon.jit
 def _multiply(acc, a, b, e, SELECTOR: gl.constexpr, KIND: gl.constexpr, ACC: gl.constexpr):
     """acc + A·B. a: (tiles, 128) words, b: (8·token tiles, 16) words, e: (tiles, 32 or 128)."""
+    a = gl.convert_layout(gl.reshape(a, [acc.shape[0], acc.shape[1], 1, 32, 4]), ACC)
+    return multiply_fragments(acc, a, b, e, SELECTOR, KIND, ACC)
+
+
+@gluon.jit
+def multiply_fragments(acc, a, b, e, SELECTOR: gl.constexpr, KIND: gl.constexpr, ACC: gl.constexpr):
+    """acc + A·B with A as the lanes hold it, (warps, row tiles, 1, 32, 4) in the layout ACC."""
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
     NT: gl.constexpr = acc.shape[2]
     PER_LANE: gl.constexpr = e.shape[1] // 32
-    a = gl.convert_layout(gl.reshape(a, [NW, MT, 1, 32, 4]), ACC)
     # word = 4·register + thread of the quad, token = quad
     b = gl.permute(gl.reshape(b, [NT, 8, 4, 4]), [0, 1, 3, 2])
     b = gl.convert_layout(gl.reshape(b, [1, 1, NT, 32, 4]), ACC)

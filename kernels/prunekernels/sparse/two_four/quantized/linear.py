@@ -1,6 +1,9 @@
 """y = activation(x·Wᵀ + bias) with W packed 2:4 in 8 or 4 bits, and SiLU(x·Wgᵀ)·(x·Wuᵀ).
 
-The eager implementation expands the weight block by block and multiplies densely.
+The eager implementation expands the weight block by block, on a GPU into one scratch that stays in
+its cache, and multiplies densely: that is also the path for many tokens. `mma_sp` makes the values
+16-bit in registers and uses NVIDIA's sparse tensor cores; it and the portable kernel only run when
+asked for by name, as they have not run on hardware.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.runtime import Op, plain, register
+from prunekernels.runtime import Kernel, Op, interpreting, plain, register, triton_installed
 from prunekernels.sparse.layer import (
     ACTIVATIONS,
     Calls,
@@ -26,14 +29,19 @@ from prunekernels.sparse.layer import (
 )
 from prunekernels.sparse.two_four.quantized.expand import product, unpack
 from prunekernels.sparse.two_four.quantized.layout import KINDS, group_of, packed_shape
-from prunekernels.sparse.two_four.quantized.tuning import quantized24_order
+from prunekernels.sparse.two_four.quantized.tuning import SCRATCH_BYTES, quantized24_order
 
 if TYPE_CHECKING:
     from prunekernels.sparse.two_four.quantized.format import Quantized24
 
 OP = Op(
     "quantized24_linear",
-    {},
+    {
+        "triton": Kernel("prunekernels.sparse.two_four.quantized.portable", "forward"),
+        "mma_sp": Kernel(
+            "prunekernels.sparse.two_four.quantized.mma", "forward", tensor_cores=True
+        ),
+    },
     order=quantized24_order,
     what="2:4 layers with 8- and 4-bit values",
     eager="the weight is expanded for each call, smaller in memory but not faster",
@@ -54,15 +62,18 @@ def quantized24_linear(
 ) -> Tensor:
     """Linear layer with a packed 2:4 weight of 8- or 4-bit values.
 
-    Equivalent to `act(torch.nn.functional.linear(x, w.to_dense(), bias))`; the weight is expanded
-    block by block. Differentiable in `x` and `bias`; the weight cannot be trained while packed.
+    Equivalent to `act(torch.nn.functional.linear(x, w.to_dense(), bias))`; the kernels do not round
+    (code − zero)·scale to 16 bits, keep the sum, the bias and the activation in float32, and round
+    once. Differentiable in `x` and `bias`; the weight cannot be trained while packed.
 
     Args:
         x: (..., K), the type and device of `w`.
         w: Packed (N, K) weight.
         bias: (N,), like `x`, or None.
         activation: None, "silu", "gelu_tanh", "gelu" (erf) or "relu".
-        impl: "auto" or "eager" (expand, then dense).
+        impl: "auto", "eager" (expand, then dense), "triton" (any GPU, and the interpreter) or
+            "mma_sp" (NVIDIA's sparse tensor cores, 16-bit x). "auto" takes "eager": the kernels
+            have not run on hardware.
 
     Returns:
         (..., N), the type of `x`, contiguous.
@@ -94,7 +105,7 @@ def quantized24_linear(
 def quantized24_gate_up(
     x: Tensor, gate: Quantized24, up: Quantized24, impl: str = "auto"
 ) -> Tensor:
-    """The gated half of a Llama MLP: SiLU(x·Wgᵀ)·(x·Wuᵀ).
+    """The gated half of a Llama MLP: SiLU(x·Wgᵀ)·(x·Wuᵀ), by the kernels in one launch.
 
     Equivalent to `F.silu(F.linear(x, gate.to_dense())) * F.linear(x, up.to_dense())` without
     writing the two intermediate activations.
@@ -151,9 +162,13 @@ def quantized24_expected(tokens: int, w: Quantized24) -> Expected:
 
 
 def expand(parts: Parts, rows: int, columns: int, kind: str, dtype: torch.dtype) -> Tensor:
-    """The dense weight."""
+    """The dense weight, by the expanding kernel on a GPU that Triton can use."""
     packed, scales, zeros = parts
-    return unpack(packed, scales, zeros, rows, columns, KINDS[kind], dtype)
+    if packed.device.type != "cuda" or not triton_installed() or interpreting():
+        return unpack(packed, scales, zeros, rows, columns, KINDS[kind], dtype)
+    dense = torch.empty((rows, columns), dtype=dtype, device=packed.device)
+    OP.kernels["triton"].load().expand(parts, kind, dense)
+    return dense
 
 
 def _filled(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -345,7 +360,24 @@ _gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)
 def _dense_product(x: Tensor, parts: Parts, rows: int, kind: str, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + b with the weight expanded block by block."""
     packed, scales, zeros = parts
-    return product(x, packed, scales, zeros, rows, KINDS[kind], bias)
+    if x.device.type != "cuda" or not triton_installed() or interpreting():
+        return product(x, packed, scales, zeros, rows, KINDS[kind], bias)
+    columns = x.shape[1]
+    at_once = max(16, SCRATCH_BYTES // (columns * x.element_size()) // 16 * 16)
+    scratch = x.new_empty((min(at_once, rows), columns))
+    y = x.new_empty((x.shape[0], rows))
+    module = OP.kernels["triton"].load()
+    for first in range(0, rows, at_once):
+        block = scratch[: min(at_once, rows - first)]
+        lines = slice(first // 16, first // 16 + -(-len(block) // 16))
+        some = packed[lines], scales[lines], None if zeros is None else zeros[lines]
+        module.expand(some, kind, block)
+        out = y[:, first : first + len(block)]
+        if bias is None:
+            torch.mm(x, block.t(), out=out)
+        else:
+            torch.addmm(bias[first : first + len(block)], x, block.t(), out=out)
+    return y
 
 
 def _check_buffer(packed: Tensor, scales: Tensor, rows: int, columns: int, kind: str) -> None:

@@ -1,9 +1,16 @@
-"""Order of the implementations for 2:4 weights with 8- and 4-bit values.
+"""Launch configurations and order of the kernels for 2:4 weights with 8- and 4-bit values.
 
-Pure functions of shape, type and architecture; nothing is probed at import or at run time.
+Pure functions of shape, type and architecture; nothing is probed at import or at run time. All of
+it is *predicted*, from byte counts and compiled instruction counts.
 """
 
 from __future__ import annotations
+
+from prunekernels.sparse.two_four.tuning import MmaConfig, sparse24_mma
+
+#: Bytes of the scratch that a block of rows is expanded to before its dense product: a fraction of
+#: the second-level cache of the GPUs that the kernels are for (A100 40 MB, H100 50 MB, L4 48 MB).
+SCRATCH_BYTES = 16 << 20
 
 
 def quantized24_order(
@@ -11,7 +18,7 @@ def quantized24_order(
 ) -> list[tuple[str, str]]:
     """Implementations of such a layer on an NVIDIA GPU, preferred first, with reasons.
 
-    There is no kernel yet.
+    The kernels have not run on hardware: until they have, they only run when asked for by name.
 
     Args:
         tokens: M.
@@ -23,4 +30,44 @@ def quantized24_order(
     Returns:
         `(name, reason)` pairs, never empty.
     """
-    return [("eager", "expand, then dense: no kernel yet")]
+    return [("eager", "expand, then dense: mma_sp has not run on hardware, ask for it by name")]
+
+
+def quantized24_mma(
+    tokens: int,
+    rows: int,
+    columns: int,
+    gated: bool,
+    bits: int,
+    grouped: bool,
+    processors: int,
+    capability: tuple[int, int] = (9, 0),
+) -> MmaConfig:
+    """Tile of the mma.sp kernel.
+
+    Args:
+        tokens: M.
+        rows: N.
+        columns: K.
+        gated: Whether gate and up share a program.
+        bits: Bits of a value.
+        grouped: Whether groups of columns have scales.
+        processors: Multiprocessors of the device.
+        capability: Its compute capability.
+
+    Returns:
+        That of 16-bit 2:4 with two row tiles for few tokens, which share what a program does for
+        x: it costs more beside fewer bytes. Groups keep a second sum beside each: more than 16
+        tokens have one row tile, gate and up at most 16 tokens in a program, and 8-bit values 32,
+        as more does not fit the registers.
+    """
+    base = sparse24_mma(tokens, rows, columns, gated, processors, capability)
+    token_tiles = base.token_tiles
+    if grouped:
+        token_tiles = min(token_tiles, 2 if gated else 4 if bits == 8 else 8)
+    row_tiles = 1 if grouped and token_tiles > 2 and not gated else 2
+    height = 64 if gated else 64 * row_tiles
+    blocks = -(-rows // height) * -(-tokens // (8 * token_tiles))
+    resident = 2 if capability[0] in (9, 10) else 1
+    splits = max(1, min(resident * processors // blocks, columns // 512))
+    return MmaConfig(row_tiles, token_tiles, base.stages, splits)

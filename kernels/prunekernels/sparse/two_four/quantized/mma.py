@@ -1,0 +1,506 @@
+"""Product with quantised 2:4 weights on NVIDIA's sparse tensor cores, for few to some tokens.
+
+    y[m, n] = act(Σ_g s[n, g]·Σ_{k ∈ g} x[m, k]·(c[n, k] − z[n, g]) + b[n]),  or silu(gate)·up
+
+As in `two_four.mma`, each warp loads units of 256 columns into registers, x goes through a ring in
+shared memory, and columns may be split. As a unit has few bytes here, two are on their way while
+one is multiplied, in two sets of registers that take turns. Before a product, codes become pairs of
+16-bit floats (`codes`): a logical instruction puts them into mantissas, and one `fma` for each
+pair takes the offset away or multiplies the power of two back. So the operand holds whole numbers
+(e4m3 values, as they are) without any rounding; of int8 values it holds 1/64 (bfloat16) or 1/512.
+Where groups have scales, sums start anew in each group and are scaled in float32; a row's scale
+multiplies its sum at the end.
+Format: `two_four.quantized.layout`.
+"""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
+# mypy: disable-error-code="assignment"
+# Triton compiles tuple + tuple, not (*tuple, item): RUF005 is waived where that matters.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from prunekernels.compilation import Arch, KernelCase
+from prunekernels.launch import Launch, meta
+from prunekernels.runtime import capability, processors
+from prunekernels.sparse.fragments import axis, finish, x_layout
+from prunekernels.sparse.gluon_compat import barrier
+from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
+from prunekernels.sparse.two_four.mma import CAPABILITIES as CAPABILITIES
+from prunekernels.sparse.two_four.mma import multiply_fragments
+from prunekernels.sparse.two_four.quantized.codes import (
+    add_scaled,
+    minus_of,
+    operand,
+    quarters,
+    scales_of_rows,
+    zeros_of_rows,
+)
+from prunekernels.sparse.two_four.quantized.layout import KINDS, ROWS, line_blocks
+from prunekernels.sparse.two_four.quantized.portable import Parts, case_parts, shared_options
+from prunekernels.sparse.two_four.quantized.tuning import quantized24_mma
+from prunekernels.sparse.two_four.tuning import MmaConfig
+
+
+@gluon.jit
+def _unit(
+    acc, held, xs, w_ptrs, s_ptrs, z_ptrs, BITS: gl.constexpr, FP8: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, GROUP: gl.constexpr, STEP: gl.constexpr, KIND: gl.constexpr,
+    ACC: gl.constexpr, X: gl.constexpr,
+):  # fmt: skip
+    """Multiply one unit of 256 columns held in registers, and load the next but one.
+
+    held: what `_load_unit` gave; xs: (tokens, 128) words of x in shared memory; w_ptrs, s_ptrs,
+    z_ptrs: pointers to the words, scales and zeros of the unit after the next.
+    """
+    NW: gl.constexpr = acc.shape[0]
+    MT: gl.constexpr = acc.shape[1]
+    P: gl.constexpr = BITS // 4
+    a, meta, scales, zeros = held
+    even, odd = gl.split(gl.reshape(meta, [NW * MT, 32, 2, 2]))
+    e0, e2 = gl.split(even)
+    e1, e3 = gl.split(odd)
+    e = (e0, e1, e2, e3)
+    words = ()
+    for block in gl.static_range(2 * P):
+        words = words + quarters(a[block], NW, MT, ACC)
+    minus = minus_of(gl.full([1, 1, 1, 1, 4], 8, gl.int32, ACC), KIND, ACC)
+    next_a, next_scales, next_zeros = (), (), ()
+    part = acc
+    for step in gl.static_range(8):
+        if GROUP and step * 32 % GROUP == 0:
+            part = gl.zeros_like(acc)
+            if HAS_ZEROS:
+                minus = minus_of(zeros_of_rows(zeros[step * 32 // GROUP], ACC), KIND, ACC)
+        b = xs.slice(step * 16, 16, dim=1).load(X)
+        two = (words[step * P], words[step * P + P - 1])
+        values = operand(two, minus, BITS, FP8, KIND, ACC)
+        part = multiply_fragments(part, values, b, e[step // 2], step % 2, KIND, ACC)
+        if (step + 1) * P % 4 == 0:
+            # a block is used up: its registers take the one that comes
+            next_at = w_ptrs + step * P // 4 * 128
+            next_a = next_a + (gl.load(next_at),)  # noqa: RUF005
+        if GROUP and (step + 1) * 32 % GROUP == 0:
+            acc = add_scaled(acc, part, scales[step * 32 // GROUP], STEP, ACC)
+            s_at = s_ptrs + step * 32 // GROUP * 16
+            next_scales = next_scales + (gl.load(s_at),)  # noqa: RUF005
+            if HAS_ZEROS:
+                z_at = z_ptrs + step * 32 // GROUP * 8
+                next_zeros = next_zeros + (gl.load(z_at),)  # noqa: RUF005
+    meta = gl.load(w_ptrs + 256 * P)
+    if not GROUP:
+        acc = part
+    return acc, (next_a, meta, next_scales, next_zeros)
+
+
+@gluon.jit
+def _load_unit(w_ptrs, s_ptrs, z_ptrs, P: gl.constexpr, PER_UNIT: gl.constexpr,
+               HAS_ZEROS: gl.constexpr):  # fmt: skip
+    """A unit's blocks of words (tiles, 128), metadata, scales and zeros."""
+    a, scales, zeros = (), (), ()
+    for block in gl.static_range(2 * P):
+        a = a + (gl.load(w_ptrs + block * 128),)  # noqa: RUF005
+    for group in gl.static_range(PER_UNIT):
+        scales = scales + (gl.load(s_ptrs + group * 16),)  # noqa: RUF005
+        if HAS_ZEROS:
+            zeros = zeros + (gl.load(z_ptrs + group * 8),)  # noqa: RUF005
+    meta = gl.load(w_ptrs + 256 * P)
+    return a, meta, scales, zeros
+
+
+@gluon.jit(do_not_specialize=["M", "N", "lines", "units", "tails", "units_per_split", "groups"])
+def _mma24q_fwd_kernel(
+    x_ptr,  # (M, columns padded to 64) as 32-bit words, rows stride_xm words apart
+    packed_ptr,  # int32 (lines, words): the weight, or the gate's
+    scales_ptr,  # float32 (lines, groups, 16)
+    zeros_ptr,  # int16 (lines, groups, 8): pairs of zero points, read if HAS_ZEROS
+    up_ptr,  # the same of the up's weight, read if GATED
+    up_scales_ptr,
+    up_zeros_ptr,
+    bias_ptr,  # (N,), read if HAS_BIAS
+    y_ptr,  # (M, N), contiguous
+    parts_ptr,  # as for `sum_parts`, if SPLIT
+    counter_ptr,
+    stride_xm,
+    M,
+    N,
+    lines,
+    words,  # words in a line
+    units,
+    tails,
+    units_per_split,
+    groups,
+    KIND: gl.constexpr,  # "bf16" or "f16"
+    BITS: gl.constexpr,  # of a value
+    FP8: gl.constexpr,  # whether 8 bits are an e4m3 number, else an integer
+    HAS_ZEROS: gl.constexpr,
+    GROUP: gl.constexpr,  # columns of a group: 0 (a row), 64 or 128
+    ACTIVATION: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    GATED: gl.constexpr,
+    SPLIT: gl.constexpr,
+    NW: gl.constexpr,  # warps
+    MT: gl.constexpr,  # tiles of 16 rows per warp; gated: the gate's tile and the up's
+    NT: gl.constexpr,  # tiles of 8 tokens
+    STAGES: gl.constexpr,  # of the ring, a power of two
+):
+    TILES: gl.constexpr = NW * MT
+    P: gl.constexpr = BITS // 4  # words of a lane in a step
+    UNIT: gl.constexpr = 256 * P + 128
+    # integers are subnormal in the operand: they count in these steps
+    STEP: gl.constexpr = 1 if BITS == 4 or FP8 else (64 if KIND == "bf16" else 512)
+    PER_UNIT: gl.constexpr = 256 // GROUP if GROUP else 0
+    W: gl.constexpr = gl.BlockedLayout([MT, 4], [1, 32], [NW, 1], [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [NW, 1], [1, 0])
+    X: gl.constexpr = x_layout(NT, NW)
+    ACC: gl.constexpr = gl.BlockedLayout(
+        [1, MT, NT, 1, 4], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+    ROWS_OF: gl.constexpr = gl.BlockedLayout(
+        [1, MT, 1, 1, 2], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
+    )
+    # eight rows of 16-byte chunks, rotated: ldmatrix then meets every bank once
+    RING: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 8, [1, 0])
+    # blocks of tokens first: those that read the same rows of the weight run together
+    block = gl.program_id(1)
+    split = gl.program_id(2)
+    token0 = gl.program_id(0) * (8 * NT)
+    first = split * units_per_split
+    count = gl.minimum(units_per_split, units - first)
+
+    tile = gl.arange(0, TILES, gl.SliceLayout(1, W))[:, None]
+    word = gl.arange(0, 128, gl.SliceLayout(0, W))[None, :]
+    row_tile = axis(MT, 1, ROWS_OF)
+    pair = axis(32, 3, ROWS_OF) // 4
+    # lines past the last are read as the last and not stored
+    if GATED:
+        line = gl.minimum(block * NW + tile // 2, lines - 1).to(gl.int64)
+        line_ptrs = gl.where(tile % 2 == 0, packed_ptr + line * words, up_ptr + line * words)
+        line = gl.minimum(block * NW + axis(NW, 0, ROWS_OF), lines - 1).to(gl.int64)
+        rows_at = line * groups * 8 + pair
+        z_ptrs = gl.where(row_tile == 0, zeros_ptr + rows_at, up_zeros_ptr + rows_at)
+        both_at = rows_at * 2 + axis(2, 4, ROWS_OF)
+        s_ptrs = gl.where(row_tile == 0, scales_ptr + both_at, up_scales_ptr + both_at)
+    else:
+        line_ptrs = packed_ptr + gl.minimum(block * TILES + tile, lines - 1).to(gl.int64) * words
+        line = (block * NW + axis(NW, 0, ROWS_OF)) * MT + row_tile
+        rows_at = gl.minimum(line, lines - 1).to(gl.int64) * groups * 8 + pair
+        z_ptrs = zeros_ptr + rows_at
+        s_ptrs = scales_ptr + (rows_at * 2 + axis(2, 4, ROWS_OF))
+    acc = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
+    if count > 0:
+        token = token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, COPY))[:, None]
+        x_word = gl.arange(0, 128, gl.SliceLayout(0, COPY))[None, :]
+        x_ok = token < M
+        x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + x_word
+        ring = gl.allocate_shared_memory(gl.int32, [STAGES, 8 * NT, 128], RING)
+        for stage in gl.static_range(STAGES - 1):
+            # past the slice, and past the last unit, something readable that nobody uses
+            x_at = gl.minimum(first + stage, units - 1) * 128
+            async_copy.async_copy_global_to_shared(ring.index(stage), x_ptrs + x_at, mask=x_ok)
+            async_copy.commit_group()
+        w_ptrs = line_ptrs + first * UNIT + word
+        s_unit = s_ptrs + first * (PER_UNIT * 16)
+        z_unit = z_ptrs + first * (PER_UNIT * 8)
+        one = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS)
+        more = gl.minimum(count - 1, 1)
+        w_ptrs += more * UNIT
+        s_unit += more * (PER_UNIT * 16)
+        z_unit += more * (PER_UNIT * 8)
+        other = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS)
+        for pair_of_units in range(0, count // 2):
+            for turn in gl.static_range(2):
+                unit = 2 * pair_of_units + turn
+                async_copy.wait_group(STAGES - 2)
+                # every warp is done with the slot that is filled next
+                barrier()
+                ahead = unit + STAGES - 1
+                x_at = gl.minimum(first + ahead, units - 1) * 128
+                slot = ring.index(ahead & (STAGES - 1))
+                async_copy.async_copy_global_to_shared(slot, x_ptrs + x_at, mask=x_ok)
+                async_copy.commit_group()
+                # past the last unit the last again, which is in a cache and which nobody uses
+                more = gl.where(unit + 2 < count, 1, 0)
+                w_ptrs += more * UNIT
+                s_unit += more * (PER_UNIT * 16)
+                z_unit += more * (PER_UNIT * 8)
+                slot = ring.index(unit & (STAGES - 1))
+                acc, held = _unit(
+                    acc, one, slot, w_ptrs, s_unit, z_unit,
+                    BITS, FP8, HAS_ZEROS, GROUP, STEP, KIND, ACC, X,
+                )  # fmt: skip
+                one, other = other, held
+        async_copy.wait_group(0)
+        barrier()
+        if count % 2 == 1:
+            slot = ring.index((count - 1) & (STAGES - 1))
+            acc, one = _unit(
+                acc, one, slot, w_ptrs, s_unit, z_unit,
+                BITS, FP8, HAS_ZEROS, GROUP, STEP, KIND, ACC, X,
+            )  # fmt: skip
+
+    if first + units_per_split >= units:
+        token = token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, X))[:, None]
+        x_word = gl.arange(0, 16, gl.SliceLayout(0, X))[None, :]
+        x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + units * 128 + x_word
+        w_ptrs = line_ptrs + units * UNIT
+        minus = minus_of(gl.full([NW, MT, 1, 32, 4], 8, gl.int32, ACC), KIND, ACC)
+        for tail in range(0, tails):
+            # each word of a lane is loaded for all four places that its words have
+            meta = gl.load(w_ptrs + 64 * P + word // 4)
+            part = acc
+            if GROUP:
+                group = (units * 4 + tail) // (GROUP // 64)
+                part = gl.zeros_like(acc)
+                if HAS_ZEROS:
+                    minus = minus_of(zeros_of_rows(gl.load(z_ptrs + group * 8), ACC), KIND, ACC)
+            held = quarters(gl.load(w_ptrs + word // 4 * (2 * P) + word % (2 * P)), NW, MT, ACC)
+            for step in gl.static_range(2):
+                b = gl.load(x_ptrs + step * 16, mask=token < M, other=0)
+                pair_of = (held[step * P], held[step * P + P - 1])
+                values = operand(pair_of, minus, BITS, FP8, KIND, ACC)
+                part = multiply_fragments(part, values, b, meta, step, KIND, ACC)
+            if GROUP:
+                part = add_scaled(acc, part, gl.load(s_ptrs + group * 16), STEP, ACC)
+            acc = part
+            x_ptrs += 32
+            w_ptrs += 64 * P + 32
+
+    if GROUP == 0:
+        if STEP != 1:
+            acc = acc * STEP
+        acc = acc * scales_of_rows(gl.load(s_ptrs), ACC)
+    finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
+           ACTIVATION, HAS_BIAS, GATED, SPLIT, ACC)  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    parts: Parts,
+    up: Parts | None,
+    rows: int,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """Launch for x (M, K) with M > 0; `up` selects the gated form."""
+    config = configuration(x, parts, rows, kind, up is not None)
+    return launch(x, parts, up, rows, kind, bias, activation, config)
+
+
+def configuration(x: Tensor, parts: Parts, rows: int, kind: str, gated: bool) -> MmaConfig:
+    """What the table says for x (M, K) and N = rows on the GPU that x is on."""
+    device, grouped = x.device, parts[1].shape[1] > 1
+    shape = x.shape[0], rows, x.shape[1]
+    form = gated, KINDS[kind].bits, grouped
+    return quantized24_mma(*shape, *form, processors(device), capability(device))
+
+
+def prepared(
+    x: Tensor,
+    parts: Parts,
+    up: Parts | None,
+    rows: int,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+) -> Launch | None:
+    """`forward` as a call to keep, or None if x has to be copied first."""
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    config = configuration(x, parts, rows, kind, up is not None)
+    call = product(x, parts, up, kind, bias, y, activation, config)
+    return call if call.arguments[0].data_ptr() == x.data_ptr() else None
+
+
+def launch(
+    x: Tensor,
+    parts: Parts,
+    up: Parts | None,
+    rows: int,
+    kind: str,
+    bias: Tensor | None,
+    activation: str,
+    config: MmaConfig,
+) -> Tensor:
+    """`forward` with a given configuration."""
+    y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
+    product(x, parts, up, kind, bias, y, activation, config).run()
+    return y
+
+
+def product(
+    x: Tensor,
+    parts: Parts,
+    up: Parts | None,
+    kind: str,
+    bias: Tensor | None,
+    y: Tensor,
+    activation: str,
+    config: MmaConfig,
+) -> Launch:
+    """The kernel's call for x (M, K) and y (M, N), real or on the meta device."""
+    tokens, rows = y.shape
+    columns = x.shape[1]
+    lines, units, tails = line_blocks(rows, columns)
+    x = padded_rows(x, 256 * units + 64 * tails)
+    per_split, splits = split_columns(units, config.splits)
+    blocks = triton.cdiv(lines, config.warps * (1 if up is not None else config.row_tiles))
+    token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
+    block = 8 * config.token_tiles, config.warps * config.row_tiles * ROWS
+    room, counter = room_for_parts(y, token_blocks, blocks, splits, *block)
+    options = shared_options(parts, kind, columns)
+    return Launch(
+        _mma24q_fwd_kernel,
+        (token_blocks, blocks, splits),
+        (
+            x.view(torch.int32),
+            *_arguments(parts),
+            *_arguments(up or parts),
+            y if bias is None else bias,
+            y,
+            room,
+            counter,
+            x.stride(0) // 2,
+            tokens,
+            rows,
+            lines,
+            parts[0].shape[1],
+            units,
+            tails,
+            per_split,
+            parts[1].shape[1],
+        ),
+        {
+            "KIND": "bf16" if x.dtype == torch.bfloat16 else "f16",
+            "BITS": KINDS[kind].bits,
+            "FP8": kind == "2:4-fp8",
+            "HAS_ZEROS": options["HAS_ZEROS"],
+            "GROUP": options["GROUP"],
+            "ACTIVATION": activation,
+            "HAS_BIAS": bias is not None,
+            "GATED": up is not None,
+            "SPLIT": splits > 1,
+            "NW": config.warps,
+            "MT": config.row_tiles,
+            "NT": config.token_tiles,
+            "STAGES": config.stages,
+        },
+        num_warps=config.warps,
+    )
+
+
+def _arguments(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+    """The kernel's tensors of a weight: without zero points, something in their place."""
+    packed, scales, zeros = parts
+    return packed, scales, packed.view(torch.int16) if zeros is None else zeros.view(torch.int16)
+
+
+def self_test(device: torch.device) -> str | None:
+    """Compare with the expanded weight on small integers, where every sum is exact.
+
+    Args:
+        device: The CUDA device to test.
+
+    Returns:
+        None if all results are equal, else what differed.
+    """
+    from prunekernels.sparse.two_four.quantized.format import quantized24_pack
+
+    random = torch.Generator().manual_seed(0)
+    for kind, dtype, tokens, splits in (
+        ("2:4-int4", torch.bfloat16, 5, 3),
+        ("2:4-int4", torch.float16, 20, 1),
+        ("2:4-int8", torch.bfloat16, 20, 1),
+        ("2:4-int8", torch.float16, 5, 3),
+        ("2:4-fp8", torch.bfloat16, 5, 3),
+        ("2:4-fp8", torch.float16, 20, 1),
+    ):
+        values = torch.randint(0, 16, (200, 1088), generator=random, dtype=torch.int8)
+        mask = torch.rand(200, 272, 4, generator=random).argsort(2) < 2
+        pointed = kind == "2:4-int4" and tokens == 5
+        values = values if pointed else values - 8
+        groups = 9 if pointed else 1
+        scales = torch.randint(1, 3, (200, groups), generator=random).float()
+        zeros = torch.randint(0, 16, (200, groups), generator=random, dtype=torch.int8)
+        w = quantized24_pack(
+            values.float().to(KINDS[kind].dtype),
+            mask.view(200, -1),
+            scales,
+            zeros if pointed else None,
+            kind=kind,
+            dtype=dtype,
+        )
+        x = torch.randint(-3, 4, (tokens, 1088), generator=random).to(device, dtype)
+        w = w.to(device)
+        config = MmaConfig(2, 1 if tokens <= 8 else 4, 4, splits)
+        parts = w.packed, w.scales, w.zeros
+        got = launch(x, parts, None, 200, kind, None, "none", config)
+        if problem := difference(got, x, w.to(dtype=torch.float32).to_dense()):
+            return problem
+    return None
+
+
+def compile_cases() -> list[KernelCase]:
+    """The specialisations that tests compile without a GPU."""
+    every: Sequence[Arch] = (80, 89, 90)
+    return [
+        *(
+            _case(name, kind, tokens, False, True, every)
+            for name in _CASES
+            for kind in ("bf16", "f16")
+            for tokens in (1, 64)
+        ),
+        *(_case("int4g128", "bf16", tokens, False, True, every) for tokens in (16, 32)),
+        _case("int4g128", "bf16", 1, False, False, every),
+        *(_case(name, "bf16", 1, True, True, every) for name in ("int8", "int4g128")),
+        _case("int4g64z", "bf16", 64, True, True, every),
+        _case("int4g128", "bf16", 1, False, True, (120,)),
+    ]
+
+
+# kind, columns of a group, zero points
+_CASES = {
+    "int8": ("2:4-int8", 0, False),
+    "int8g128": ("2:4-int8", 128, False),
+    "fp8": ("2:4-fp8", 0, False),
+    "int4": ("2:4-int4", 0, False),
+    "int4g128": ("2:4-int4", 128, False),
+    "int4g64z": ("2:4-int4", 64, True),
+}
+
+
+def _case(
+    name: str, kind: str, tokens: int, gated: bool, split: bool, archs: Sequence[Arch]
+) -> KernelCase:
+    rows, columns = 14336, 4096
+    values, group, zeros = _CASES[name]
+    config = quantized24_mma(tokens, rows, columns, gated, KINDS[values].bits, group > 0, 132)
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float16
+    parts = case_parts(rows, columns, values, group, zeros)
+    call = product(
+        meta((tokens, columns), dtype),
+        parts,
+        parts if gated else None,
+        values,
+        None if gated else meta((rows,), dtype, aligned=False),
+        meta((tokens, rows), dtype),
+        "silu" if gated else "none",
+        config._replace(splits=4 if split else 1),
+    )
+    return call.case(
+        f"quantized24/mma_sp/{name}/{kind}/t{8 * config.token_tiles}"
+        + "/gated" * gated
+        + "/split" * split,
+        opcodes=("HMMA.SP.16832.F32" + (".BF16" if kind == "bf16" else ""), "LDSM", "LDGSTS"),
+        elements_per_iteration=config.row_tiles * ROWS * 256,
+        per_iteration=("HMMA.SP", 8 * config.row_tiles * config.token_tiles),
+        archs=archs,
+    )
