@@ -147,6 +147,34 @@ def kld_cost() -> str:
     return table(["processor time, one core; memory", ""], body)
 
 
+def recovery() -> str:
+    """What reconstruction and recovery give back, with cost, on two texts."""
+    if not (CPU / "recovery.csv").is_file():
+        return "Not measured on this version yet."
+    found = rows("recovery.csv")
+    forms = {"kl": "{:.3f}", "perplexity": "{:.1f}"}
+    forms |= {f"prose_{name}": form for name, form in list(forms.items())}
+    own, prose = (f"{float(found[0][f'dense_{of}perplexity']):.1f}" for of in ("", "prose_"))
+    body = [["dense", "0", own, "0", prose, "", ""]]
+    for row in found:
+        cost = f"{float(row['processor_s']) / 60:.1f} min", f"{float(row['peak_mb']) / 1000:.1f} GB"
+        numbers = [form.format(float(row[name])) for name, form in forms.items()]
+        body.append([row["case"], *numbers, *cost])
+    head = ["case", "KLD", "perplexity", "KLD, prose", "perplexity, prose", "processor", "peak"]
+    by_case = {row["case"]: row for row in found}
+    notes = []
+    for name, row in by_case.items():
+        start = by_case.get(name.rpartition(", ")[0])
+        if start is None:
+            continue
+        before, after = float(start["prose_kl"]), float(row["prose_kl"])
+        verdict = "nearer to the dense model" if after < before else "it overfits: farther"
+        notes.append(
+            f"- {name}: on the prose, {verdict} than its start (KLD {before:.3f} → {after:.3f})."
+        )
+    return "\n".join([table(head, body), *([""] if notes else []), *notes])
+
+
 def layerwise() -> str:
     """Seconds of the layerwise analysis beside the research script's."""
     found = {(row["mode"], row["provider"]): row for row in rows("layerwise.csv")}
@@ -463,6 +491,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "quality": quality,
     "kld": kld,
     "kld_cost": kld_cost,
+    "recovery": recovery,
     "layerwise": layerwise,
     "research": against_research,
     "models": models,

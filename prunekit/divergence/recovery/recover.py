@@ -99,7 +99,10 @@ def recover_(
         folder = None if journal is None else Path(journal)
         if folder is not None and distributed.is_main():
             held.enter_context(locked(folder))
-        temporary = held.enter_context(tempfile.TemporaryDirectory()) if folder is None else ""
+        temporary = ""
+        if folder is None and distributed.is_main():
+            temporary = held.enter_context(tempfile.TemporaryDirectory())
+        temporary = distributed.gather([temporary])[0]  # of the main process
         settings = {
             "recovery": recovery.to_dict(),
             "batch_size": batch_size,

@@ -59,6 +59,26 @@ def test_prune_reconstructs(here, tmp_path, capsys):
     assert "--reconstruct-lr needs --reconstruct" in capsys.readouterr().err
 
 
+def test_recover_trains_and_says_what_it_did(here, tmp_path, capsys):
+    pruned, folder = tmp_path / "pruned", tmp_path / "recovered"
+    line = f"prune dense --method magnitude --pattern 2:4 --quiet --output {pruned}"
+    assert cli.main(line.split()) == 0
+    line = f"recover {pruned} --teacher dense {QUICK} --samples 6 --steps 4 --tokens 64 --lr 0.02"
+    line += f" --kind js --batch-size 2 --output {folder}"
+    assert cli.main([*line.split(), "--json"]) == 0
+    out, err = capsys.readouterr()
+    found = json.loads(out)["report"]
+    assert err == "" and not list(tmp_path.glob("*.journal"))
+    assert found["after"]["js_mean"] < found["before"]["js_mean"]
+    assert json.loads((folder / "prunekit.json").read_text())["report"]["recover"] == found
+    weights = weights_of(pruned), weights_of(folder)
+    for name, before in weights[0].items():
+        assert torch.equal(before == 0, weights[1][name] == 0), name
+    assert cli.main([*line.split(), "--overwrite"]) == 0
+    shown = capsys.readouterr().out
+    assert "Jensen–Shannon, nats" in shown and "zeros stayed" in shown
+
+
 @pytest.fixture(scope="module")
 def wide(place):
     """A dense model in `place` whose matrices packing makes smaller."""
