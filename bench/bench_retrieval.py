@@ -38,7 +38,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo", help="what prunekit.load takes")
     parser.add_argument("--collection", help="a folder as BEIR has it (the built-in one)")
     parser.add_argument("--counts", type=int, nargs="+", default=[4, 8, 12])
-    parser.add_argument("--samples", type=int, default=8, help="calibration sequences")
+    parser.add_argument("--samples", type=int, default=4, help="calibration sequences")
     parser.add_argument("--length", type=int, default=256, help="tokens of each")
     parser.add_argument("--context", type=int, default=256, help="tokens per scored window")
     parser.add_argument("--device", default=None)
@@ -84,15 +84,16 @@ def main() -> None:
         return rows
 
     rows = measured("dense", 0, dense)
-    for unit in ("attn", "mlp"):
-        missing = [c for c in options.counts if (unit, str(c)) not in done]
-        ranking = _ranking(dense, unit, tokens) if missing else []
-        for count in options.counts:
+    rankings: dict[str, list[int]] = {}
+    for count in options.counts:
+        for unit in ("attn", "mlp"):
             if (unit, str(count)) in done:
                 rows += done[unit, str(count)]
                 continue
+            if unit not in rankings:
+                rankings[unit] = _ranking(dense, unit, tokens)
             model = copy.deepcopy(dense)
-            drop_sublayers_(model, **{unit: sorted(ranking[:count])})
+            drop_sublayers_(model, **{unit: sorted(rankings[unit][:count])})
             rows += measured(unit, count, model)
             write_csv(options.output, NAME, rows)
     write_csv(options.output, NAME, rows)

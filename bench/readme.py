@@ -69,7 +69,8 @@ def retrieval() -> str:
         return "Not measured on this version yet."
     names = {"dense": "nothing", "attn": "attentions", "mlp": "MLPs"}
     body = []
-    found = rows("retrieval.csv")
+    order = {"dense": 0, "attn": 1, "mlp": 2}
+    found = sorted(rows("retrieval.csv"), key=lambda r: (order[r["unit"]], int(r["dropped"])))
     for last in (row for row in found if row["pooling"] == "last"):
         mean = next(
             row

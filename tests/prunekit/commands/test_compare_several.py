@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 
 import pytest
 from command_line import QUESTIONS, QUICK, snapshot, tiny_model, tiny_tokenizer
@@ -127,14 +126,13 @@ def test_refusals_are_one_line_and_leave_nothing(here, tmp_path, capsys, words, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_configuration_file_lists_copies(here, copies, tmp_path, capsys):
+def test_a_configuration_file_lists_copies(tmp_path):
     config = tmp_path / "several.yaml"
-    drops = [str(copies / name) for name in ("drop1", "drop2")]
-    config.write_text(f"dense: dense\npruned: [{drops[0]}, {drops[1]}]\nno-speed: true\n")
-    out = tmp_path / "out"
-    line = f"compare --config {config} {SMALL} --output {out} --quiet"
-    assert cli.main(line.split()) == 0
-    assert Path(out, "drop1", "study.json").is_file() and Path(out, "drop2").is_dir()
+    config.write_text("dense: dense\npruned: [one, two]\nno-speed: true\n")
+    read = cli.parse(["compare", "--config", str(config)])
+    assert (read.dense, read.pruned, read.no_speed) == ("dense", ["one", "two"], True)
+    config.write_text("model: demo\ncheckpoints: out/one\n")  # one is a list of one
+    assert cli.parse(["bench", "--config", str(config)]).checkpoints == ["out/one"]
 
 
 @pytest.mark.slow
