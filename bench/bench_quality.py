@@ -32,7 +32,7 @@ from prunekit.data.text_files import read_file
 from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout
 from prunekit.evaluation.likelihood import perplexity
-from prunekit.pruning import OWL, Magnitude, Method, Recipe, SparseGPT, Wanda, prune_
+from prunekit.pruning import ADMM, OWL, RIA, Magnitude, Method, Recipe, SparseGPT, Wanda, prune_
 
 METHODS: dict[str, Method | Recipe | None] = {
     "dense": None,
@@ -46,18 +46,22 @@ METHODS: dict[str, Method | Recipe | None] = {
     "magnitude 2:4": Magnitude(pattern="2:4"),
     "wanda 2:4": Wanda(pattern="2:4"),
     "sparsegpt 2:4": SparseGPT(pattern="2:4"),
-    "wanda, admm": Wanda(update="admm"),
-    "sparsegpt, admm": SparseGPT(update="admm"),
-    "sparsegpt, admm 4:8": SparseGPT(pattern="4:8", update="admm"),
-    "sparsegpt, admm 8:16": SparseGPT(pattern="8:16", update="admm"),
-    "wanda, admm 2:4": Wanda(pattern="2:4", update="admm"),
-    "sparsegpt, admm 2:4": SparseGPT(pattern="2:4", update="admm"),
-    "sparsegpt, admm, 8 bits 2:4": SparseGPT(pattern="2:4", update="admm", bits=8),
-    "sparsegpt, admm, 4 bits 2:4": SparseGPT(pattern="2:4", update="admm", bits=4),
+    "sparsegpt, refitted": SparseGPT(update="admm"),
+    "sparsegpt, refitted 4:8": SparseGPT(pattern="4:8", update="admm"),
+    "sparsegpt, refitted 2:4": SparseGPT(pattern="2:4", update="admm"),
+    "wanda, refitted 2:4": Wanda(pattern="2:4", update="admm"),
+    "ria, refitted 2:4": RIA(pattern="2:4", update="admm"),
+    "ria, permuted, refitted 2:4": RIA(pattern="2:4", permute=True, update="admm"),
+    "admm": ADMM(),
+    "admm 8:16": ADMM(pattern="8:16"),
+    "admm 4:8": ADMM(pattern="4:8"),
+    "admm 2:4": ADMM(pattern="2:4"),
+    "admm, 8 bits 2:4": ADMM(pattern="2:4", bits=8),
+    "admm, 4 bits 2:4": ADMM(pattern="2:4", bits=4),
     "wanda 70%": Wanda(0.7),
     "wanda, owl 70%": Recipe({"*": Wanda(0.7)}, budget=OWL()),
-    "sparsegpt, admm 70%": SparseGPT(0.7, update="admm"),
-    "sparsegpt, admm, owl 70%": Recipe({"*": SparseGPT(0.7, update="admm")}, budget=OWL()),
+    "admm 70%": ADMM(0.7),
+    "admm, owl 70%": Recipe({"*": ADMM(0.7)}, budget=OWL()),
 }
 KLD_WINDOWS = 8
 KEY = ("method", "pattern", "sparsity", "model", "calibration", "text", "context")

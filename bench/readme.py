@@ -55,12 +55,25 @@ def duration(ms: float) -> str:
 
 
 def quality() -> str:
-    """Perplexity by method and pattern."""
+    """Perplexity by method and pattern: 16 calibration sequences, half of the weights."""
     body = [
         [row["method"], row["pattern"] or "–", f"{float(row['perplexity']):.1f}"]
         for row in rows("quality_c4.csv")
+        if " 16x512 " in row["calibration"] and (row["sparsity"] or "0.5")[:3] == "0.5"
     ]
     return table(["method", "pattern", "perplexity"], body)
+
+
+def recipes() -> str:
+    """Everything that `bench_quality` measured, with what it cost."""
+    forms = {"sparsity": "{:.0%}", "perplexity": "{:.1f}", "kld": "{:.3f}"}
+    body, forms = [], forms | {"seconds": "{:.0f} s", "added_mb": "{:.0f} MB"}
+    for row in rows("quality_c4.csv"):
+        numbers = [form.format(float(row[k])) if row[k] else "–" for k, form in forms.items()]
+        how = row["calibration"].partition(" ")[2].replace("x", " × ")
+        body.append([row["method"], row["pattern"] or "–", numbers[0], how, *numbers[1:]])
+    head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD", "time", "memory"]
+    return table(head, body)
 
 
 def retrieval() -> str:
@@ -490,6 +503,7 @@ DEMO = (
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     "quality": quality,
+    "recipes": recipes,
     "kld": kld,
     "kld_cost": kld_cost,
     "recovery": recovery,

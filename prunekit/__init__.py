@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from prunekit.mixing.run import search
     from prunekit.packed.warming import warm_up_
     from prunekit.pruning import (
+        ADMM,
         OWL,
         RIA,
         Drop,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ADMM",
     "OWL",
     "RIA",
     "Calibration",
@@ -98,6 +100,7 @@ _HOMES = {
     **dict.fromkeys(("load", "save"), "prunekit.checkpoint"),
     **dict.fromkeys(
         (
+            "ADMM",
             "OWL",
             "RIA",
             "RIA",

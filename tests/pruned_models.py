@@ -6,6 +6,7 @@ import torch
 
 from prunekit.models.architectures import Architecture
 from prunekit.pruning import (
+    ADMM,
     RIA,
     Magnitude,
     SparseGPT,
@@ -19,6 +20,7 @@ METHODS = {
     "wanda": Wanda,
     "variant": lambda **settings: Wanda(variant=True, **settings),
     "ria": RIA,
+    "admm": ADMM,
     # a block that divides no matrix of the tiny models
     "sparsegpt": lambda **settings: SparseGPT(block=20, **settings),
 }

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from prunekit.pruning import PruneReport, Recipe, Reconstruction
     from prunekit.swap import SwapReport
 
-SUMMARY = "set weights to zero: magnitude, Wanda, RIA or SparseGPT"
+SUMMARY = "set weights to zero: magnitude, Wanda, RIA, SparseGPT or ADMM"
 DESCRIPTION = """\
 Set weights of a model's decoder layers to zero and save it as a checkpoint.
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.set_defaults(nested_keys=("rules", "budget"), rules=None)
     parser.add_argument("model", nargs="?", metavar="MODEL", help="'demo', folder, .gguf, Hub id")
-    parser.add_argument("--method", help="magnitude, wanda (default), ria or sparsegpt")
+    parser.add_argument("--method", help="magnitude, wanda (default), ria, sparsegpt or admm")
     parser.add_argument("--pattern", help="unstructured (default), or N:M with N kept of M: 2:4")
     parser.add_argument(
         "--sparsity", type=options.fraction, help="fraction to prune (0.5, or what N:M implies)"
@@ -66,7 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--permute", action="store_true", help="RIA, N:M: order the inputs of gated MLPs' outputs"
     )
     parser.add_argument("--block", type=options.positive, help="SparseGPT: columns at once (128)")
-    parser.add_argument("--damping", type=options.fraction, help="SparseGPT: of the mean (0.01)")
+    parser.add_argument(
+        "--damping", type=options.fraction, help="SparseGPT, ADMM: of the mean (0.01)"
+    )
     parser.add_argument(
         "--budget",
         choices=("uniform", "owl"),

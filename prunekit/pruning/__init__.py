@@ -3,6 +3,7 @@
 from prunekit.pruning.dropping import Drop, Dropped, DropReport, drop_
 from prunekit.pruning.patterns import Pattern
 from prunekit.pruning.recipes import (
+    ADMM,
     DEFAULT_IGNORE,
     METHODS,
     OWL,
@@ -19,6 +20,7 @@ from prunekit.pruning.report import BlockFit, MatrixReport, PruneReport
 from prunekit.pruning.sequential import prune_
 
 __all__ = [
+    "ADMM",
     "DEFAULT_IGNORE",
     "METHODS",
     "OWL",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunekit.pruning import admm, importance, rounding, sparsegpt
 from prunekit.pruning.input_statistics import InputStatistics
-from prunekit.pruning.recipes import RIA, Magnitude, Method, SparseGPT, Wanda
+from prunekit.pruning.recipes import ADMM, RIA, Magnitude, Method, SparseGPT, Wanda
 from prunekit.pruning.rounding import Rounded
 from prunekit.pruning.sparsegpt import InverseFactor
 
@@ -43,11 +43,14 @@ def prune_group(
         factor = sparsegpt.inverse_factor(inputs.hessian, _damping(method))
     if isinstance(method, SparseGPT) and factor is not None:
         results = _by_sparsegpt(matrices, method, factor)
+    elif isinstance(method, ADMM) and inputs is not None and not note:
+        results = _by_admm(matrices, method, inputs)
     else:
         masks = _masks(matrices, method, None if note else inputs)
         note = note if method.calibrated else ""
         results = [_masked(*pair, note) for pair in zip(matrices, masks, strict=True)]
-    if method.update is not None and inputs is not None and not note:
+    refits = method.update is not None and not isinstance(method, ADMM)  # which has done so
+    if refits and inputs is not None and not note:
         results = _refitted(matrices, method, inputs, results)
     if method.bits is not None and inputs is not None:
         results = _rounded(matrices, method, inputs, factor, results)
@@ -123,7 +126,7 @@ def _rounded(
 
 
 def _damping(method: Method) -> float:
-    return method.damping if isinstance(method, SparseGPT) else admm.DAMPING
+    return method.damping if isinstance(method, SparseGPT | ADMM) else admm.DAMPING
 
 
 def _revives(method: Method) -> bool:
@@ -133,6 +136,12 @@ def _revives(method: Method) -> bool:
 
 def _masked(matrix: Tensor, mask: Tensor, note: str = "") -> Pruned:
     return Pruned(matrix.masked_fill(mask.logical_not(), 0), mask, note)
+
+
+def _by_admm(matrices: Sequence[Tensor], method: ADMM, inputs: InputStatistics) -> list[Pruned]:
+    assert inputs.hessian is not None
+    found = admm.system(inputs.hessian, method.damping, admm.CHOOSING)
+    return [Pruned(*admm.choose(found, matrix, method.target, matrix != 0)) for matrix in matrices]
 
 
 def _by_sparsegpt(

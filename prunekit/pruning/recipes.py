@@ -83,7 +83,12 @@ class _Method:
     @property
     def needs_hessian(self) -> bool:
         """Whether it needs XᵀX of the inputs."""
-        return self.scored_by == HESSIAN or (self.update, self.bits) != (None, None)
+        return self.scored_by == HESSIAN or self.fits
+
+    @property
+    def fits(self) -> bool:
+        """Whether values are fitted to XᵀX, which takes as many tokens as inputs."""
+        return (self.update, self.bits) != (None, None)
 
     @property
     def target(self) -> Pattern:
@@ -186,9 +191,38 @@ class SparseGPT(_Method):
             )
 
 
-Method: TypeAlias = Magnitude | Wanda | RIA | SparseGPT
+@dataclass(frozen=True)
+class ADMM(_Method):
+    """Choose masks and values together, in steps of ADMM on XᵀX.
+
+    Counted over a whole matrix (or its N:M groups). Source: "Fast and Optimal Weight Update for
+    Pruned Large Language Models", arXiv 2401.02938, section 3.3.
+
+    Attributes:
+        damping: Fraction of the mean of XᵀX's diagonal that is added to the diagonal.
+    """
+
+    damping: float = 0.01
+
+    name: ClassVar[str] = "admm"
+    scored_by: ClassVar[str] = HESSIAN
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.damping < float("inf"):
+            raise PrunekitError(
+                f"ADMM damping {self.damping} is not positive: use for example 0.01"
+            )
+
+    @property
+    def fits(self) -> bool:
+        """Whether values are fitted to XᵀX, which takes as many tokens as inputs."""
+        return True
+
+
+Method: TypeAlias = Magnitude | Wanda | RIA | SparseGPT | ADMM
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (Magnitude, Wanda, RIA, SparseGPT)
+    method.name: method for method in (Magnitude, Wanda, RIA, SparseGPT, ADMM)
 }
 
 

@@ -241,11 +241,10 @@ def _check_tokens(
     """Raise a PrunekitError where fewer tokens than inputs are to be fitted (experts: noted)."""
     for ref in (ref for refs in layers for ref in refs if ref.expert is None):
         needed, method = ref.matrix.shape[1], assigned[ref.name]
-        if tokens < needed and (method.update, method.bits) != (None, None):
-            what = "bits" if method.update is None else f"update '{method.update}'"
+        if method.fits and tokens < needed:
             raise PrunekitError(
-                f"{what} of {ref.name} fits {needed} weights a row: calibrate on at least "
-                f"{needed} tokens, not {tokens}"
+                f"{method.name} with its update or bits fits {needed} weights a row of {ref.name}: "
+                f"calibrate on at least {needed} tokens, not {tokens}"
             )
 
 

@@ -109,7 +109,10 @@ def test_one_method_as_plain_data():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "wandah"}, "'wandah' is unknown: use one of magnitude, wanda, ria, sparsegpt"),
+        (
+            {"method": "wandah"},
+            "'wandah' is unknown: use one of magnitude, wanda, ria, sparsegpt, admm",
+        ),
         ({}, "method 'None' is unknown"),
         ({"method": "wanda", "blok": 3}, "wanda has no setting 'blok': use sparsity, pattern"),
         ({"method": "wanda", "sparsity": "half"}, "'sparsity' can't be 'half'"),
