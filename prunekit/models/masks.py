@@ -91,8 +91,8 @@ class Masks:
                 module = name.removesuffix(".weight")
                 raise PrunekitError(
                     f"{module} holds {broken:,} weights where it was pruned: fine-tune with "
-                    "prunekit.KeepMasks, which holds zeros and adapters to the mask, or "
-                    "prune it again"
+                    "prunekit.KeepMasks, which holds zeros and adapters to the mask, or prune it "
+                    "again (prunekit.models.masks.forget_masks(model) allows it on purpose)"
                 )
 
 
@@ -110,6 +110,11 @@ def _own(model: nn.Module) -> dict[str, nn.Parameter]:
         if _WRAPPED in name or not parents & wrapped:
             own[name.replace(_WRAPPED, ".")] = parameter
     return own
+
+
+def forget_masks(model: nn.Module) -> None:
+    """Let `prunekit.save` take whatever this model holds from now on."""
+    vars(model).pop(_ATTRIBUTE, None)
 
 
 def check_masks(model: PreTrainedModel) -> None:

@@ -17,6 +17,7 @@ from prunekit.errors import PrunekitError
 from prunekit.files.locks import locked
 from prunekit.models import blocks
 from prunekit.models.architectures import Architecture
+from prunekit.models.masks import forget_masks
 from prunekit.models.saveable import check_saveable
 from prunekit.models.weight_refs import WeightRef
 from prunekit.process import distributed
@@ -116,6 +117,7 @@ def prune_(
             "out bits, or reconstruct"
         )
     device = model.get_input_embeddings().weight.device
+    forget_masks(model)  # zeros of an earlier pruning may become weights again
     with evaluating(model), contextlib.ExitStack() as held:
         record = None
         if journal is not None and distributed.is_main():

@@ -124,9 +124,11 @@ def recover_(
         )
         before = data.statistics(model)
         told = held.enter_context(counter("recovering", enabled=progress))
+        start, keep = _trained(model, masks)
         best, course = descend(
-            *_trained(model, masks),
-            data.errors(model, student, recovery, calibration_dtype),
+            start,
+            keep,
+            data.errors(model, set(start), student, recovery, calibration_dtype),
             distributed.shard(range(data.first_held)),
             distributed.shard(range(data.first_held, len(data.items))),
             {item: ids.numel() for item, ids in enumerate(data.items)},
@@ -268,11 +270,12 @@ class _Data:
     def errors(
         self,
         model: PreTrainedModel,
+        trained: set[str],
         student: Readout,
         settings: Recovery,
         dtype: torch.dtype | None,
     ) -> Any:
-        """The loss of an item under other parameters of `model`, and its number of tokens."""
+        """The loss of an item under other parameters `trained` of `model`, and its tokens."""
         base = Architecture(model).base
         prefix = f"{Architecture(model).layout.base}."
         dtype = dtype or model.dtype
@@ -285,6 +288,7 @@ class _Data:
         fixed = {
             name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in (*base.named_parameters(), *base.named_buffers())
+            if prefix + name not in trained
         }
         device = input_device(model)
 

@@ -41,7 +41,7 @@ def squares(inputs, targets):
 
 def test_descent_reaches_the_least_squares_of_its_mask():
     inputs, targets, start, keep = masked_line()
-    settings = Reconstruction(steps=400, tokens=256, lr=0.03, patience=8)
+    settings = Reconstruction(steps=200, tokens=256, lr=0.05, patience=8)
     items = [0, 1, 2, 3]
     sizes = dict.fromkeys(items, 64)
     best, fit = descend(
@@ -120,7 +120,7 @@ def test_zeros_stay_and_errors_fall_on_every_architecture(tiny, sequences, archi
 
 @torch.no_grad()
 def test_a_reconstructed_model_is_nearer_on_tokens_that_it_never_saw(tiny):
-    ids = torch.randint(3, 97, (40, 12), generator=torch.Generator().manual_seed(5))
+    ids = torch.randint(3, 97, (32, 12), generator=torch.Generator().manual_seed(5))
     fresh, seen = ids[:8], ids[8:]
     wanted = tiny("llama", num_hidden_layers=2)(fresh).logits.log_softmax(-1)
     divergence = []
@@ -132,7 +132,9 @@ def test_a_reconstructed_model_is_nearer_on_tokens_that_it_never_saw(tiny):
     assert divergence[1] < 0.9 * divergence[0], divergence
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 def test_passes_may_run_in_bfloat16(tiny, sequences, dtype):
     model = tiny("llama").to(dtype)
     report = prune(

@@ -74,6 +74,7 @@ def test_a_trainer_keeps_zeros_and_moves_the_rest(pruned, tmp_path, word_tokeniz
         pk.save(loose, word_tokenizer, tmp_path / "broken")
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_keeps_zeros(pruned, tmp_path):
     model, again = pruned(), pruned()
     train(model, tmp_path, save_strategy="steps", save_steps=2)
@@ -85,7 +86,7 @@ def test_a_run_that_is_resumed_keeps_zeros(pruned, tmp_path):
         assert torch.equal(mask, other)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_merged_adapters_keep_zeros(pruned, tmp_path, word_tokenizer, name):
     model = pruned(name)
     before = zeros(model)

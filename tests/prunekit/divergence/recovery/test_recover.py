@@ -45,7 +45,7 @@ def divergence(dense, model, ids):
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "mixtral"))],
+    ["gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("llama", "gpt2", "mixtral"))],
 )
 def test_a_pruned_model_comes_nearer_and_keeps_its_zeros(tiny, sequences, name):
     dense, model = tiny(name), tiny(name)
@@ -196,3 +196,5 @@ def test_a_mask_that_was_broken_afterwards_is_refused_at_save(
     with pytest.raises(PrunekitError, match=r"layers\.1\.self_attn\.v_proj holds 16 weights"):
         pk.save(model, word_tokenizer, tmp_path / "broken")
     assert not (tmp_path / "broken").exists()
+    prune(model, Magnitude(sparsity=0.3))  # another mask counts from here
+    pk.save(model, word_tokenizer, tmp_path / "again")
