@@ -55,7 +55,8 @@ class ModuleSwap:
         reason: Why it stayed dense, or what runs it.
         dense_bytes: Bytes of the dense weight.
         bytes: Bytes of the weight now.
-        speedup: Expected speed-up (predicted, not measured), or None where it stayed dense.
+        speedup: Expected speed-up, or None where it stayed dense.
+        measured: Whether layers like it were measured on this kind of GPU; else it is predicted.
         fused: What computes it together with others: "q_proj+k_proj+v_proj", "gate_proj+up_proj".
     """
 
@@ -66,6 +67,7 @@ class ModuleSwap:
     dense_bytes: int
     bytes: int
     speedup: float | None = None
+    measured: bool = False
     fused: str = ""
 
 
@@ -121,9 +123,21 @@ class SwapReport:
             f"{ratio:.4f} of the dense bytes."
         )
         if self.faster:
-            return f"{gained} Expected to be faster at {self.tokens} token(s) a call (predicted)."
+            at = f"{self.tokens} token(s) a call"
+            return f"{gained} Expected to be faster at {at} ({self._known})."
         why = next(iter(self.swapped)).reason
         return f"{gained} Smaller, but not faster on this machine (slower, rather): {why}."
+
+    @property
+    def _known(self) -> str:
+        """What the expected speed-ups stand on."""
+        faster = [module for module in self.swapped if (module.speedup or 0.0) > 1.0]
+        measured = sum(module.measured for module in faster)
+        if measured == 0:
+            return "predicted"
+        if measured == len(faster):
+            return "measured on this kind of GPU"
+        return f"measured on this kind of GPU for {measured} of {len(faster)}, else predicted"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -309,9 +323,8 @@ def _pack_(
     )
     _replace_(model, name, made.train(module.training))
     size = dense.numel() * dense.element_size()
-    return ModuleSwap(
-        name, (rows, columns), packed.format, fit.reason, size, packed.nbytes, fit.speedup
-    )
+    told = (name, (rows, columns), packed.format, fit.reason, size, packed.nbytes)
+    return ModuleSwap(*told, fit.speedup, fit.measured)
 
 
 class Fit(NamedTuple):
@@ -321,11 +334,13 @@ class Fit(NamedTuple):
         weight: The packed weight, None where the matrix stays dense.
         speedup: Expected speed-up over the dense matrix.
         reason: What runs it, or why it stays dense.
+        measured: Whether the speed-up was measured on this kind of GPU.
     """
 
     weight: PackedWeight | None
     speedup: float
     reason: str
+    measured: bool = False
 
 
 def fitting(
@@ -352,11 +367,11 @@ def fitting(
             part = packed.nbytes / size
             reasons.append(f"hardly smaller as {name}: {part:.2f} of the dense bytes")
             continue
-        speedup, _, why = packed.expected(tokens)
-        if speedup < least:
-            reasons.append(f"slower as {name}: expected {speedup:.2f}× ({why})")
+        gain = packed.expected(tokens)
+        if gain.speedup < least:
+            reasons.append(f"slower as {name}: expected {gain.speedup:.2f}× ({gain.reason})")
             continue
-        return Fit(packed, speedup, why)
+        return Fit(packed, gain.speedup, gain.reason, gain.measured)
     return Fit(None, 1.0, "; ".join(reasons))
 
 

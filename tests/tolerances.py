@@ -255,7 +255,8 @@ def worse_than_allowed(
     return worse
 
 
-#: Largest relative error of ex2.approx.ftz.f32, by which GPUs compute w and v: 2 ulp (PTX ISA).
+#: Largest relative error of ex2.approx.ftz.f32, by which GPUs compute w and v: 2 ulp (its sources
+#: stand in docs/metrics.md).
 EX2 = 2.0**-22
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunekernels import runtime
 from prunekernels.runtime import Op, Problem, capability, keep, on
-from prunekernels.sparse.tuning import packed_speedup
+from prunekernels.sparse.tuning import packed_speedup, was_measured
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -73,11 +73,13 @@ class Expected(NamedTuple):
         speedup: Time of the dense layer over that of the packed one.
         impl: The implementation that runs.
         reason: Why, in one line.
+        measured: Whether the speed-up was measured on this kind of GPU; else it is predicted.
     """
 
     speedup: float
     impl: str
     reason: str
+    measured: bool = False
 
 
 class PackedWeight(Protocol):
@@ -172,7 +174,9 @@ def expected_of(op: Op, tokens: int, w: PackedWeight) -> Expected:
     dense = rows * columns * w.dtype.itemsize
     sizes = tokens, dense, w.nbytes, w.format
     if w.device.type == "cuda":
-        return Expected(packed_speedup(choice.name, *sizes, capability(w.device)), *choice)
+        speedup = packed_speedup(choice.name, *sizes, capability(w.device))
+        gpu = torch.cuda.get_device_name(w.device)
+        return Expected(speedup, *choice, measured=was_measured(choice.name, tokens, gpu))
     return Expected(packed_speedup(choice.name, *sizes), *choice)
 
 

@@ -96,6 +96,17 @@ def packed_speedup(
     return product / (product + packed + dense)
 
 
+def was_measured(impl: str, tokens: int, gpu: str) -> bool:
+    """Whether `packed_speedup` stands on measurements of this GPU: 2:4 layers on an H200.
+
+    Args:
+        impl: The implementation that runs.
+        tokens: M.
+        gpu: The GPU's name, as CUDA gives it.
+    """
+    return impl == "mma_sp" and tokens <= _MMA24_TOKENS[-1] and "H200" in gpu
+
+
 def _reached(tokens: float, dense: int) -> float:
     """`_MMA24_REACHED`, interpolated."""
     (small, low), (large, high) = _MMA24_REACHED.items()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
+from prunekernels.sparse.layer import Expected
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -294,12 +296,17 @@ def test_the_table_decides_at_the_expected_number_of_tokens(tiny_24, monkeypatch
     def expected(w, tokens):
         impl = "mma_sp" if tokens <= 64 else "eager"
         speedup = tuning.packed_speedup(impl, tokens, 4 * w.shape[0] * w.shape[1], w.nbytes)
-        return speedup, impl, "as on a GPU"
+        return Expected(speedup, impl, "as on a GPU")
 
     monkeypatch.setattr(FORMATS["2:4"], "expected", expected)
     decode = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4, formats=["2:4"])
     assert decode.faster and len(decode.swapped) == 24
-    assert "faster at 4 token(s)" in decode.verdict
+    assert "faster at 4 token(s) a call (predicted)" in decode.verdict
+    known = [replace(module, measured=True) for module in decode.modules]
+    assert "(measured on this kind of GPU)." in replace(decode, modules=tuple(known)).verdict
+    some = replace(decode, modules=(*known[:3], *decode.modules[3:]))
+    count = sum(module.measured for module in some.swapped)
+    assert f"for {count} of 24, else predicted" in some.verdict
     prefill = pk.swap_(tiny_24("llama"), min_speedup=1.0, tokens=4096, formats=["2:4"])
     assert not prefill.swapped
     assert "slower as 2:4: expected 0.93× (as on a GPU)" in prefill.left_dense[0].reason
