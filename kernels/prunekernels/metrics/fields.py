@@ -312,6 +312,12 @@ def unpack_pair(
     packed: list[Tensor], lead: torch.Size, options: PairOptions, subset: bool
 ) -> PairStats:
     """Name the rows of a pair op's packed result and give them their leading shape."""
+    # fields that have a default are found before `later` can make them
+    defaults = subset or options.topk or options.labels or options.second_pass
+    if options.fields and not (defaults or torch.compiler.is_compiling()):
+        places = pair_places(options)
+        blocks = [block.view(block.shape[0], *lead) for block in packed]
+        return PairStats.later(Layout(places, tuple(places)), blocks)
     named = _name_pair(packed[:3], lead, options)
     if subset:
         inner = _name_pair(packed[3:6], lead, options.of_subset)

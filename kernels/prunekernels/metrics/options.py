@@ -128,6 +128,18 @@ class PairOptions:
         return len(chosen(of_tokens, self.fields)) > 0
 
     @property
+    def light(self) -> bool:
+        """Whether masses and divergences in float32 are all that is asked for (`sums.light`)."""
+        few = frozenset((*needed_sums.MASSES, *needed_sums.DIVERGENCES))
+        return self._kept(
+            "_light",
+            lambda: (
+                not (self.precise or self.topk or self.names_tokens)
+                and self.sums(float32=False) <= few
+            ),
+        )
+
+    @property
     def of_subset(self) -> PairOptions:
         """The options of the softmax over a subset of the tokens: no labels, no top tokens."""
         return replace(self, labels=False, topk=0)

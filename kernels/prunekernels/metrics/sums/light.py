@@ -15,7 +15,6 @@ import math
 import torch
 from torch import Tensor
 
-from prunekernels.metrics import needed_sums
 from prunekernels.metrics.closed_form import label_fields, pair_fields
 from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.result_rows import PAIR_FLAGS, PAIR_IDS
@@ -26,11 +25,12 @@ from prunekernels.metrics.sums.eager import (
     tile_elements,
 )
 
-_SUMS = frozenset((*needed_sums.MASSES, *needed_sums.DIVERGENCES))
+_DIRECTIONS = ("kl_base_other", "kl_other_base")
 #: e^{−80} is far above the smallest normal number, near which a CPU's exponential is slow.
 _REACH = 80.0
-# Rows up to this long are summed in one tile: two would take twice the calls.
-_ONE_TILE = 1 << 18
+# Rows up to this long are summed in one tile: two would take twice the calls. Four tiles of half
+# that size (a, b and two buffers) stay in a second-level cache of a megabyte or two.
+_ONE_TILE = 1 << 17
 # b−a is summed as it is where max b and max a are this close: it costs no digit of a KL.
 _CLOSE = 2.0
 # Where they are further apart than this, b−a rounds too much: `PairSums` takes the difference off
@@ -40,12 +40,7 @@ _APART = 16.0
 
 def suffices(options: PairOptions, vocab: int, device: torch.device, subset: bool) -> bool:
     """Whether `LightSums` can take what is asked for."""
-    return (
-        device.type == "cpu"
-        and vocab >= DOT_ROW
-        and not (subset or options.precise or options.topk or options.names_tokens)
-        and options.sums(float32=False) <= _SUMS
-    )
+    return device.type == "cpu" and vocab >= DOT_ROW and not subset and options.light
 
 
 class LightSums:
@@ -69,7 +64,8 @@ class LightSums:
     ) -> None:
         self.shape, self.dtype, self.options = (rows, vocab), dtype, options
         self.labels = None if labels is None else labels.reshape(-1)
-        self.divergences = not options.sums(float32=False).isdisjoint(needed_sums.DIVERGENCES)
+        # whose weights x is averaged with: KL(p‖q) needs Σwx alone, KL(q‖p) Σvx
+        self.weighted = tuple(name in options.asked for name in _DIRECTIONS)
         buffers = 2 + 2 * (dtype != torch.float32)
         tile = tile_elements(rows * vocab, buffers, torch.float32, dtype, torch.device("cpu"))
         tile = max(tile, min(vocab, _ONE_TILE))
@@ -146,20 +142,23 @@ class LightSums:
         weight, x, *copies = self._views(a.shape)
         if copies:
             a, b = copies[0].copy_(a), copies[1].copy_(b)
-        if self.divergences:
+        if any(self.weighted):
             torch.sub(b, a, out=x)
             if offset is not None:
                 x -= offset
         masses, moments = [], []
-        for logits, reference in ((a, references[0]), (b, references[1])):
+        for logits, reference, weighted in zip((a, b), references, self.weighted, strict=True):
             torch.sub(logits, reference, out=weight)
             if self.options.temperature != 1.0:
                 weight *= 1.0 / self.options.temperature
             torch.exp(weight, out=weight)
             masses.append(weight.sum(-1).tolist())
-            if self.divergences:
-                moments.append(torch.mul(weight, x, out=weight).sum(-1).tolist())
-        return masses + (moments or [[0.0] * a.shape[0]] * 2)
+            if weighted:
+                torch.mul(weight, x, out=weight)
+                moments.append(weight.sum(-1).tolist())
+            else:
+                moments.append([0.0] * a.shape[0])
+        return masses + moments
 
     def _views(self, shape: torch.Size) -> list[Tensor]:
         views = self.views.get(shape)
