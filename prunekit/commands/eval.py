@@ -140,6 +140,7 @@ def _data(found: Mapping[str, TaskRun], seed: int) -> dict[str, list[dict[str, A
             (change.task, change.metric): {
                 **interval_to_dict(change.difference),
                 **{"gained": change.gained, "lost": change.lost, "p": change.p},
+                "needed": change.needed,
             }
             for change in paired
         }

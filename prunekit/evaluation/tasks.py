@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunekit.errors import PrunekitError, install, one_line
-from prunekit.evaluation.intervals import Interval, mcnemar, paired_difference
+from prunekit.evaluation.intervals import Interval, mcnemar, needed_pairs, paired_difference
 from prunekit.process import distributed
 
 #: Tasks by the name of a preset, each with its number of examples before a question. "paper": the
@@ -125,6 +125,7 @@ class TaskChange:
         gained: Documents that only the second gets right; None where values are not 0 or 1.
         lost: Documents that only the first gets right.
         p: McNemar's exact p-value.
+        needed: How many such documents would show a change of 2 points, see `needed_pairs`.
     """
 
     task: str
@@ -133,6 +134,7 @@ class TaskChange:
     gained: int | None = None
     lost: int | None = None
     p: float | None = None
+    needed: int | None = None
 
 
 def changes(first: TaskRun, second: TaskRun, *, seed: int = 0) -> list[TaskChange]:
@@ -161,8 +163,12 @@ def changes(first: TaskRun, second: TaskRun, *, seed: int = 0) -> list[TaskChang
         if set(before) | set(after) <= {0.0, 1.0}:
             gained = sum(b > a for a, b in zip(before, after, strict=True))
             lost = sum(a > b for a, b in zip(before, after, strict=True))
-            change = TaskChange(
-                score.task, score.metric, difference, gained, lost, mcnemar(gained, lost)
+            change = replace(
+                change,
+                gained=gained,
+                lost=lost,
+                p=mcnemar(gained, lost),
+                needed=needed_pairs(gained + lost, len(both)),
             )
         found.append(change)
     return found

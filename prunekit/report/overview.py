@@ -55,6 +55,12 @@ def remarks(told: Mapping[str, Any]) -> list[str]:
         f"the dense model. Speed: one sequence, in turns with the dense model ({meta['device']}, "
         f"{meta['dtype']})."
     ]
+    needed = [row["needed"] for row in told["copies"] if not row["error"] and row["needed"]]
+    if needed and min(needed) > meta["choices"]:
+        found.append(
+            f"A change of 2 points of accuracy would show on {min(needed)} to {max(needed)} such "
+            f"questions (power 80 %); {meta['choices']} were asked."
+        )
     for row in told["copies"]:
         if row["error"]:
             found.append(f"{row['name']} failed: {row['error']}")
@@ -79,7 +85,7 @@ def csv(told: Mapping[str, Any]) -> str:
         for name, value in row.get("scores", {}).items():
             ends = {"": value["mean"], "_low": value["low"], "_high": value["high"]}
             line |= {f"{name}{end}": number for end, number in ends.items()}
-        line |= {name: row.get(name) for name in ("gained", "lost", "mcnemar_p")}
+        line |= {name: row.get(name) for name in ("gained", "lost", "mcnemar_p", "needed")}
         lines.append(line)
     columns = list(dict.fromkeys(name for line in lines for name in line))
     made = io.StringIO()
@@ -160,8 +166,6 @@ def _cells(row: Mapping[str, Any]) -> dict[str, object]:
         cells["accuracy"] = f"{100 * scores['pruned_accuracy']['mean']:.1f} %"
         cells["change, points"] = value("accuracy_difference", "", 100)
         cells["right → wrong"] = f"{row['lost']}, back {row['gained']}"
-    if "pruned_exact_match" in scores:
-        cells["exact match"] = f"{100 * scores['pruned_exact_match']['mean']:.1f} %"
     cells["identical texts"] = f"{100 * scores['pruned_identical']['mean']:.0f} %"
     cells["chrF"] = value("pruned_chrf")
     return cells

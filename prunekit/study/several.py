@@ -39,8 +39,7 @@ SCHEMA_VERSION = 1
 _SHOWN = (
     *("kl_dense_pruned", "kl_pruned_dense", "p_cosine", "z_cosine", "h_cosine", "flipped"),
     *("pruned_accuracy", "accuracy_difference", "pruned_identical", "pruned_exact_prefix_share"),
-    *("pruned_chrf", "pruned_perplexity", "pruned_repetition", "pruned_exact_match"),
-    "exact_match_difference",
+    *("pruned_chrf", "pruned_perplexity", "pruned_repetition"),
 )
 
 
@@ -171,6 +170,7 @@ class Several:
             "gained": None if change is None else change.gained,
             "lost": None if change is None else change.lost,
             "mcnemar_p": None if change is None else change.p,
+            "needed": None if change is None else change.needed,
             "steps": _steps(copy.study),
         }
 
@@ -345,5 +345,6 @@ def _pair(one: str, first: Study, other: str, second: Study, seed: int) -> dict[
         found["accuracy"] = {
             **interval_to_dict(change.difference),
             **{"gained": change.gained, "lost": change.lost, "p": change.p},
+            "needed": change.needed,
         }
     return found

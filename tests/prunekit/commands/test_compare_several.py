@@ -48,6 +48,7 @@ def test_copies_are_ranked_on_one_page(here, copies, tmp_path, capsys):
     assert same["scores"]["kl_dense_pruned"]["mean"] == 0
     assert 0 < one["scores"]["kl_dense_pruned"]["mean"] < two["scores"]["kl_dense_pruned"]["mean"]
     assert same["bytes_in_memory"] > one["bytes_in_memory"] > two["bytes_in_memory"]
+    assert all(row["needed"] > len(QUESTIONS) for row in told["copies"])
     assert same["lost"] == same["gained"] == 0 and same["mcnemar_p"] == 1
     assert same["scores"]["accuracy_difference"]["n"] == len(QUESTIONS)
     assert all(row["speed"]["decode"] > 0 and row["speed"]["speedup"] > 0 for row in (one, two))

@@ -15,6 +15,7 @@ import torch
 import prunekit as pk
 from prunekit import checkpoint, cli
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.intervals import needed_pairs
 from prunekit.evaluation.tasks import (
     PRESETS,
     TaskItem,
@@ -136,6 +137,7 @@ def test_changes_are_paired_by_document() -> None:
     for change in found:
         assert change.difference.mean == pytest.approx(-0.2) and change.difference.n == 5
         assert (change.gained, change.lost, change.p) == (1, 2, 1.0)
+        assert change.needed == needed_pairs(3, 5)
     # documents that the second does not have are left out, and those that changed under it
     fewer = TaskRun(second.scores, second.items[:1])
     assert changes(first, fewer) == []
