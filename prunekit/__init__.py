@@ -129,7 +129,6 @@ _MOVED = {
     "prunekit.analysis.kl_report": "prunekit.divergence.two_models",
     "prunekit.analysis.scores": "prunekit.analysis.quality",
     "prunekit.analysis.sharing": "prunekit.study.sharing",
-    "prunekit.analysis.sweep": "prunekit.study.drop_sweep",
     "prunekit.analysis.whole_texts": "prunekit.analysis.sequence_metrics",
     "prunekit.architectures": "prunekit.models.architectures",
     "prunekit.atomic": "prunekit.files.atomic",

@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from prunekit.analysis.answers import Answer, Answers, reply_scores
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.quality import generative
@@ -13,6 +14,7 @@ from prunekit.analysis.spaces import METRICS
 from prunekit.analysis.subspace import SUBSET_FIELDS, Item, Subspace
 from prunekit.analysis.theory import theory
 from prunekit.analysis.transcripts import Generation, Step, TopToken
+from prunekit.evaluation.answering import Reply
 from prunekit.evaluation.intervals import wilson
 from prunekit.study.study import Study
 
@@ -108,6 +110,18 @@ def make_subspace() -> Subspace:
     return Subspace((" A", " B", " C", " D"), (1, 2, 3, 4), grid, items)
 
 
+def make_answers() -> Answers:
+    def reply(given: str, right: bool) -> Reply:
+        return Reply((5, 6), f"It is <b>{given}</b>", given, right)
+
+    return Answers(
+        tuple(
+            Answer(f"a{i}", "How <i>many</i>?", "4", reply("4", True), reply(str(i), i == 4))
+            for i in range(3, 9)
+        )
+    )
+
+
 def make_study(size: float = 0.1, right: tuple[int, int] = (50, 48), **meta: object) -> Study:
     decoding = make_decoding(size)
     layers = make_grid(("prompt", "step", "layer", "sublayer"), 4, size, shape=(6, 8, LAYERS, 2))
@@ -115,6 +129,7 @@ def make_study(size: float = 0.1, right: tuple[int, int] = (50, 48), **meta: obj
     scores = {
         name: {"accuracy": wilson(found, 72), "accuracy_normalised": wilson(found, 72)}
         | generative(decoding.sequence, dense=name == "dense")
+        | reply_scores(make_answers().measures(name))
         for name, found in zip(("dense", "pruned"), right, strict=True)
     }
     facts = {
@@ -138,6 +153,7 @@ def make_study(size: float = 0.1, right: tuple[int, int] = (50, 48), **meta: obj
         accumulated=make_grid(("prompt", "step", "layer"), 6, size, shape=(6, 8, LAYERS)),
         decoding=decoding,
         subspace=make_subspace(),
+        answers=make_answers(),
         theory=theory(layers),
         scores=scores,
         right={
@@ -145,14 +161,3 @@ def make_study(size: float = 0.1, right: tuple[int, int] = (50, 48), **meta: obj
             for name, found in zip(("dense", "pruned"), right, strict=True)
         },
     )
-
-
-def sweep_rows() -> list[dict[str, object]]:
-    def interval(mean: float) -> dict[str, object]:
-        return {"mean": mean, "low": mean - 0.1, "high": None, "n": 24}
-
-    keys = {"accuracy": 0.6, "exact_prefix_share": 0.5, "identical": 0.4, "chrf": 30.0}
-    return [
-        {"count": n, "scores": {key: interval(v - 0.01 * n) for key, v in keys.items()}}
-        for n in (0, 2, 4)
-    ]

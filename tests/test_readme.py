@@ -52,7 +52,7 @@ def test_the_readme_counts_what_the_demo_asks():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"the {FULL.choices} questions can hardly" in text
     assert f"hardly one of {FULL.prompts}\ngreedy texts" in text
-    assert f"{FULL.choices} questions and {FULL.sweep_prompts} prompts at each count" in text
+    assert f"{FULL.choices} questions to choose and {FULL.questions} to write" in text
     block = text.partition("<!-- measured: demo -->")[2].partition("<!-- end -->")[0]
     for line in block.strip().splitlines()[2:]:
         n = f"{FULL.choices} questions" if "single-step" in line else f"{FULL.prompts} prompts"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from prunekit.evaluation import text_similarity
 from prunekit.evaluation.answering import Reply
 from prunekit.evaluation.extraction import same_answer
 from prunekit.evaluation.intervals import bootstrap_mean, wilson
+from prunekit.evaluation.questions import Question
 
 # Measures of one reply beside the dense model's.
 MEASURES = (
@@ -25,6 +28,71 @@ MEASURES = (
 )
 _SHARES = {"right": "exact_match", "same_answer": "same_answer", "identical": "same_text"}
 _MEANS = {"exact_prefix_share": "answer_prefix", "chrf": "answer_chrf", "length": "answer_length"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question and what both models answer.
+
+    Attributes:
+        id: Its name.
+        question: The question.
+        right: The right answer.
+        dense: The dense model's reply.
+        pruned: The pruned model's.
+    """
+
+    id: str
+    question: str
+    right: str
+    dense: Reply
+    pruned: Reply
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Both models' answers to the same open questions.
+
+    Attributes:
+        items: One per question.
+    """
+
+    items: tuple[Answer, ...]
+
+    @classmethod
+    def of(
+        cls, questions: Sequence[Question], dense: Sequence[Reply], pruned: Sequence[Reply]
+    ) -> Self:
+        """Put questions and replies together."""
+        triples = zip(questions, dense, pruned, strict=True)
+        return cls(tuple(Answer(q.id, q.question, q.answer, d, p) for q, d, p in triples))
+
+    def measures(self, whose: str = "pruned") -> dict[str, Array]:
+        """`reply_measures` of the "pruned" or the "dense" model's replies."""
+        dense = [item.dense for item in self.items]
+        return reply_measures(dense, [getattr(item, whose) for item in self.items])
+
+    def right(self) -> tuple[list[bool], list[bool]]:
+        """Per question whether the dense model, and whether the pruned one, is right."""
+        both = [(item.dense.right, item.pruned.right) for item in self.items]
+        return [one for one, _ in both], [other for _, other in both]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return {"items": [asdict(item) for item in self.items]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """Undo `to_dict`."""
+
+        def reply(told: Mapping[str, Any]) -> Reply:
+            return Reply(**{**told, "ids": tuple(told["ids"]), "entropies": ()})
+
+        items = (
+            Answer(**{**item, **{whose: reply(item[whose]) for whose in ("dense", "pruned")}})
+            for item in data["items"]
+        )
+        return cls(tuple(items))
 
 
 def reply_measures(dense: Sequence[Reply], other: Sequence[Reply]) -> dict[str, Array]:
@@ -54,7 +122,7 @@ def reply_measures(dense: Sequence[Reply], other: Sequence[Reply]) -> dict[str, 
     return dict(zip(MEASURES, columns, strict=True))
 
 
-def reply_scores(measures: dict[str, Array], *, seed: int = 0) -> Scores:
+def reply_scores(measures: Mapping[str, Array], *, seed: int = 0) -> Scores:
     """Scores of a model's answers, each with its interval over the questions.
 
     Returns:

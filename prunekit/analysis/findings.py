@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from prunekit.analysis.answers import Answers
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.grid import MetricGrid, interval_from_dict, interval_to_dict
 from prunekit.analysis.quality import Scores
@@ -14,7 +15,9 @@ from prunekit.errors import PrunekitError
 from prunekit.evaluation.intervals import Interval, Paired, paired
 
 SCHEMA_VERSION = 1
-SECTIONS = ("layerwise", "accumulated", "removal", "decoding", "subspace", "theory", "scores")
+SECTIONS = (
+    *("layerwise", "accumulated", "removal", "decoding", "subspace", "answers", "theory", "scores"),
+)
 
 # Summary name -> metric of the teacher-forced grid.
 _STEPWISE = {
@@ -43,6 +46,7 @@ class Findings:
             alone would do; made for pruned models that lack sublayers.
         decoding: Both protocols, step by step, and the texts.
         subspace: Answer options against the full vocabulary.
+        answers: Both models' generated answers to open questions.
         theory: Rows of `theory.theory`, on the layerwise grid (on `removal` where there is one).
         scores: For "dense" and "pruned", single-step and generative scores.
         right: For "dense" and "pruned", whether the single-step answer to each question is right;
@@ -55,6 +59,7 @@ class Findings:
     removal: MetricGrid | None = None
     decoding: Decoding | None = None
     subspace: Subspace | None = None
+    answers: Answers | None = None
     theory: list[dict[str, Any]] | None = None
     scores: dict[str, Scores] | None = None
     right: dict[str, tuple[bool, ...]] | None = None
@@ -65,6 +70,12 @@ class Findings:
             return None
         return paired(self.right["dense"], self.right["pruned"], seed=int(self.meta["seed"]))
 
+    def answer_change(self) -> Paired | None:
+        """How the exact match changed on the same open questions, or None without any."""
+        if self.answers is None:
+            return None
+        return paired(*self.answers.right(), seed=int(self.meta["seed"]))
+
     def summary(self) -> dict[str, Interval | float]:
         """The study in some thirty numbers, each with its interval over prompts.
 
@@ -73,7 +84,8 @@ class Findings:
         the prompts that diverge. `layerwise_…` average over layers and sublayers, and the scores
         are named `dense_…` and `pruned_…`. `accuracy_difference` is pruned minus dense, paired by
         question; `accuracy_gained` and `accuracy_lost` count the questions that turn right and
-        wrong, and `accuracy_mcnemar_p` is McNemar's exact p-value.
+        wrong, `accuracy_mcnemar_p` is McNemar's exact p-value, and `accuracy_needed` how many
+        questions would show 2 points. `exact_match_…` says the same of generated answers.
         """
         found: dict[str, Interval | float] = {}
         seed = int(self.meta["seed"])
@@ -96,12 +108,16 @@ class Findings:
                 )
         for model, values in (self.scores or {}).items():
             found |= {f"{model}_{name}": value for name, value in values.items()}
-        change = self.accuracy_change()
-        if change is not None:
-            found["accuracy_difference"] = change.difference
-            found["accuracy_gained"] = float(change.gained)
-            found["accuracy_lost"] = float(change.lost)
-            found["accuracy_mcnemar_p"] = change.p
+        for name, change in (
+            ("accuracy", self.accuracy_change()),
+            ("exact_match", self.answer_change()),
+        ):
+            if change is not None:
+                found[f"{name}_difference"] = change.difference
+                found[f"{name}_gained"] = float(change.gained)
+                found[f"{name}_lost"] = float(change.lost)
+                found[f"{name}_mcnemar_p"] = change.p
+                found[f"{name}_needed"] = float(change.needed)
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,6 +130,7 @@ class Findings:
             "removal": None if self.removal is None else self.removal.to_dict(),
             "decoding": None if self.decoding is None else self.decoding.to_dict(),
             "subspace": None if self.subspace is None else self.subspace.to_dict(),
+            "answers": None if self.answers is None else self.answers.to_dict(),
             "theory": self.theory,
             "scores": None
             if self.scores is None
@@ -145,6 +162,7 @@ class Findings:
             "removal": MetricGrid.from_dict,
             "decoding": Decoding.from_dict,
             "subspace": Subspace.from_dict,
+            "answers": Answers.from_dict,
             "theory": list,
             "scores": lambda models: {
                 model: {name: interval_from_dict(value) for name, value in values.items()}

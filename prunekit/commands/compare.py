@@ -7,7 +7,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any, TextIO
 
-from prunekit.commands import options
+from prunekit.commands import open_questions, options
 from prunekit.errors import PrunekitError
 
 SUMMARY = "compare pruned copies with their dense model: h → z → p"
@@ -20,7 +20,9 @@ and which copies can be told apart on the same prompts and questions. Two models
 a time.
 
 Prompts and questions come from the built-in set unless files are given: prompts as .txt (one a
-line), .jsonl or .json; questions as .jsonl or .json with question, options and answer.
+line), .jsonl or .json; questions as .jsonl or .json with question, options and answer. With
+--generate both models also answer open questions with text, which is scored by exact match: files
+of GSM8K, SVAMP, MAWPS and MATH as they are, or any with question and answer.
 
 With --kl-report: print the statistics of llama.cpp's --kl-divergence instead, over a text: mean,
 median, percentiles and maximum of KL(dense || pruned), agreement of the top token, change of the
@@ -68,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layerwise-steps", type=options.positive, default=16, help="steps of each of them (16)"
     )
     parser.add_argument("--no-speed", action="store_true", help="several copies: time none of them")
+    open_questions.add_arguments(parser.add_argument_group("scored generation"), default="none")
     report = parser.add_argument_group("instead of a study")
     report.add_argument("--kl-report", action="store_true", help="statistics of KL over a text")
     report.add_argument(
@@ -101,12 +104,15 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
     prompts = [item.prompt for item in load_prompts(args.prompts, args.prompt_field)][: args.limit]
     choices = None if args.no_choices else load_choices(args.choices)[: args.limit]
+    questions, asking = open_questions.load(args, args.batch_size)
 
     options.find([source, *copies])
     dense, tokenizer = options.load(source, args)
     asked = {
         "tokenizer": tokenizer,
         "choices": choices,
+        "questions": questions,
+        "asking": asking,
         "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature,
         "lens": args.lens,

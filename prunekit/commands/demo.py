@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 from prunekit.commands import options
 
 if TYPE_CHECKING:
+    from prunekit.pruning import DropReport
     from prunekit.study.study import Study
+    from prunekit.sweeping.result import Sweep
 
 Item = TypeVar("Item")
 
@@ -23,8 +27,8 @@ SUMMARY = "prune a small real model two ways and show what that did"
 DESCRIPTION = """\
 On SmolLM2-135M-Instruct, which comes with prunekit: drop attentions, and prune to 2:4 with Wanda;
 compare each with the dense model from hidden state to logit to probability; and drop more and
-more attentions to see which score notices first. Prints one table and writes an HTML page for
-each. Minutes on two CPU cores; nothing is downloaded.
+more attentions to see what breaks first, choosing an answer or writing one. Prints one table and
+writes an HTML page for each. Minutes on two CPU cores; nothing is downloaded.
 """
 EXAMPLE = "prunekit demo --output out/demo --quick"
 DEMO = ("demo.json",)  # by which a saved demo is known
@@ -43,7 +47,9 @@ class Plan:
     layerwise_steps: int
     dropped: int
     sweep: tuple[int, ...] = ()
-    sweep_prompts: int = 0
+    questions: int = 0
+    examples: int = 8
+    answer_tokens: int = 8
 
 
 FULL = Plan(
@@ -55,8 +61,8 @@ FULL = Plan(
     layerwise_prompts=6,
     layerwise_steps=8,
     dropped=4,
-    sweep=(0, 2, 4, 8),
-    sweep_prompts=8,
+    sweep=(2, 4, 8),
+    questions=64,
 )
 QUICK = Plan(
     prompts=6,
@@ -83,19 +89,22 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     """Carry the command out."""
     folder = options.output(args, DEMO)
     start = time.perf_counter()
-    studies = _studies(args, QUICK if args.quick else FULL)
+    studies, found = _studies(args, QUICK if args.quick else FULL)
 
     from prunekit.commands.compare import summary_data
     from prunekit.files.atomic import replaced_folder
     from prunekit.process import distributed
 
-    pages = {name: str(Path(folder) / name / "index.html") for name in studies}
+    names = [*studies, *([] if found is None else ["sweep"])]
+    pages = {name: str(Path(folder) / name / "index.html") for name in names}
     if distributed.is_main():
         _say(args, "writing the pages")
         with replaced_folder(folder, overwrite=args.overwrite, replaceable=DEMO) as new:
             for name, study in studies.items():
                 study.save(new / name)
-            (new / DEMO[0]).write_text(json.dumps({"studies": list(studies)}) + "\n")
+            if found is not None:
+                found.save(new / "sweep")
+            (new / DEMO[0]).write_text(json.dumps({"studies": names}) + "\n")
     seconds = time.perf_counter() - start
     options.emit(
         args,
@@ -104,20 +113,19 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
             "output": folder,
             "html": pages,
             "summary": {name: summary_data(study) for name, study in studies.items()},
-            "sweep": next(iter(studies.values())).meta.get("sweep"),
+            "sweep": None if found is None else found.to_dict(),
             "seconds": round(seconds, 1),
         },
-        lambda: _shown(studies, pages, seconds),
+        lambda: _shown(studies, found, pages, seconds),
     )
 
 
-def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
+def _studies(args: argparse.Namespace, plan: Plan) -> tuple[dict[str, Study], Sweep | None]:
     from prunekit.data import calibration
     from prunekit.evaluation.items import load_choices, load_prompts
     from prunekit.pruning import Drop, Wanda, drop_, prune_
     from prunekit.study.baseline import Baseline
     from prunekit.study.comparison import compare
-    from prunekit.study.drop_sweep import sweep
 
     prompts = [item.prompt for item in _spread(load_prompts(), plan.prompts)]
     choices = _spread(load_choices(), plan.choices)
@@ -157,23 +165,50 @@ def _studies(args: argparse.Namespace, plan: Plan) -> dict[str, Study]:
     pruned = copy.deepcopy(dense)
     prune_(pruned, Wanda(pattern="2:4"), tokens, batch_size=args.batch_size, progress=progress)
     wanda = study(pruned, "Wanda 2:4")
+    found = None
     if plan.sweep:
         _say(args, "dropping more and more attentions")
-        scores = {layer: s for layer, s in enumerate(dropped.scores["attn"]) if s is not None}
-        ranking = [("attn", layer) for layer in sorted(scores, key=lambda layer: -scores[layer])]
-        rows = sweep(
+        found = swept(dense, tokenizer, dropped, plan, name, args.seed, progress)
+    return {"attention-drop": attention, "wanda-2-4": wanda}, found
+
+
+def swept(
+    dense: Any,
+    tokenizer: Any,
+    dropped: DropReport,
+    plan: Plan,
+    name: str,
+    seed: int,
+    progress: bool,
+) -> Sweep:
+    """The demo's sweep: the built-in questions of both kinds, at the plan's counts."""
+    from prunekit.evaluation.answering import Asking
+    from prunekit.evaluation.items import load_choices
+    from prunekit.evaluation.questions import load_questions, split_examples
+    from prunekit.process import distributed
+    from prunekit.sweeping.run import sweep
+
+    examples, questions = split_examples(load_questions(), plan.examples)
+    with contextlib.ExitStack() as kept:
+        shared = None  # several processes share a record on disk
+        if distributed.world_size() > 1:
+            given = [kept.enter_context(tempfile.TemporaryDirectory())] * distributed.is_main()
+            (shared,) = distributed.gather(given)
+        return sweep(
             dense,
             tokenizer,
-            ranking,
-            plan.sweep,
-            prompts=prompts[: plan.sweep_prompts],
-            choices=choices,
-            seed=args.seed,
+            [dropped],
+            counts=plan.sweep,
+            choices=_spread(load_choices(), plan.choices),
+            questions=_spread(questions, plan.questions),
+            asking=Asking(tuple(examples), plan.answer_tokens),
+            kl=False,
+            speed=False,
+            output=shared,
+            seed=seed,
             progress=progress,
-            **asked,
+            name=name,
         )
-        attention = replace(attention, meta={**attention.meta, "sweep": rows})
-    return {"attention-drop": attention, "wanda-2-4": wanda}
 
 
 def _spread(items: Sequence[Item], count: int) -> list[Item]:
@@ -188,9 +223,9 @@ def _say(args: argparse.Namespace, what: str) -> None:
         print(f"prunekit: {what} …", file=sys.stderr)
 
 
-def _whose(counts: Mapping[str, int], swept: int) -> str:
+def _whose(counts: Mapping[str, int], found: Sweep | None) -> str:
     """What the demo's numbers are numbers of."""
-    part = f" ({swept} of them in the sweep)" if swept else ""
+    part = "" if found is None else f", and the sweep's {found.meta['questions']} open questions,"
     return (
         f"The {counts['choices']} questions and {counts['prompts']} prompts{part} are prunekit's "
         "own: the numbers compare these models on them and stand for no public benchmark. Another "
@@ -198,7 +233,9 @@ def _whose(counts: Mapping[str, int], swept: int) -> str:
     )
 
 
-def _shown(studies: Mapping[str, Study], pages: Mapping[str, str], seconds: float) -> Any:
+def _shown(
+    studies: Mapping[str, Study], found: Sweep | None, pages: Mapping[str, str], seconds: float
+) -> Any:
     from rich.console import Group
     from rich.text import Text
 
@@ -206,15 +243,14 @@ def _shown(studies: Mapping[str, Study], pages: Mapping[str, str], seconds: floa
 
     named = {study.meta["names"]["pruned"]: study for study in studies.values()}
     parts: list[Any] = [terminal.studies_side_by_side(named)]
-    rows = next(iter(studies.values())).meta.get("sweep")
-    if rows:
-        parts += [terminal.sweep_table(rows), Text()]
+    if found is not None:
+        parts += [found.table(), Text()]
     for name, study in named.items():
         parts.append(Text(name, style="bold"))
         parts += [terminal.sentence(said) for said in sentences.describe(study)]
         parts.append(Text())
     counts = next(iter(studies.values())).meta["counts"]
-    parts.append(Text(_whose(counts, rows[0]["scores"]["chrf"]["n"] if rows else 0)))
+    parts.append(Text(_whose(counts, found)))
     parts.append(Text(f"Done in {seconds:.0f} s. Open the pages:"))
     parts += [Text(f"  {page}") for page in pages.values()]
     return Group(*parts)

@@ -7,13 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
-from prunekit.commands import options
+from prunekit.commands import open_questions, options
 from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
-    from prunekit.evaluation.answering import Asking
     from prunekit.evaluation.items import Choice
-    from prunekit.evaluation.questions import Question
     from prunekit.sweeping.points import Plan
     from prunekit.sweeping.result import Sweep
 
@@ -49,19 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pattern", action="append", help="unstructured (default), or N:M with N kept of M"
     )
     asked = parser.add_argument_group("questions")
-    asked.add_argument("--choices", metavar="FILE", help="multiple choice ('builtin'; or 'none')")
-    asked.add_argument("--generate", metavar="FILE", help="to be answered with text (the same)")
-    asked.add_argument("--question-field", help="field of the open question (known by layout)")
-    asked.add_argument("--answer-field", help="field of its answer (known by layout)")
     asked.add_argument(
-        "--examples", type=options.whole, default=8, help="shown before each open question (8)"
+        "--choices",
+        default="builtin",
+        metavar="FILE",
+        help="multiple choice: a file, 'builtin' (default) or 'none'",
     )
-    asked.add_argument(
-        "--examples-from", metavar="FILE", help="another file for them (the first of the same)"
-    )
-    asked.add_argument(
-        "--max-new-tokens", type=options.positive, default=64, help="longest answer (64)"
-    )
+    open_questions.add_arguments(asked)
     asked.add_argument("--limit", type=options.positive, help="use at most so many of each")
     asked.add_argument("--text", metavar="FILE", help="of the KL divergence (a built-in one)")
     asked.add_argument("--context", type=options.positive, default=512, help="its windows (512)")
@@ -88,7 +80,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     source = options.needed(args.model, "model")
     folder = _folder(args)
     plans = _plans(args)
-    choices, questions, asking = _questions(args)
+    choices = _choices(args)
+    questions, asking = open_questions.load(args, args.batch_size)
     texts = _texts(args)
     best = _best_folder(args)
     calibration = options.calibration(args)
@@ -188,28 +181,12 @@ def _plans(args: argparse.Namespace) -> Callable[[int], list[Plan]]:
     ]
 
 
-def _questions(
-    args: argparse.Namespace,
-) -> tuple[list[Choice], list[Question], Asking]:
-    """Both kinds of questions, and how the open ones are asked."""
-    from prunekit.evaluation.answering import Asking
+def _choices(args: argparse.Namespace) -> list[Choice]:
     from prunekit.evaluation.items import load_choices
-    from prunekit.evaluation.questions import load_questions, split_examples
 
-    def file(given: str | None) -> str | None:
-        return None if given in (None, "builtin") else given
-
-    choices = [] if args.choices == "none" else load_choices(file(args.choices))[: args.limit]
-    if args.generate == "none":
-        return choices, [], Asking()
-    fields = {"question_field": args.question_field, "answer_field": args.answer_field}
-    questions = load_questions(file(args.generate), **fields)
-    if args.examples_from is not None:
-        examples = load_questions(args.examples_from, **fields)[: args.examples]
-    else:
-        examples, questions = split_examples(questions, args.examples)
-    asking = Asking(tuple(examples), args.max_new_tokens, args.batch_size)
-    return choices, questions[: args.limit], asking
+    if args.choices == "none":
+        return []
+    return load_choices(None if args.choices == "builtin" else args.choices)[: args.limit]
 
 
 def _texts(args: argparse.Namespace) -> list[str] | None:

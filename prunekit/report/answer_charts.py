@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -22,7 +20,6 @@ SHOWN = (
     ("identical", "identical texts", 100.0),
     ("chrf", "chrF to dense text", 1.0),
 )
-_SWEPT = ("single", "generative", "p", "h")  # roles of the same, as curves
 
 
 def options(found: Subspace | None, decoding: Decoding | None) -> Figure | None:
@@ -60,18 +57,15 @@ def options(found: Subspace | None, decoding: Decoding | None) -> Figure | None:
     )
 
 
-def scores(found: Mapping[str, Scores], sweep: Sequence[Mapping[str, Any]] = ()) -> Figure:
-    """Single-step against generative scores; over the number of dropped sublayers if swept."""
-    charts = [_score_chart(found)]
-    if sweep:
-        charts.append(_sweep_chart(sweep))
+def scores(found: Mapping[str, Scores]) -> Figure:
+    """Single-step against generative scores."""
     return Figure(
         "single_step_vs_generative",
         "Single-step scores against generated text",
         "Accuracy asks for one fixed choice at one step. The generative scores compare greedy texts"
         " with the dense model's own, so the dense model has 100 by definition; a different text is"
         " not therefore a worse one.",
-        charts,
+        [_score_chart(found)],
     )
 
 
@@ -145,25 +139,3 @@ def _bars(name: str, found: Sequence[tuple[Interval, float]]) -> Series:
         for end in ("mean", "low", "high")
     )
     return Series(name, name, list(range(len(found))), mean, low, high)
-
-
-def _sweep_chart(rows: Sequence[Mapping[str, Any]]) -> Chart:
-    """`rows` as `analysis.sweep.sweep` returns them."""
-    x = [float(row["count"]) for row in rows]
-    series = []
-    for (key, name, scale), role in zip(SHOWN, _SWEPT, strict=True):
-        found = [row["scores"][key] for row in rows]
-        mean, low, high = (
-            [math.nan if one[end] is None else scale * float(one[end]) for one in found]
-            for end in ("mean", "low", "high")
-        )
-        series.append(Series(name, role, x, mean, low, high))
-    return Chart(
-        "sweep",
-        "As more sublayers go",
-        "dropped sublayers",
-        "score (0 to 100)",
-        series,
-        y_range=(0, 105),
-        note="0 is the dense model; its texts are identical to themselves.",
-    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from prunekit.analysis.answers import Answer
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
 from prunekit.analysis.subspace import Item
@@ -40,7 +41,7 @@ def figures(study: Findings) -> list[Figure]:
     if study.subspace is not None or study.decoding is not None:
         found.append(answer_charts.options(study.subspace, study.decoding))
     if study.scores is not None:
-        found.append(answer_charts.scores(study.scores, study.meta.get("sweep") or ()))
+        found.append(answer_charts.scores(study.scores))
     return [figure for figure in found if figure is not None]
 
 
@@ -70,6 +71,7 @@ def payload(study: Findings) -> dict[str, Any]:
         "questions": []
         if study.subspace is None
         else [_question(item) for item in study.subspace.items],
+        "answers": [] if study.answers is None else [_answer(item) for item in study.answers.items],
         "texts_lead": _TEXTS_LEAD,
         "generations": []
         if decoding is None
@@ -123,6 +125,7 @@ def _chips(meta: Mapping[str, Any]) -> list[str]:
         same,
         f"{counts['prompts']} prompts, up to {counts['max_new_tokens']} tokens",
         *([f"{counts['choices']} questions"] if counts["choices"] else []),
+        *([f"{counts['questions']} open questions"] if counts.get("questions") else []),
         f"T = {meta['temperature']:g}",
         *([] if meta["lens"] == "final_norm" else [f"lens {meta['lens']}"]),
         f"{meta['dtype']} on {meta['device']}",
@@ -138,6 +141,14 @@ def _question(item: Item) -> dict[str, Any]:
         "dense": compact(item.logprobs_dense),
         "pruned": compact(item.logprobs_pruned),
     }
+
+
+def _answer(item: Answer) -> dict[str, Any]:
+    sides = {
+        side: {"text": reply.text, "given": reply.given, "right": reply.right}
+        for side, reply in (("dense", item.dense), ("pruned", item.pruned))
+    }
+    return {"question": item.question, "right": item.right, **sides}
 
 
 def _text(decoding: Decoding, index: int) -> dict[str, Any]:

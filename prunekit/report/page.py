@@ -9,7 +9,7 @@ from importlib import resources
 from string import Template
 from typing import Any
 
-_SCRIPTS = ("elements", "page", "texts", "questions")  # the last one draws
+_SCRIPTS = ("elements", "page", "texts", "answers", "questions")  # the last one draws
 
 
 def render(payload: dict[str, Any], methods: str | None = None) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from prunekit.analysis.answers import Answers
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
 from prunekit.analysis.grid import MetricGrid
@@ -45,6 +46,9 @@ def describe(study: Findings) -> list[Sentence]:
     }
     if accuracies:
         said += _single_step(accuracies, study.accuracy_change())
+    written = study.answer_change()
+    if study.answers is not None and written is not None:
+        said += _written(study.answers, written)
     if study.decoding is not None:
         said.append(_texts(study.decoding))
         identical = float(study.decoding.sequence["identical"].mean())
@@ -126,22 +130,39 @@ def _single_step(accuracies: Mapping[str, Interval], change: Paired | None) -> l
     ]
     if change is None:  # a study of a former version: two intervals alone say little of a change
         return found
+    return [*found, _paired(change, "question")]
+
+
+def _written(answers: Answers, change: Paired) -> list[Sentence]:
+    """What became of the generated answers."""
+    n = len(answers.items)
+    dense, pruned = (Value.of(wilson(sum(one), n), "%", 100) for one in answers.right())
+    text = f"Generated answers: exact match on {n} open questions goes from {dense} to {pruned}."
+    return [Sentence(text), _paired(change, "open question")]
+
+
+def _paired(change: Paired, what: str) -> Sentence:
+    """The change on the same questions, and what so many questions can show."""
     n, difference = int(change.difference.n), change.difference
     if not change.gained and not change.lost:
         most = number(100 * float(wilson(0, n).high))
-        text = (
-            f"On the same {n} questions no answer turns from right to wrong or back; up to {most} "
+        return Sentence(
+            f"On the same {n} {what}s no answer turns from right to wrong or back; up to {most} "
             "% of such questions may still do so (95 % interval)."
         )
-    else:
-        includes = float(difference.low) <= 0 <= float(difference.high)
-        text = (
-            f"On the same {n} questions the paired difference is "
-            f"{Value.of(difference, 'points', 100)}, an interval that "
-            f"{'includes' if includes else 'excludes'} zero: {change.lost} right answers turn "
-            f"wrong and {change.gained} wrong ones right (McNemar's exact p = {number(change.p)})."
-        )
-    return [*found, Sentence(text)]
+    includes = float(difference.low) <= 0 <= float(difference.high)
+    needed = (
+        f" To tell 2 points from zero, {change.needed} such questions would be needed."
+        if change.needed > n
+        else ""
+    )
+    return Sentence(
+        f"On the same {n} {what}s the paired difference is "
+        f"{Value.of(difference, 'points', 100)}, an interval that "
+        f"{'includes' if includes else 'excludes'} zero: {change.lost} right answers turn "
+        f"wrong and {change.gained} wrong ones right (McNemar's exact p = {number(change.p)})."
+        f"{needed}"
+    )
 
 
 def _texts(decoding: Decoding) -> Sentence:

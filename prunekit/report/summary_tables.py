@@ -21,7 +21,12 @@ SPACES = (
 NONE = "–"
 
 # What comparing the dense texts with themselves gives: said in words, since it is no measurement.
-OF_ITSELF = {"identical": "100 %", "exact_prefix_share": "100 %", "chrf": "100"}
+OF_ITSELF = {
+    "same_answer": "100 %",
+    "identical": "100 %",
+    "exact_prefix_share": "100 %",
+    "chrf": "100",
+}
 # kind, key of Scores, name, unit, factor, meaning
 _SCORES = (
     (
@@ -41,6 +46,22 @@ _SCORES = (
         "the same, log-likelihoods divided by the options' lengths",
     ),
     ("single-step", "chance", "guessing", "%", 100, "what chance alone would reach"),
+    (
+        "generated",
+        "exact_match",
+        "exact match",
+        "%",
+        100,
+        "open questions whose extracted answer is the right one",
+    ),
+    (
+        "generated",
+        "same_answer",
+        "same answer",
+        "%",
+        100,
+        "open questions whose answer is the dense model's",
+    ),
     ("generated", "identical", "identical texts", "%", 100, "to the last token"),
     (
         "generated",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,24 +35,6 @@ def sentence(said: Sentence) -> RenderableType:
     item = Table.grid(padding=(0, 1))
     item.add_row(Text("!" if said.warn else "·"), Text(said.text))
     return item
-
-
-def sweep_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Scores over the number of dropped sublayers, from the rows of `analysis.sweep`."""
-    from prunekit.report.answer_charts import SHOWN
-    from prunekit.report.summary_tables import Value
-
-    questions, prompts = (int(rows[0]["scores"][key]["n"]) for key in ("accuracy", "chrf"))
-    title = f"As more sublayers go: {questions} questions, {prompts} prompts"
-    lines: list[list[object]] = []
-    for row in rows:
-        cells: list[object] = [row["count"]]
-        for key, _, scale in SHOWN:
-            ends = (row["scores"][key][end] for end in ("mean", "low", "high"))
-            mean, low, high = (math.nan if v is None else scale * v for v in ends)
-            cells.append(Value(mean, low, high))
-        lines.append(cells)
-    return Fitted(title, ["dropped", *(name for _, name, _ in SHOWN)], lines)
 
 
 def studies_side_by_side(studies: Mapping[str, Findings]) -> RenderableType:

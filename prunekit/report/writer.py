@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from prunekit.analysis.answers import Answers
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.findings import Findings
 from prunekit.analysis.grid import MetricGrid
@@ -29,7 +30,7 @@ def save(study: Findings, folder: str | Path, *, overwrite: bool = False) -> Pat
     """Write `study` into `folder`, whole or not at all.
 
     Args:
-        study: What `prunekit.compare` returned; `meta["sweep"]` may hold the rows of a sweep.
+        study: What `prunekit.compare` returned.
         folder: Where to; its parents are created.
         overwrite: Whether to replace a study that is there.
 
@@ -82,17 +83,13 @@ def _tables(study: Findings) -> dict[str, Iterable[Mapping[str, Any]]]:
         tables["generations"] = _generation_rows(study.decoding)
     if study.subspace is not None:
         tables["subspace"] = _subspace_rows(study.subspace)
+    if study.answers is not None:
+        tables["answers"] = _answer_rows(study.answers)
     if study.scores is not None:
         tables["scores"] = [
             {"model": model, "score": name, **_ends(interval)}
             for model, values in study.scores.items()
             for name, interval in values.items()
-        ]
-    if study.meta.get("sweep"):
-        tables["sweep"] = [
-            {"count": row["count"], "score": name, **interval}
-            for row in study.meta["sweep"]
-            for name, interval in row["scores"].items()
         ]
     return tables
 
@@ -125,6 +122,16 @@ def _subspace_rows(found: Subspace) -> Iterable[dict[str, Any]]:
         metrics = {name: float(values[index]) for name, values in found.grid.values.items()}
         facts = {"id": item.id, "question": item.question, "answer": item.answer}
         yield {**facts, **logprobs, **metrics}
+
+
+def _answer_rows(found: Answers) -> Iterable[dict[str, Any]]:
+    for item in found.items:
+        sides = {
+            f"{side}_{name}": getattr(reply, name)
+            for side, reply in (("dense", item.dense), ("pruned", item.pruned))
+            for name in ("right", "given", "text")
+        }
+        yield {"id": item.id, "question": item.question, "right_answer": item.right, **sides}
 
 
 def _write_json(path: Path, data: Any) -> None:

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 
 from prunekit.analysis import quality
 from prunekit.analysis.quality import SingleStep
+from prunekit.evaluation.answering import Asking, Reply, answered
 from prunekit.evaluation.items import Choice
+from prunekit.evaluation.questions import Question
 from prunekit.models import generation
 from prunekit.models.generation import Rollout
 from prunekit.process import distributed
@@ -45,6 +47,7 @@ class Baseline:
         self.chat, self.progress = chat, progress
         self._rollouts: dict[str, Rollout] = {}
         self._answers: dict[tuple[Choice, ...], SingleStep] = {}
+        self._replies: dict[tuple[tuple[Question, ...], Asking], list[Reply]] = {}
 
     def rollouts(self, prompts: Sequence[str]) -> list[Rollout]:
         """The dense model's greedy continuation of each prompt.
@@ -76,3 +79,12 @@ class Baseline:
                 self.dense, self.tokenizer, asked, progress=self.progress
             )
         return self._answers[asked]
+
+    def replies(self, questions: Sequence[Question], asking: Asking) -> list[Reply]:
+        """The dense model's generated answers to open questions."""
+        asked = tuple(questions), asking
+        if asked not in self._replies:
+            self._replies[asked] = answered(
+                self.dense, self.tokenizer, questions, asking, progress=self.progress, label="dense"
+            )
+        return self._replies[asked]

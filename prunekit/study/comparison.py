@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prunekit.analysis import quality
+from prunekit.analysis.answers import reply_scores
 from prunekit.analysis.findings import SECTIONS
 from prunekit.analysis.grid import MetricGrid
 from prunekit.analysis.hierarchy import accumulated, layerwise
@@ -23,7 +24,9 @@ from prunekit.analysis.subspace import Subspace, option_tokens, subspace
 from prunekit.analysis.theory import theory
 from prunekit.checkpoint import check_finite
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.answering import Asking, encode
 from prunekit.evaluation.items import Choice
+from prunekit.evaluation.questions import Question
 from prunekit.models import generation
 from prunekit.models.architectures import Architecture
 from prunekit.models.causal import check_measured
@@ -44,6 +47,8 @@ def compare(
     *,
     tokenizer: Any,
     choices: Sequence[Choice] | None = None,
+    questions: Sequence[Question] | None = None,
+    asking: Asking | None = None,
     max_new_tokens: int = 48,
     temperature: float = 1.0,
     lens: Lens = "final_norm",
@@ -70,6 +75,9 @@ def compare(
         tokenizer: The tokenizer of both.
         choices: Multiple-choice questions for the subspace and single-step sections, which are
             left out without them.
+        questions: Questions that both models answer with text, for the section "answers", which is
+            left out without them.
+        asking: How they are asked: examples, longest answer.
         max_new_tokens: Longest continuation.
         temperature: T in p = softmax(z / T).
         lens: "final_norm", or "raw" for the layerwise readings of the research code.
@@ -95,6 +103,8 @@ def compare(
         tokenizer=tokenizer,
         prompts=prompts,
         choices=choices or (),
+        questions=questions or (),
+        asking=asking or Asking(),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         weights=weights,
@@ -159,7 +169,7 @@ def _checked(asked: _Comparison, sections: Sequence[str] | None) -> tuple[str, .
     for model in (setup.dense, asked.pruned):
         check_finite(model)
         check_measured(model)
-    wanted = _sections(sections, theirs, len(ours.layers), setup.choices)
+    wanted = _sections(sections, theirs, len(ours.layers), setup)
     Reader(ours, theirs, temperature=setup.temperature, lens=asked.lens, weights=setup.weights)
     if asked.layerwise_prompts < 1 or asked.layerwise_steps < 1:
         raise PrunekitError("layerwise_prompts and layerwise_steps must be at least 1: raise them")
@@ -167,6 +177,11 @@ def _checked(asked: _Comparison, sections: Sequence[str] | None) -> tuple[str, .
         raise PrunekitError("no prompts: give at least one")
     encoded = generation.encode(setup.tokenizer, setup.prompts, chat=setup.chat)
     generation.check_context(setup.dense, encoded, setup.max_new_tokens)
+    if "answers" in wanted:
+        longest = setup.asking.max_new_tokens
+        for model in (setup.dense, asked.pruned):
+            asked_for = encode(setup.tokenizer, setup.questions, setup.asking)
+            generation.check_context(model, asked_for, longest)
     if "subspace" in wanted:
         option_tokens(setup.tokenizer, max(len(choice.options) for choice in setup.choices))
     return wanted
@@ -232,6 +247,10 @@ def _subspace(asked: _Comparison, study: Study) -> Study:
     return replace(study, subspace=over_shares(setup.choices, answered, gather_subspace))
 
 
+def _answers(asked: _Comparison, study: Study) -> Study:
+    return replace(study, answers=asked.setup.answers(asked.pruned))
+
+
 def _theory(asked: _Comparison, study: Study) -> Study:
     grid = study.layerwise if study.removal is None else study.removal
     assert grid is not None
@@ -250,6 +269,8 @@ def _scores(asked: _Comparison, study: Study) -> Study:
             answered = setup.single_step(model)
             found[name] |= answered.scores
             right[name] = answered.right
+        if study.answers is not None:
+            found[name] |= reply_scores(study.answers.measures(name), seed=setup.seed)
     return replace(study, scores=found, right=right or None)
 
 
@@ -273,6 +294,7 @@ _MAKERS = {
     "removal": _Maker(_removal),
     "decoding": _Maker(_decoding),
     "subspace": _Maker(_subspace),
+    "answers": _Maker(_answers),
     "theory": _Maker(_theory, timed=False),
     "scores": _Maker(_scores, needs=("decoding",)),
 }
@@ -304,6 +326,7 @@ def _meta(
         "counts": {
             "prompts": len(setup.prompts),
             "choices": len(setup.choices),
+            "questions": len(setup.questions),
             "max_new_tokens": setup.max_new_tokens,
             "batch_size": setup.batch_size,
             "layerwise_prompts": len(prompts),
@@ -317,7 +340,7 @@ def _sections(
     asked: Sequence[str] | None,
     pruned: Architecture,
     dense_layers: int,
-    choices: Sequence[Choice],
+    setup: Setup,
 ) -> tuple[str, ...]:
     """The sections to make, in order.
 
@@ -327,16 +350,20 @@ def _sections(
     lacks = len(pruned.layers) < dense_layers or any(absent_sublayers(pruned).values())
     if asked is None:
         left_out = set() if lacks else {"removal"}
-        if not choices:
+        if not setup.choices:
             left_out.add("subspace")
+        if not setup.questions:
+            left_out.add("answers")
         return tuple(name for name in SECTIONS if name not in left_out)
     unknown = [name for name in asked if name not in SECTIONS]
     if unknown:
         raise PrunekitError(f"unknown section '{unknown[0]}': use some of {', '.join(SECTIONS)}")
     if "theory" in asked and not {"layerwise", "removal"} & set(asked):
         raise PrunekitError("section theory is made from layerwise: ask for layerwise too")
-    if "subspace" in asked and not choices:
+    if "subspace" in asked and not setup.choices:
         raise PrunekitError("section subspace needs multiple-choice questions: give choices")
+    if "answers" in asked and not setup.questions:
+        raise PrunekitError("section answers needs open questions: give questions")
     return tuple(name for name in SECTIONS if name in asked)
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from prunekit.analysis import decoding, quality
+from prunekit.analysis.answers import Answers
 from prunekit.analysis.decoding import Decoding
 from prunekit.analysis.quality import SingleStep
 from prunekit.analysis.spaces import Weights
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.answering import Asking, answered
 from prunekit.evaluation.items import Choice
+from prunekit.evaluation.questions import Question
 from prunekit.models import generation
 from prunekit.models.generation import Rollout
 from prunekit.study.baseline import Baseline
@@ -30,6 +33,8 @@ class Setup:
         tokenizer: The tokenizer of all models.
         prompts: Texts to continue.
         choices: Multiple-choice questions; may be empty.
+        questions: Questions that are answered with text; may be empty.
+        asking: How they are asked.
         max_new_tokens: Longest continuation.
         temperature: T in p = softmax(z / T) of the metrics; decoding itself is greedy.
         weights: Whose distribution weighs the second-order estimates, see `Reader`.
@@ -44,6 +49,8 @@ class Setup:
     tokenizer: Any
     prompts: Sequence[str]
     choices: Sequence[Choice]
+    questions: Sequence[Question] = ()
+    asking: Asking = field(default_factory=Asking)
     max_new_tokens: int
     temperature: float
     weights: Weights = "base"
@@ -112,3 +119,18 @@ class Setup:
         if model is self.dense:
             return self.baseline.single_step(self.choices)
         return quality.single_step(model, self.tokenizer, self.choices, progress=self.progress)
+
+    def answers(self, pruned: PreTrainedModel) -> Answers:
+        """Both models' generated answers; the dense model's are the baseline's."""
+        ours = theirs = self.baseline.replies(self.questions, self.asking)
+        if pruned is not self.dense:
+            theirs = answered(
+                pruned,
+                self.tokenizer,
+                self.questions,
+                self.asking,
+                ends=generation.end_tokens(self.dense),
+                progress=self.progress,
+                label="pruned",
+            )
+        return Answers.of(self.questions, ours, theirs)

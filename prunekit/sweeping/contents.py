@@ -221,6 +221,7 @@ def payload(found: SweepFindings) -> dict[str, Any]:
         "tables": [table(found).to_dict()],
         "figures": [figure.to_dict() for figure in figures(found)],
         "questions": [],
+        "answers": [],
         "generations": [],
         "texts_lead": "",
         "meta": [[name, value] for name, value in flatten(meta).items()],

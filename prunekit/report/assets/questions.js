@@ -51,4 +51,5 @@ function drawQuestions() {
 drawSummary();
 drawFigures();
 drawQuestions();
+drawAnswers();
 drawReader();

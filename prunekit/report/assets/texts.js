@@ -81,7 +81,7 @@ function listPrompts() {
 }
 
 function drawReader() {
-  if (!study.generations.length) { byId("texts").hidden = true; return; }
+  if (!study.generations.length) { byId("texts").hidden = byId("to-texts").hidden = true; return; }
   byId("texts-lead").textContent = study.texts_lead;
   byId("dense-name").append(study.names.dense);
   byId("pruned-name").append(study.names.pruned);

@@ -66,22 +66,27 @@ def test_demo_compares_two_models_with_one_dense(tmp_path, capsys, monkeypatch):
     # drawing is test_report.py's, and slow
     monkeypatch.setattr(png, "draw", lambda figure, path: path.touch())
     checkpoint.save(tiny_model(layers=6), tiny_tokenizer(), tmp_path / "model")
-    monkeypatch.setattr(demo, "FULL", replace(demo.QUICK, tokens=4, sweep=(0, 2), sweep_prompts=2))
+    monkeypatch.setattr(
+        demo, "FULL", replace(demo.QUICK, tokens=4, sweep=(1, 2), questions=6, examples=1)
+    )
     out = tmp_path / "demo"
     line = ["demo", str(tmp_path / "model"), "--output", str(out), "--json", "--quiet"]
     assert cli.main(line) == 0
     shown, err = capsys.readouterr()
     found = json.loads(shown)
-    assert err == "" and set(found["html"]) == {"attention-drop", "wanda-2-4"}
+    assert err == "" and set(found["html"]) == {"attention-drop", "wanda-2-4", "sweep"}
     for page in found["html"].values():
         assert Path(page).is_file()
     saved = {name: json.loads((out / name / "study.json").read_text()) for name in found["summary"]}
     dropped = saved["attention-drop"]["meta"]["models"]["pruned"]["dropped"]
     assert len(dropped["attn"]) == demo.FULL.dropped and saved["attention-drop"]["removal"]
     assert saved["wanda-2-4"]["meta"]["models"]["pruned"]["dropped"] == {"attn": [], "mlp": []}
-    rows = {row["count"]: row["scores"] for row in found["sweep"]}
-    assert set(rows) == {0, 2} and rows[0]["identical"]["mean"] == 1
-    assert (out / "attention-drop" / "sweep.csv").is_file()
+    (series,) = found["sweep"]["series"]
+    assert [row["label"] for row in series["rows"]] == ["1 attention", "2 attentions"]
+    ranked = series["rows"][1]["facts"]["dropped"]["attn"]
+    assert set(ranked) <= set(dropped["attn"]) and len(ranked) == 2
+    assert found["sweep"]["meta"]["questions"] == 6
+    assert (out / "sweep" / "sweep.csv").is_file()
     old = snapshot(out)
     assert cli.main(line) == 2 and "--overwrite" in capsys.readouterr().err
     assert snapshot(out) == old

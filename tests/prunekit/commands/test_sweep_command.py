@@ -10,7 +10,7 @@ from command_line import QUICK, snapshot
 from prunekit import checkpoint, cli
 from prunekit.report import png
 
-ASKED = "--choices choices.jsonl --generate open.jsonl --examples 1 --max-new-tokens 4"
+ASKED = "--choices choices.jsonl --generate open.jsonl --examples 1 --answer-tokens 4"
 FEW = f"--text text.txt --context 64 --no-speed --batch-size 4 {QUICK}"
 
 
@@ -74,7 +74,7 @@ def test_the_command(folder, capsys, tmp_path):
     ],
 )
 def test_refusals(folder, capsys, tmp_path, flags, message):
-    line = f"sweep dense --output {tmp_path / 'out'} --quiet --max-new-tokens 4 {QUICK} {flags}"
+    line = f"sweep dense --output {tmp_path / 'out'} --quiet --answer-tokens 4 {QUICK} {flags}"
     before = snapshot(folder)
     assert cli.main(line.split()) == 2
     assert message in capsys.readouterr().err

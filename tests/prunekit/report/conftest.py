@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_studies import make_study, sweep_rows
+from made_studies import make_study
 
 from prunekit import report
 from prunekit.study.study import Study
@@ -13,7 +13,7 @@ from prunekit.study.study import Study
 
 @pytest.fixture(scope="session")
 def study() -> Study:
-    return make_study(sweep=sweep_rows())
+    return make_study()
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def test_figures_show_data_in_the_colours_of_the_legend(folder):
         "accumulated": ("h", "z", "p", "reverse"),
         "stepwise": ("h", "z", "p", "generative"),
         "options": ("dense", "pruned"),
-        "single_step_vs_generative": ("dense", "pruned", "single"),
+        "single_step_vs_generative": ("dense", "pruned"),
     }
     assert {path.stem for path in (folder / "figures").iterdir()} == set(expected)
     for name, roles in expected.items():

@@ -155,10 +155,10 @@ const filter = byId("question-filter").children;
 said.filters = [...filter].map((one) => one.textContent);
 said.listed = [...filter].map((one) => {
   one.click();
-  return document.querySelectorAll(".question").length;
+  return document.querySelectorAll("#question-list .question").length;
 });
 filter[2].click();
-said.lost = document.querySelector(".question").textContent;
+said.lost = document.querySelector("#question-list .question").textContent;
 document.body.setAttribute("data-said", JSON.stringify(said));
 """
 

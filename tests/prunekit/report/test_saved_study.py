@@ -90,8 +90,9 @@ def test_other_tables(study, folder):
     questions = rows_of(folder / "subspace.csv")
     assert questions[2]["id"] == "q2" and float(questions[2]["logprob_pruned_1"]) == -3.0
     assert len(rows_of(folder / "theory.csv")) == 3 * LAYERS * 2
-    swept = rows_of(folder / "sweep.csv")
-    assert [r["count"] for r in swept if r["score"] == "chrf"] == ["0", "2", "4"]
+    answers = rows_of(folder / "answers.csv")
+    assert [row["pruned_right"] for row in answers] == ["False", "True", *["False"] * 4]
+    assert answers[0]["pruned_text"] == "It is <b>3</b>" and answers[0]["right_answer"] == "4"
 
 
 def test_a_folder_with_something_else_is_refused(study, folder, tmp_path):

@@ -55,7 +55,7 @@ def test_equal_accuracies_may_hide_flips_and_old_studies_claim_no_change():
     text = said(swapped)
     assert "paired difference is 0.00 points [" in text and "36 right answers turn wrong" in text
     assert "and 36 wrong ones right (McNemar's exact p = 1)" in text
-    old = said(replace(whole, right=None))
+    old = said(replace(whole, right=None, answers=None))
     assert "paired" not in old and "does not show what happened" not in old
 
 
@@ -65,7 +65,7 @@ def test_sentences_about_few_prompts_and_questions():
     decoding = replace(whole.decoding, generations=whole.decoding.generations[:5])
     few = {name: {"accuracy": wilson(6, 10)} for name in ("dense", "pruned")}
     right = dict.fromkeys(few, (True,) * 6 + (False,) * 4)
-    text = said(replace(whole, decoding=decoding, scores=few, right=right))
+    text = said(replace(whole, decoding=decoding, scores=few, right=right, answers=None))
     assert "Only 5 prompts" in text and "Only 10 questions" in text
     assert "does not show what happened" not in text
 

@@ -6,7 +6,7 @@ import io
 import math
 
 import pytest
-from made_studies import make_study, sweep_rows
+from made_studies import make_study
 from rich import console
 
 from prunekit.report import (
@@ -69,7 +69,6 @@ def test_tables_fit_the_terminal_without_wrapping_cells(study, width):
     for shown in (
         terminal.study_summary(study),
         terminal.studies_side_by_side({"small": study, "large": other}),
-        terminal.sweep_table(sweep_rows()),
     ):
         assert max(map(len, text(shown).splitlines())) <= width
     both = text(terminal.studies_side_by_side({"small": study, "large": other}))
@@ -113,9 +112,8 @@ def test_terminal_tables_show_the_numbers(study):
         for name in metrics
     ]
     assert [word for word in row.split() if word in wanted] == wanted
-    swept = text(terminal.sweep_table(sweep_rows()))
-    assert "24 questions, 24 prompts" in swept
-    assert "60" in swept and "58" in swept and "30" in swept
+    assert "generated: exact match" in summary and "generated: same answer" in summary
+    assert "exact match on 6 open questions goes from 100" in " ".join(summary.split())
 
 
 def test_sizes_for_people():

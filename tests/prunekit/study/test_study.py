@@ -1,4 +1,4 @@
-"""compare and sweep end to end on tiny models; the embedded model under `slow`."""
+"""compare end to end on tiny models; the embedded model under `slow`."""
 
 from __future__ import annotations
 
@@ -15,25 +15,30 @@ import torch.multiprocessing as mp
 from prunekit.analysis import quality
 from prunekit.analysis.findings import SECTIONS
 from prunekit.errors import PrunekitError
+from prunekit.evaluation.answering import Asking, answered
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.likelihood import option_logliks
+from prunekit.evaluation.questions import Question
 from prunekit.models import generation
 from prunekit.models.dropped import drop_sublayers_
 from prunekit.study.baseline import Baseline
 from prunekit.study.comparison import compare
-from prunekit.study.drop_sweep import sweep
 from prunekit.study.study import Study
+from prunekit.sweeping.run import sweep
 
 PROMPTS = ["w5 w9 w30", "w4 w4 w60 w61 w62 w12", "w90 w17 w3 w44", "w70 w71", "w11 w12 w13"]
 CHOICES = [
     Choice(str(index), f"w{index + 5} w6", ("w10", "w11", "w12 w13", "w14"), index % 4)
     for index in range(6)
 ]
+QUESTIONS = [Question(str(n), f"w{n} w9 w{n + 3}", f"w{n}", f"w{n}") for n in range(20, 90, 10)]
+ASKING = Asking(max_new_tokens=4, batch_size=3)
 OPTIONS = {"max_new_tokens": 6, "batch_size": 2, "layerwise_prompts": 3, "layerwise_steps": 4}
 
 
 def run(dense, pruned, tokenizer, **options):
-    options = {"choices": CHOICES, "progress": False, **OPTIONS, **options}
+    asked = {"choices": CHOICES, "questions": QUESTIONS, "asking": ASKING}
+    options = {**asked, "progress": False, **OPTIONS, **options}
     return compare(dense, pruned, PROMPTS, tokenizer=tokenizer, **options)
 
 
@@ -105,6 +110,12 @@ def test_study_of_a_dropped_model(dropped, word_tokenizer):
     assert summary["accuracy_difference"].mean == pytest.approx(turned.mean())
     assert summary["accuracy_gained"] == (turned > 0).sum()
     assert summary["accuracy_lost"] == (turned < 0).sum()
+    replies = [answered(model, word_tokenizer, QUESTIONS, ASKING) for model in dropped]
+    assert [item.dense for item in study.answers.items] == replies[0]
+    assert [item.pruned for item in study.answers.items] == replies[1]
+    match = np.mean([reply.right for reply in replies[1]])
+    assert summary["pruned_exact_match"].mean == pytest.approx(match)
+    assert summary["dense_same_answer"].mean == 1 and summary["exact_match_needed"] > 0
     assert summary["dense_identical"].mean == 1 and summary["dense_chrf"].mean == 100
     nll = study.decoding.sequence["nll_pruned_text"].mean()
     assert summary["pruned_perplexity"].mean == pytest.approx(np.exp(nll))
@@ -153,6 +164,8 @@ def test_only_what_is_asked_for(dropped, word_tokenizer):
         ({"sections": ("layer",)}, "unknown section 'layer': use some of layerwise"),
         ({"sections": ("theory",)}, "ask for layerwise too"),
         ({"sections": ("subspace",), "choices": None}, "give choices"),
+        ({"sections": ("answers",), "questions": None}, "give questions"),
+        ({"asking": Asking(max_new_tokens=64)}, "the model's context is 64"),
         ({"max_new_tokens": 62}, "context is 64"),
         ({"temperature": -1.0}, "must be above 0"),
         ({"layerwise_prompts": 0}, "at least 1"),
@@ -174,41 +187,21 @@ def test_no_prompts_and_mismatched_models(tiny, word_tokenizer):
         run(model, tiny("llama", vocab_size=99), word_tokenizer)
 
 
-def test_sweep(tiny, word_tokenizer):
+def test_a_point_of_a_sweep_equals_a_comparison(tiny, word_tokenizer):
     model = tiny("llama")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    ranking = [("attn", 2), ("block", 1), ("mlp", 2), ("attn", 1)]
-    rows = sweep(
-        model,
-        word_tokenizer,
-        ranking,
-        [3, 0, 2],
-        prompts=PROMPTS,
-        choices=CHOICES,
-        max_new_tokens=5,
-        progress=False,
-    )
-    assert [(row["count"], row["attn"], row["mlp"]) for row in rows] == [
-        (0, [], []),
-        (2, [1, 2], [1]),
-        (3, [1, 2], [1, 2]),
-    ]
-    assert rows[0]["scores"]["identical"]["mean"] == 1
-    assert rows[0]["scores"]["kl_dense_pruned"]["mean"] == 0
     pruned = copy.deepcopy(model)
-    drop_sublayers_(pruned, attn=[1, 2], mlp=[1, 2])
-    study = run(model, pruned, word_tokenizer, max_new_tokens=5, sections=("decoding", "scores"))
-    assert_same(
-        rows[2]["scores"]["kl_dense_pruned"]["mean"],
-        float(study.summary()["kl_dense_pruned"].mean),
-        rtol=1e-3,
-    )
-    assert rows[2]["scores"]["accuracy"]["mean"] == study.scores["pruned"]["accuracy"].mean
-    json.dumps(rows, allow_nan=False)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
-    with pytest.raises(PrunekitError, match=r"use 0 to 4"):
-        sweep(model, word_tokenizer, ranking, [5], prompts=PROMPTS, choices=CHOICES)
+    drop_sublayers_(pruned, attn=[1, 2], mlp=[2])
+    study = run(model, pruned, word_tokenizer, sections=("answers", "scores"))
+    asked = {"choices": CHOICES, "questions": QUESTIONS, "asking": ASKING, "progress": False}
+    found = sweep(model, word_tokenizer, {"pruned": pruned}, kl=False, speed=False, **asked)
+    (row,) = found.rows
+    assert row.changes == {
+        "accuracy": study.accuracy_change(),
+        "exact_match": study.answer_change(),
+    }
+    for name, interval in row.scores.items():
+        assert interval == study.scores["pruned"][name], name
+    assert {"accuracy", "exact_match", "same_answer", "answer_chrf"} <= row.scores.keys()
 
 
 def test_a_shared_baseline_changes_nothing_but_the_work(dropped, word_tokenizer, monkeypatch):
@@ -218,6 +211,7 @@ def test_a_shared_baseline_changes_nothing_but_the_work(dropped, word_tokenizer,
     baseline = Baseline(model, word_tokenizer, **options)
     baseline.rollouts(PROMPTS)
     baseline.single_step(CHOICES)
+    baseline.replies(QUESTIONS, ASKING)
     asked = []
 
     def noting(plain):
@@ -226,20 +220,9 @@ def test_a_shared_baseline_changes_nothing_but_the_work(dropped, word_tokenizer,
     monkeypatch.setattr(generation, "generate", noting(generation.generate))
     monkeypatch.setattr(quality, "single_step", noting(quality.single_step))
     shared = run(model, pruned, word_tokenizer, baseline=baseline).to_dict()
-    rows = sweep(
-        model,
-        word_tokenizer,
-        [("attn", 1)],
-        [0],
-        prompts=PROMPTS[:3],
-        choices=CHOICES,
-        baseline=baseline,
-        **options,
-    )
     assert asked and not any(one is model for one in asked)
     del alone["meta"]["seconds"], shared["meta"]["seconds"]
     assert_same(shared, alone)
-    assert rows[0]["scores"]["accuracy"] == alone["scores"]["dense"]["accuracy"]
     with pytest.raises(PrunekitError, match="another model"):
         run(pruned, pruned, word_tokenizer, baseline=baseline)
     with pytest.raises(PrunekitError, match="max_new_tokens"):
