@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import summary
+from bench import summary, sweep_tables
 from bench.bounds import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +30,7 @@ PAGES = tuple(
         "docs/pruning.md",
         "docs/metrics.md",
         "docs/kld.md",
+        "docs/sweep.md",
         "docs/retrieval.md",
     )
 )
@@ -502,11 +503,14 @@ DEMO = (
 )
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
+    "demo_sweep": sweep_tables.demo_said,
     "quality": quality,
     "recipes": recipes,
     "kld": kld,
     "kld_cost": kld_cost,
     "recovery": recovery,
+    "sweep": lambda: table(*sweep_tables.copies()),
+    "sweep_said": sweep_tables.said,
     "layerwise": layerwise,
     "research": against_research,
     "models": models,

@@ -44,7 +44,9 @@ def sentences(found: SweepFindings) -> list[Sentence]:
         for count, what in (("choices", "multiple-choice questions"), ("questions", "open ones"))
         if found.meta[count]
     )
-    base = ", ".join(f"{SIDES[s]} {Value.of(scores[s], '%', 100)}" for s in found.sides())
+    base = " and its ".join(
+        f"{SIDES[side]} is {Value.of(scores[side], '%', 100)}" for side in found.sides()
+    )
     said.append(Sentence(f"The dense model's {base}, on {n}."))
     if "exact_match" in scores and float(scores["exact_match"].mean) < _NOTHING_TO_LOSE:
         said.append(

@@ -11,10 +11,10 @@ from prunekit.sweeping.findings import SweepFindings, Swept
 from prunekit.sweeping.rows import Row, dense_scores
 
 _CURVES = (
-    ("accuracy", "accuracy (single-step)", "single"),
-    ("exact_match", "exact match (generated)", "generative"),
-    ("same_answer", "same answer as dense", "p"),
-    ("same_text", "same text as dense", "h"),
+    ("accuracy", "accuracy", "single"),
+    ("exact_match", "exact match", "generative"),
+    ("same_answer", "same answer", "p"),
+    ("same_text", "same text", "h"),
 )
 _ROLES = ("h", "z", "p", "generative", "dense", "single", "kl", "reverse")
 
@@ -28,8 +28,8 @@ def figures(found: SweepFindings) -> list[Figure]:
             Figure(
                 "edge",
                 "Single-step accuracy against generated answers",
-                "What each copy still answers right by choosing among options and by writing. The "
-                "dense model is at 0.",
+                "Accuracy is by choosing among options, exact match by writing; same answer and "
+                "same text as the dense model's, which is at 0.",
                 [_curve(one, found) for one in curves],
             )
         )
@@ -111,14 +111,14 @@ def _prediction(rows: Sequence[Row]) -> Figure:
                 }
             )
     observed = Series(
-        "observed (band: 10–90 % of copies and steps)",
+        "observed",
         "p",
         [one["x"] for one in bins],
         [one["mean"] for one in bins],
         [one["low"] for one in bins],
         [one["high"] for one in bins],
     )
-    ideal = Series("a perfect prediction", "dense", [0.0, 100.0], [0.0, 100.0], dashed=True)
+    ideal = Series("if perfect", "dense", [0.0, 100.0], [0.0, 100.0], dashed=True)
     chart = Chart(
         "prediction",
         "Answers still unchanged",
@@ -126,7 +126,8 @@ def _prediction(rows: Sequence[Row]) -> Figure:
         "observed, %",
         [observed, ideal],
         y_range=(0, 105),
-        note="Every copy at steps 1, 2, 3, 4, 6, 8, … of its answers, in bins of the prediction.",
+        note="Every copy at steps 1, 2, 3, 4, 6, 8, … of its answers, in bins of "
+        "the prediction; band: 10 to 90 % of them.",
     )
     text = (
         "Before a copy writes anything: from how often its top token flips in a text, by the dense "

@@ -363,7 +363,7 @@ function dataTable(chart) {
 
 function drawFigures() {
   const host = byId("charts");
-  host.append(node("h2", { text: "Charts" }), node("p", { class: "lead", text: "Point at a curve or tap it for its value and interval, click a name to hide it, and switch the scale. Bands are 95 % intervals over prompts." }));
+  host.append(node("h2", { text: "Charts" }), node("p", { class: "lead", text: "Point at a curve or tap it for its value and interval, click a name to hide it, and switch the scale. Bands are 95 % intervals." }));
   for (const figure of study.figures) {
     const grid = node("div", { class: figure.charts.length % 2 ? "grid" : "grid even" });
     host.append(node("div", { class: "titled" }, node("h3", { id: figure.key, text: figure.title }), node("p", { class: "lead", text: figure.text })), grid);

@@ -5,29 +5,35 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prunekit.evaluation.intervals import Interval, Paired
-from prunekit.sweeping.edges import Edge, edge, is_lost, lowest
+from prunekit.evaluation.intervals import Paired, paired
+from prunekit.sweeping.edges import Edge, bounds, edge, is_lost
 from prunekit.sweeping.prediction import BINS, calibration, flips_by_entropy, predicted
 
 
-def change(mean: float, half: float, n: int = 200) -> Paired:
-    return Paired(Interval(mean, mean - half, mean + half, n), 3, 4, 0.5, 100)
+def change(gained: int, lost: int, n: int = 400) -> Paired:
+    before = [True] * lost + [False] * (n - lost)
+    after = [False] * lost + [True] * gained + [False] * (n - lost - gained)
+    return paired(before, after)
 
 
 def test_an_edge():
-    changes = [change(0.01, 0.02), change(-0.01, 0.04), change(-0.03, 0.02), change(-0.2, 0.05)]
+    changes = [change(9, 2), change(1, 6), change(4, 15), change(0, 80)]
     assert edge(changes, 2.0) == Edge(holds=1, shown=0, lost=3)
-    assert edge(changes, 5.0) == Edge(holds=2, shown=2, lost=3)
+    assert edge(changes, 6.0) == Edge(holds=2, shown=2, lost=3)
     assert edge(changes[2:], 2.0) == Edge(holds=None, shown=None, lost=1)
-    assert edge([change(-0.2, 0.05), change(0.0, 0.05)], 2.0).lost is None  # it came back
-    assert is_lost(change(-0.2, 0.05), 2.0) and not is_lost(change(-0.03, 0.02), 2.0)
+    assert edge([change(0, 80), change(20, 20)], 2.0).lost is None  # it came back
+    assert is_lost(change(0, 80), 2.0) and not is_lost(change(4, 15), 2.0)
 
 
-def test_no_change_seen_rules_out_only_what_the_questions_could_show():
-    same = Paired(Interval(0.0, 0.0, 0.0, 50), 0, 0, 1.0, 100)
-    assert -0.08 < lowest(same) < -0.05
-    assert edge([same], 2.0) == Edge(holds=0, shown=None, lost=None)
-    assert edge([same], 10.0).shown == 0
+def test_few_changes_rule_out_only_what_the_questions_could_show():
+    for gained in (0, 1):
+        low, high = bounds(change(gained, 0, n=50))
+        assert -0.08 < low < -0.05 and high > 0.05
+        assert edge([change(gained, 0, n=50)], 2.0) == Edge(holds=0, shown=None, lost=None)
+        assert edge([change(gained, 0, n=50)], 10.0).shown == 0
+    # where many changed, both ways give nearly the same
+    many = change(60, 90)
+    assert bounds(many) == pytest.approx((many.difference.low, many.difference.high), abs=0.006)
 
 
 def test_flips_are_counted_by_entropy():
