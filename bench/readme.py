@@ -22,18 +22,8 @@ from bench import summary, sweep_tables
 from bench.bounds import RESULTS
 
 ROOT = Path(__file__).parent.parent
-PAGES = tuple(
-    ROOT / page
-    for page in (
-        "README.md",
-        "docs/benchmarks.md",
-        "docs/pruning.md",
-        "docs/metrics.md",
-        "docs/kld.md",
-        "docs/sweep.md",
-        "docs/retrieval.md",
-    )
-)
+DOCS = ("benchmarks", "pruning", "metrics", "kld", "sweep", "retrieval")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 CPU = RESULTS / "cpu"
 H200 = RESULTS / "NVIDIA_H200"
 
@@ -503,14 +493,12 @@ DEMO = (
 )
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
-    "demo_sweep": sweep_tables.demo_said,
+    **sweep_tables.blocks(table),
     "quality": quality,
     "recipes": recipes,
     "kld": kld,
     "kld_cost": kld_cost,
     "recovery": recovery,
-    "sweep": lambda: table(*sweep_tables.copies()),
-    "sweep_said": sweep_tables.said,
     "layerwise": layerwise,
     "research": against_research,
     "models": models,

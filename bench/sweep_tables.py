@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from bench.bounds import RESULTS
 
 CPU = RESULTS / "cpu"
 HEAD = ["copy", "accuracy, %", "change", "exact match, %", "change", "same answer, %", "KL, nats"]
 HEAD += ["same text, % predicted", "observed"]
+
+
+def blocks(table: Callable[[list[str], list[list[str]]], str]) -> dict[str, Callable[[], str]]:
+    """Blocks of Markdown pages by name, tables drawn by `table`."""
+    return {"demo_sweep": demo_said, "sweep": lambda: table(*copies()), "sweep_said": said}
 
 
 def demo_said() -> str:
