@@ -15,6 +15,7 @@ import argparse
 import copy
 import csv
 import json
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -63,7 +64,6 @@ METHODS: dict[str, Method | Recipe | None] = {
     "admm 70%": ADMM(0.7),
     "admm, owl 70%": Recipe({"*": ADMM(0.7)}, budget=OWL()),
 }
-KLD_WINDOWS = 8
 KEY = ("method", "pattern", "sparsity", "model", "calibration", "text", "context")
 
 
@@ -79,6 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--context", type=int, default=512, help="tokens per scored window")
+    parser.add_argument("--kld-windows", type=int, default=8, help="of the text; 0: no KLD")
     parser.add_argument("--device", default=None)
     parser.add_argument("--calibration-dtype", choices=("bfloat16", "float32"))
     parser.add_argument("--only", nargs="*", choices=METHODS, help="some of the methods")
@@ -150,23 +151,24 @@ def measured(
             "added_mb": f"{(peak.bytes - held) / 1e6:.0f}",
         }
     found = perplexity(model, None, scored, context=options.context, progress=True)
-    apart = kl_report(
-        dense, model, None, scored, context=options.context, limit=KLD_WINDOWS, progress=True
-    )
+    apart = {"kl_mean": math.nan, "rows": 0.0}
+    if options.kld_windows:
+        sizes = {"context": options.context, "limit": options.kld_windows}
+        apart = kl_report(dense, model, None, scored, **sizes, progress=True)
     pattern = "" if method is None else Recipe.of(method).rules["*"].pattern
     row = {
         "method": name.removesuffix(f" {pattern}").removesuffix(" 70%"),
         "pattern": pattern,
         "sparsity": facts["sparsity"],
         "perplexity": f"{found.value:.3f}",
-        "kld": f"{apart['kl_mean']:.4f}",
+        "kld": f"{apart['kl_mean']:.4f}" if options.kld_windows else "",
         "seconds": facts["seconds"],
         "added_mb": facts["added_mb"],
         "kld_tokens": int(apart["rows"]),
         "scored_tokens": found.tokens,
     }
     print(
-        f"{name:28} perplexity {float(row['perplexity']):8.2f}  KLD {row['kld']}  "
+        f"{name:28} perplexity {float(row['perplexity']):8.2f}  KLD {row['kld'] or '–'}  "
         f"{row['seconds'] or 0:>5} s  {row['added_mb'] or 0:>5} MB",
         flush=True,
     )

@@ -245,8 +245,8 @@ def _check_tokens(
         needed, method = ref.matrix.shape[1], assigned[ref.name]
         if method.fits and tokens < needed:
             raise PrunekitError(
-                f"{method.name} with its update or bits fits {needed} weights a row of {ref.name}: "
-                f"calibrate on at least {needed} tokens, not {tokens}"
+                f"{method.name} as set fits {needed} weights a row of {ref.name}: calibrate on at "
+                f"least {needed} tokens, not {tokens}"
             )
 
 

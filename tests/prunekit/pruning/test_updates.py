@@ -66,7 +66,7 @@ def test_an_expert_that_few_tokens_reach_is_noted(tiny, many_tokens):
     [
         (Magnitude(update="admm"), None, "magnitude needs calibration"),
         (SparseGPT(update="admm"), (2, 12), "calibrate on at least 32 tokens, not 24"),
-        (ADMM(), (2, 12), "admm with its update or bits fits 32 weights a row"),
+        (ADMM(), (2, 12), "admm as set fits 32 weights a row"),
     ],
 )
 def test_refusals_leave_the_model_alone(tiny, method, tokens, message):
