@@ -4,12 +4,15 @@
     python -m bench.kld_copies out/copies --only Q4_0 int4    # some
 
 GGUF copies requantise the embedded file's matrices; int4, int6 and int8 are torchao's weights, in
-groups of 32; wanda24 and drop4 are prunekit's own. The last four need no package but prunekit's.
+groups of 32; wanda24 and drop4 are prunekit's own, and wanda24-int8 and its like are wanda24 with
+its layers packed 2:4 in 8 or 4 bits, rounded to nearest. From wanda24 on no package but prunekit's
+is needed.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +24,7 @@ from prunekit.checkpoint.gguf_reader import demo_file
 
 GGUF_TYPES = ("Q8_0", "Q5_0", "Q4_0")
 INTEGERS = (8, 6, 4)
+PACKED = ("int8", "fp8", "int4")
 
 
 def requantised(source: Path, target: Path, kind: gguf.GGMLQuantizationType) -> None:
@@ -76,6 +80,21 @@ def pruned(target: Path) -> None:
     pk.save(model, tokenizer, target)
 
 
+def packed(source: Path, target: Path, format_: str) -> None:
+    """Save a 2:4 copy with its layers packed in a format that rounds their values to nearest.
+
+    Args:
+        source: The folder of the pruned model.
+        target: Folder of the copy.
+        format_: "2:4-int8", "2:4-fp8" or "2:4-int4".
+    """
+    model, tokenizer = pk.load(source)
+    report = pk.swap_(model, formats=[format_])
+    wide = 2 * sum(math.prod(layer.shape) for layer in report.swapped)
+    print(f"{format_}: {report.bytes / wide:.4f} of the packed layers' 16-bit bytes")
+    pk.save(model, tokenizer, target)
+
+
 def dropped(target: Path) -> None:
     """Save the model without four of its attentions."""
     model, tokenizer = pk.load("demo")
@@ -101,7 +120,20 @@ def makers(folder: Path) -> dict[str, tuple[Path, Callable[[Path], None]]]:
 
     found = {name: (folder / f"{name}.gguf", as_gguf(name)) for name in GGUF_TYPES}
     found |= {f"int{bits}": (folder / f"int{bits}", as_integers(bits)) for bits in INTEGERS}
-    return found | {"wanda24": (folder / "wanda24", pruned), "drop4": (folder / "drop4", dropped)}
+
+    def as_packed(name: str) -> Callable[[Path], None]:
+        def make(path: Path) -> None:
+            source = folder / "wanda24"
+            if not source.is_dir():
+                pruned(source)
+            packed(source, path, f"2:4-{name}")
+
+        return make
+
+    found |= {"wanda24": (folder / "wanda24", pruned), "drop4": (folder / "drop4", dropped)}
+    return found | {
+        f"wanda24-{name}": (folder / f"wanda24-{name}", as_packed(name)) for name in PACKED
+    }
 
 
 def make(folder: Path, names: list[str]) -> list[Path]:

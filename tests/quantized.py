@@ -18,6 +18,7 @@ EVERY = [
     ("2:4-int4", 0, False),
     ("2:4-int4", 64, False),
     ("2:4-int4", 128, False),
+    ("2:4-int4", 0, True),
     ("2:4-int4", 64, True),
     ("2:4-int4", 128, True),
 ]

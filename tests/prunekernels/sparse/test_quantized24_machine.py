@@ -56,7 +56,7 @@ MORE = [
     ("2:4-int4", 64, True, BF16, 13, 100, 300, MmaConfig(1, 2, 4, 1), "none", True),
     ("2:4-int4", 128, True, BF16, 2, 33, 1600, MmaConfig(1, 1, 2, 3), "gelu", False),
     ("2:4-int4", 0, False, F16, 33, 80, 832, MmaConfig(1, 4, 2, 1), "silu", False),
-    ("2:4-int4", 0, True, BF16, 5, 16, 64, MmaConfig(2, 1, 4, 1), "none", True),
+    ("2:4-int4", 0, True, BF16, 5, 16, 320, MmaConfig(2, 1, 4, 1), "none", True),
     ("2:4-int8", 128, False, F16, 9, 33, 2048, MmaConfig(2, 2, 2, 8), "none", False),
     ("2:4-int8", 0, False, F16, 8, 70, 1088, MmaConfig(2, 1, 4, 3), "gelu_tanh", True),
     ("2:4-int8", 64, False, BF16, 40, 70, 832, MmaConfig(1, 8, 2, 2), "relu", True),

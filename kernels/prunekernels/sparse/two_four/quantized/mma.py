@@ -52,14 +52,15 @@ from prunekernels.sparse.two_four.tuning import MmaConfig
 
 @gluon.jit
 def _unit(
-    acc, held, xs, w_ptrs, s_ptrs, z_ptrs, BITS: gl.constexpr, FP8: gl.constexpr,
+    acc, held, minus, xs, w_ptrs, s_ptrs, z_ptrs, BITS: gl.constexpr, FP8: gl.constexpr,
     HAS_ZEROS: gl.constexpr, GROUP: gl.constexpr, STEP: gl.constexpr, KIND: gl.constexpr,
     ACC: gl.constexpr, X: gl.constexpr,
 ):  # fmt: skip
     """Multiply one unit of 256 columns held in registers, and load the next but one.
 
-    held: what `_load_unit` gave; xs: (tokens, 128) words of x in shared memory; w_ptrs, s_ptrs,
-    z_ptrs: pointers to the words, scales and zeros of the unit after the next.
+    held: what `_load_unit` gave; minus: a row's `minus_of`, where its groups have none; xs:
+    (tokens, 128) words of x in shared memory; w_ptrs, s_ptrs, z_ptrs: pointers to the words, scales
+    and zeros of the unit after the next.
     """
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
@@ -72,7 +73,6 @@ def _unit(
     words = ()
     for block in gl.static_range(2 * P):
         words = words + quarters(a[block], NW, MT, ACC)
-    minus = minus_of(gl.full([1, 1, 1, 1, 4], 8, gl.int32, ACC), KIND, ACC)
     next_a, next_scales, next_zeros = (), (), ()
     part = acc
     for step in gl.static_range(8):
@@ -196,6 +196,10 @@ def _mma24q_fwd_kernel(
         z_ptrs = zeros_ptr + rows_at
         s_ptrs = scales_ptr + (rows_at * 2 + axis(2, 4, ROWS_OF))
     acc = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
+    zero = gl.full([NW, MT, 1, 32, 4], 8, gl.int32, ACC)
+    if HAS_ZEROS and GROUP == 0:
+        zero = zeros_of_rows(gl.load(z_ptrs), ACC)
+    minus = minus_of(zero, KIND, ACC)
     if count > 0:
         token = token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, COPY))[:, None]
         x_word = gl.arange(0, 128, gl.SliceLayout(0, COPY))[None, :]
@@ -234,7 +238,7 @@ def _mma24q_fwd_kernel(
                 z_unit += more * (PER_UNIT * 8)
                 slot = ring.index(unit & (STAGES - 1))
                 acc, held = _unit(
-                    acc, one, slot, w_ptrs, s_unit, z_unit,
+                    acc, one, minus, slot, w_ptrs, s_unit, z_unit,
                     BITS, FP8, HAS_ZEROS, GROUP, STEP, KIND, ACC, X,
                 )  # fmt: skip
                 one, other = other, held
@@ -243,7 +247,7 @@ def _mma24q_fwd_kernel(
         if count % 2 == 1:
             slot = ring.index((count - 1) & (STAGES - 1))
             acc, one = _unit(
-                acc, one, slot, w_ptrs, s_unit, z_unit,
+                acc, one, minus, slot, w_ptrs, s_unit, z_unit,
                 BITS, FP8, HAS_ZEROS, GROUP, STEP, KIND, ACC, X,
             )  # fmt: skip
 
@@ -252,7 +256,6 @@ def _mma24q_fwd_kernel(
         x_word = gl.arange(0, 16, gl.SliceLayout(0, X))[None, :]
         x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + units * 128 + x_word
         w_ptrs = line_ptrs + units * UNIT
-        minus = minus_of(gl.full([NW, MT, 1, 32, 4], 8, gl.int32, ACC), KIND, ACC)
         for tail in range(0, tails):
             # each word of a lane is loaded for all four places that its words have
             meta = gl.load(w_ptrs + 64 * P + word // 4)
