@@ -220,8 +220,11 @@ def one_cycle(step: int, steps: int) -> float:
 def _batches(
     items: Sequence[int], sizes: Mapping[int, int], settings: Schedule
 ) -> Iterator[list[int]]:
-    """Items of each update: everyone's share of `tokens`, in an order drawn anew every round."""
-    share = settings.tokens / distributed.world_size()
+    """Items of each update: everyone's share of `tokens`, in an order drawn anew every round.
+
+    An update takes no item twice: there may be fewer tokens than it asks for.
+    """
+    share = min(settings.tokens / distributed.world_size(), sum(sizes[item] for item in items))
     draw = torch.Generator().manual_seed(settings.seed)
     waiting: list[int] = []
     for _ in range(settings.steps):

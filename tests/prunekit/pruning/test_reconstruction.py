@@ -58,6 +58,21 @@ def test_descent_reaches_the_least_squares_of_its_mask():
     assert (best["w"][~keep] == 0).all()
 
 
+def test_an_update_takes_no_item_twice():
+    inputs, targets, start, keep = masked_line()
+    usual, calls = squares(inputs, targets), []
+
+    def errors(state, item):
+        calls.append(item)
+        return usual(state, item)
+
+    settings = Reconstruction(steps=2, tokens=10**6, checks=1)
+    sizes = dict.fromkeys(range(4), 64)
+    descend({"w": start}, {"w": keep}, errors, [0, 1, 2], [3], sizes, settings)
+    fitted = [item for item in calls if item != 3]
+    assert sorted(fitted[:3]) == sorted(fitted[3:]) == [0, 1, 2]
+
+
 def test_held_out_items_decide():
     inputs, targets, start, keep = masked_line()
     targets[3] = inputs[3] @ start.t()  # on which the start is perfect
