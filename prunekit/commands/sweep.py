@@ -112,6 +112,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         context=args.context,
         budget=args.budget,
         calibration=calibration,
+        calibration_dtype=options.calibration_dtype(args),
         output=folder,
         device=options.device(args.device),
         seed=args.seed,

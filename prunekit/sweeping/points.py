@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -87,6 +88,7 @@ class Workshop:
         ranking: Gives the recorded report of a `Drop`, or records what the function makes.
         device: Where checkpoints are loaded.
         batch_size: Calibration sequences together; None suits the device.
+        calibration_dtype: Type of the calibration passes; None: the model's own.
         progress: Show bars.
     """
 
@@ -96,6 +98,7 @@ class Workshop:
     ranking: Callable[[Drop, Callable[[], DropReport]], DropReport]
     device: str | None
     batch_size: int | None
+    calibration_dtype: torch.dtype | None
     progress: bool
 
 
@@ -171,6 +174,7 @@ def _ranked(drop: Drop, workshop: Workshop) -> DropReport:
             drop,
             workshop.calibration(),
             batch_size=workshop.batch_size,
+            calibration_dtype=workshop.calibration_dtype,
             progress=workshop.progress,
         )
 
@@ -221,6 +225,7 @@ def _pruned(method: Method, workshop: Workshop, sparsities: Sequence[float] | No
                 one,
                 workshop.calibration() if one.calibrated else None,
                 batch_size=workshop.batch_size,
+                calibration_dtype=workshop.calibration_dtype,
                 progress=workshop.progress,
             )
             return Made(model, {"method": one.to_dict(), "sparsity": report.sparsity})

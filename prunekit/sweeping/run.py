@@ -54,6 +54,7 @@ def sweep(
     budget: float | None = None,
     calibration: CalibrationInput | None = None,
     calibration_batch: int | None = None,
+    calibration_dtype: torch.dtype | None = None,
     output: str | Path | None = None,
     device: str | None = None,
     seed: int = 0,
@@ -89,6 +90,7 @@ def sweep(
         calibration: What rankings and methods are calibrated on, once for all; by default the
             model's own text.
         calibration_batch: Calibration sequences together; None suits the device.
+        calibration_dtype: Type of the calibration passes, see `prunekit.drop_`.
         output: Folder of record, table and page; None keeps a record while it runs.
         device: Where checkpoints are loaded; None: the CPU.
         seed: Of every interval's resampling.
@@ -128,7 +130,10 @@ def sweep(
             folder,
             progress,
         )
-        record = Record(folder, _facts(asked, calibration, seed))
+        facts = _facts(asked, calibration, seed)
+        if calibration_dtype is not None:
+            facts["calibration_dtype"] = str(calibration_dtype)
+        record = Record(folder, facts)
 
         def calibrated() -> list[Tensor]:
             given = Calibration(seed=seed) if calibration is None else calibration
@@ -141,6 +146,7 @@ def sweep(
             record.ranking,
             device,
             calibration_batch,
+            calibration_dtype,
             progress,
         )
         named = plans.items() if isinstance(plans, Mapping) else [(None, plan) for plan in plans]
