@@ -99,7 +99,7 @@ def predicted(
 def calibration(found: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
     """The errors of all points' predictions: mean absolute and signed, over points and steps.
 
-    Steps of a point weigh alike, and so do points; None without any.
+    A step weighs by the answers that reach it, and points weigh alike; None without any.
     """
     if not found:
         return None
@@ -108,7 +108,8 @@ def calibration(found: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
         means = []
         for one in found:
             gaps = np.array([row[name] - row["observed"] for row in one["steps"]])
-            means.append(float(np.mean(np.abs(gaps) if absolute else gaps)))
+            reach = [row["n"] for row in one["steps"]]
+            means.append(float(np.average(np.abs(gaps) if absolute else gaps, weights=reach)))
         return float(np.mean(means))
 
     pairs = np.array(
