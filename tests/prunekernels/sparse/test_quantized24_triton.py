@@ -96,16 +96,20 @@ def test_portable_gate_up(kind, group, zeros):
     assert_interpreted_as_good_as_eager(got, eager, truth)
 
 
+QUICK = ("int8/bf16/t8/split-90", "int4g128/bf16/t8/split-80", "int4g128/bf16/t8/split-90")
+
+
 def _cases(module: str):
+    """Cases on sm_90, and the quick ones; `prunekit doctor --kernels` prints all, minutes long."""
     if interpreting():
         return []
     from prunekernels.sparse.two_four.quantized import mma, portable
 
     listed = {"mma": mma, "portable": portable}[module].compile_cases()
-    return [pytest.param(c, arch, id=f"{c.name}-{arch}") for c in listed for arch in c.archs]
+    every = [pytest.param(c, arch, id=f"{c.name}-{arch}") for c in listed for arch in c.archs]
+    return [p for p in every if p.values[1] == 90 or p.id.endswith(QUICK)]
 
 
-QUICK = ("int8/bf16/t8/split-90", "int4g128/bf16/t8/split-80", "int4g128/bf16/t8/split-90")
 MMA = [
     pytest.param(*p.values, id=p.id, marks=[] if p.id.endswith(QUICK) else [pytest.mark.slow])
     for p in _cases("mma")
