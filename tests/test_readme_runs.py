@@ -29,6 +29,8 @@ LEFT_OUT = {
     "prunekit demo": "two studies and a sweep: test_drop_and_compare.py runs it smaller",
     "prunekit compare demo out/drop4 out/wanda24": "two studies: test_compare_several.py",
     "prunekit bench demo": "four variants, five rounds: test_bench_command.py",
+    "prunekit sweep demo": "seven copies, each asked and read: test_sweep_command.py",
+    "prunekit search demo": "hundreds of measurements: test_search_command.py",
     "prunekit doctor --kernels": "compiles every kernel: test_doctor.py does",
     "prunekit eval": "lm-eval and the data sets of its tasks come from a network",
 }

@@ -11,7 +11,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunekit.divergence.processes import by_main
+from prunekit.divergence.processes import by_main, together
 from prunekit.errors import PrunekitError
 from prunekit.files.atomic import replaced_file
 from prunekit.pruning import Drop, DropReport
@@ -38,7 +38,7 @@ class Record:
         wanted = json.loads(json.dumps({"format": FORMAT, **facts}))
         by_main(lambda: (folder / "points").mkdir(parents=True, exist_ok=True))
         path = folder / RUN
-        if not path.is_file():
+        if not _there(path):
             self._write(path, wanted)
         found = self._read(path)
         for name, value in wanted.items():
@@ -54,7 +54,7 @@ class Record:
         """A point's numbers: as recorded, or measured now and recorded."""
         path = self.folder / "points" / f"{key}.json"
         wanted = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        if path.is_file():
+        if _there(path):
             found = self._read(path)
             if found.get("identity") == wanted:
                 return dict(found["numbers"])
@@ -68,7 +68,7 @@ class Record:
     def tokens(self, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The calibration sequences: as recorded, or computed now and recorded."""
         path = self.folder / _TOKENS
-        if not path.is_file():
+        if not _there(path):
             found = compute()
 
             def write() -> None:
@@ -84,7 +84,7 @@ class Record:
     def ranking(self, drop: Drop, compute: Callable[[], DropReport]) -> DropReport:
         """The report of a drop: as recorded (a discrete one of any count), or made now."""
         path = self.folder / f"ranking-{drop.unit}-{drop.strategy}.json"
-        if path.is_file():
+        if _there(path):
             held = self._read(path)
             if drop.strategy == "discrete" or held["count"] >= drop.count:
                 return _report(held)
@@ -110,6 +110,11 @@ class Record:
                 ) from error
 
         by_main(write)
+
+
+def _there(path: Path) -> bool:
+    """Whether a file is there: asked by all processes before any goes on to write it."""
+    return together(path.is_file)
 
 
 def _report(data: Mapping[str, Any]) -> DropReport:

@@ -51,7 +51,8 @@ def test_a_pruned_model_comes_nearer_and_keeps_its_zeros(tiny, sequences, name):
     dense, model = tiny(name), tiny(name)
     prune(model, Magnitude(pattern="2:4"))
     pruned = copy.deepcopy(model)
-    report = recover(model, dense, sequences)
+    # an expert sees a part of each update's few tokens
+    report = recover(model, dense, sequences, steps=36 if name == "mixtral" else 12)
     held = torch.stack(descent.split(list(sequences), 0.2, "x")[1])
     for statistics, other in ((report.before, pruned), (report.after, model)):
         expected = divergence(dense, other, held)
