@@ -15,7 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from prunekernels import runtime
-from prunekernels.runtime import Op, Problem, capability, keep, on
+from prunekernels.runtime import (
+    Op,
+    Problem,
+    capability,
+    interpreting,
+    keep,
+    on,
+    triton_installed,
+)
 from prunekernels.sparse.tuning import packed_speedup, was_measured
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -59,6 +67,18 @@ def gradients(
     if ctx.needs_input_grad[bias_index]:
         dbias = grad.reshape(-1, dense.shape[0]).sum(0)
     return dx, dbias
+
+
+def gated_gradient(grad: Tensor, x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Gradient of SiLU(x·Wgᵀ)·(x·Wuᵀ) for x (..., K), with the expanded weights (N, K)."""
+    z = F.linear(x, gate)
+    dx = (grad * F.linear(x, up) * slope("silu", z)) @ gate
+    return dx + (grad * F.silu(z)) @ up
+
+
+def expands_by_kernel(packed: Tensor) -> bool:
+    """Whether a kernel expands a weight: on a GPU that Triton can use, outside its interpreter."""
+    return packed.device.type == "cuda" and triton_installed() and not interpreting()
 
 
 _Weight = TypeVar("_Weight")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.runtime import Kernel, Op, interpreting, plain, register, triton_installed
+from prunekernels.runtime import Kernel, Op, plain, register
 from prunekernels.sparse.bitmap.expand import bitmap_unpack, product
 from prunekernels.sparse.bitmap.layout import check_parts
 from prunekernels.sparse.bitmap.tuning import bitmap_order
@@ -25,6 +25,7 @@ from prunekernels.sparse.layer import (
     check_epilogue,
     check_gated,
     check_input,
+    expands_by_kernel,
     expected_of,
     gradients,
     problem_of,
@@ -147,7 +148,7 @@ def bitmap_expected(tokens: int, w: BitmapSparse) -> Expected:
 
 def expand(records: Tensor, starts: Tensor, dtype: torch.dtype, rows: int, columns: int) -> Tensor:
     """The dense weight, by the expanding kernel on a GPU that Triton can use."""
-    if records.device.type != "cuda" or not triton_installed() or interpreting():
+    if not expands_by_kernel(records):
         return bitmap_unpack(records, starts, dtype, rows, columns)
     dense: Tensor = OP.kernels["triton"].load().expand(records, starts, dtype, rows, columns)
     return dense

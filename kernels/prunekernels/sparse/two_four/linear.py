@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.runtime import Kernel, Op, interpreting, plain, register, triton_installed
+from prunekernels.runtime import Kernel, Op, plain, register
 from prunekernels.sparse.layer import (
     ACTIVATIONS,
     Calls,
@@ -23,9 +23,10 @@ from prunekernels.sparse.layer import (
     check_epilogue,
     check_gated,
     check_input,
+    expands_by_kernel,
     expected_of,
+    gated_gradient,
     gradients,
-    slope,
 )
 from prunekernels.sparse.two_four.expand import product, sparse24_unpack
 from prunekernels.sparse.two_four.layout import packed_shape
@@ -140,7 +141,7 @@ def sparse24_expected(tokens: int, w: Sparse24) -> Expected:
 
 def expand(packed: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight, by the expanding kernel on a GPU that Triton can use."""
-    if packed.device.type != "cuda" or not triton_installed() or interpreting():
+    if not expands_by_kernel(packed):
         return sparse24_unpack(packed, rows, columns, dtype)
     dense: Tensor = OP.kernels["triton"].load().expand(packed, rows, columns, dtype)
     return dense
@@ -249,10 +250,7 @@ def _gate_up_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     expand = torch.ops.prunekernels.sparse24_expand
     wide_gate = expand(gate, ctx.rows, ctx.columns, x.dtype)
     wide_up = expand(up, ctx.rows, ctx.columns, x.dtype)
-    z = F.linear(x, wide_gate)
-    dx = (grad * F.linear(x, wide_up) * slope("silu", z)) @ wide_gate
-    dx = dx + (grad * F.silu(z)) @ wide_up
-    return dx, None, None, None, None, None
+    return gated_gradient(grad, x, wide_gate, wide_up), None, None, None, None, None
 
 
 _gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)

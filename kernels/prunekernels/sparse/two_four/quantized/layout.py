@@ -30,6 +30,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from prunekernels.sparse.two_four.layout import (
     ROWS,
@@ -54,8 +55,10 @@ __all__ = [
     "VALUE_CODES",
     "VALUE_NAMES",
     "VERSION",
+    "Parts",
     "ValueKind",
     "block_words",
+    "filled",
     "group_of",
     "groups_of",
     "line_blocks",
@@ -99,6 +102,16 @@ KINDS = {
         ValueKind("2:4-int4", 5, 4, -8, 7),
     )
 }
+
+
+#: The tensors of a weight: buffer, scales, zero points.
+Parts = tuple[Tensor, Tensor, Tensor | None]
+
+
+def filled(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
+    """The tensors that a kernel's call takes: without zero points, something in their place."""
+    packed, scales, zeros = parts
+    return packed, scales, packed if zeros is None else zeros
 
 
 def block_words(steps: int, bits: int) -> int:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.runtime import Kernel, Op, interpreting, plain, register, triton_installed
+from prunekernels.runtime import Kernel, Op, plain, register
 from prunekernels.sparse.layer import (
     ACTIVATIONS,
     Calls,
@@ -23,12 +23,19 @@ from prunekernels.sparse.layer import (
     check_epilogue,
     check_gated,
     check_input,
+    expands_by_kernel,
     expected_of,
+    gated_gradient,
     gradients,
-    slope,
 )
 from prunekernels.sparse.two_four.quantized.expand import product, unpack
-from prunekernels.sparse.two_four.quantized.layout import KINDS, group_of, packed_shape
+from prunekernels.sparse.two_four.quantized.layout import (
+    KINDS,
+    Parts,
+    filled,
+    group_of,
+    packed_shape,
+)
 from prunekernels.sparse.two_four.quantized.tuning import SCRATCH_BYTES, quantized24_order
 
 if TYPE_CHECKING:
@@ -48,9 +55,6 @@ OP = Op(
 )
 register(OP)
 _calls = Calls(OP)
-
-#: The tensors of a weight: buffer, scales, zero points.
-Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
 def quantized24_linear(
@@ -86,8 +90,8 @@ def quantized24_linear(
     if direct:
         grouped = w.scales.shape[1], w.zeros is None
         key = call_key(x, w, w.packed.device, bias, activation, impl, kind, grouped)
-        filled = _filled(w.packed, w.scales, w.zeros)
-        y: Tensor | None = _calls.again(key, x, (*filled, *filled), bias)
+        given = filled((w.packed, w.scales, w.zeros))
+        y: Tensor | None = _calls.again(key, x, (*given, *given), bias)
         if y is not None:
             return y
     _check_kind(w)
@@ -129,8 +133,8 @@ def quantized24_gate_up(
         alike = _likeness(gate) == _likeness(up)
         grouped = gate.scales.shape[1], gate.zeros is None
         key = call_key(x, gate, gate.device, None, "gated", impl, kind, grouped, alike)
-        ours = _filled(gate.packed, gate.scales, gate.zeros)
-        theirs = _filled(up.packed, up.scales, up.zeros)
+        ours = filled((gate.packed, gate.scales, gate.zeros))
+        theirs = filled((up.packed, up.scales, up.zeros))
         y: Tensor | None = _calls.again(key, x, (*ours, *theirs), None)
         if y is not None:
             return y
@@ -164,16 +168,11 @@ def quantized24_expected(tokens: int, w: Quantized24) -> Expected:
 def expand(parts: Parts, rows: int, columns: int, kind: str, dtype: torch.dtype) -> Tensor:
     """The dense weight, by the expanding kernel on a GPU that Triton can use."""
     packed, scales, zeros = parts
-    if packed.device.type != "cuda" or not triton_installed() or interpreting():
+    if not expands_by_kernel(packed):
         return unpack(packed, scales, zeros, rows, columns, KINDS[kind], dtype)
     dense = torch.empty((rows, columns), dtype=dtype, device=packed.device)
     OP.kernels["triton"].load().expand(parts, kind, dense)
     return dense
-
-
-def _filled(packed: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """The tensors that a kernel's call takes: without zero points, something in their place."""
-    return packed, scales, packed if zeros is None else zeros
 
 
 def _likeness(w: Quantized24) -> Any:
@@ -348,10 +347,7 @@ def _gate_up_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     expand_op = torch.ops.prunekernels.quantized24_expand
     rest = ctx.rows, ctx.columns, ctx.kind, x.dtype
     gate, up = expand_op(*parts[:3], *rest), expand_op(*parts[3:], *rest)
-    z = F.linear(x, gate)
-    dx = (grad * F.linear(x, up) * slope("silu", z)) @ gate
-    dx = dx + (grad * F.silu(z)) @ up
-    return dx, *(None,) * 10
+    return gated_gradient(grad, x, gate, up), *(None,) * 10
 
 
 _gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)
@@ -360,7 +356,7 @@ _gate_up_op.register_autograd(_gate_up_backward, setup_context=_save_gate_up)
 def _dense_product(x: Tensor, parts: Parts, rows: int, kind: str, bias: Tensor | None) -> Tensor:
     """x·Wᵀ + b with the weight expanded block by block."""
     packed, scales, zeros = parts
-    if x.device.type != "cuda" or not triton_installed() or interpreting():
+    if not expands_by_kernel(packed):
         return product(x, packed, scales, zeros, rows, KINDS[kind], bias)
     columns = x.shape[1]
     at_once = max(16, SCRATCH_BYTES // (columns * x.element_size()) // 16 * 16)

@@ -44,8 +44,8 @@ from prunekernels.sparse.two_four.quantized.codes import (
     scales_of_rows,
     zeros_of_rows,
 )
-from prunekernels.sparse.two_four.quantized.layout import KINDS, ROWS, line_blocks
-from prunekernels.sparse.two_four.quantized.portable import Parts, case_parts, shared_options
+from prunekernels.sparse.two_four.quantized.layout import KINDS, ROWS, Parts, filled, line_blocks
+from prunekernels.sparse.two_four.quantized.portable import case_parts, shared_options
 from prunekernels.sparse.two_four.quantized.tuning import quantized24_mma
 from prunekernels.sparse.two_four.tuning import MmaConfig
 
@@ -401,9 +401,9 @@ def product(
 
 
 def _arguments(parts: Parts) -> tuple[Tensor, Tensor, Tensor]:
-    """The kernel's tensors of a weight: without zero points, something in their place."""
-    packed, scales, zeros = parts
-    return packed, scales, packed.view(torch.int16) if zeros is None else zeros.view(torch.int16)
+    """The kernel's tensors of a weight, zero points in pairs."""
+    packed, scales, zeros = filled(parts)
+    return packed, scales, zeros.view(torch.int16)
 
 
 def self_test(device: torch.device) -> str | None:

@@ -27,14 +27,14 @@ from prunekernels.sparse.epilogue import activate
 from prunekernels.sparse.tuning import PortableConfig
 from prunekernels.sparse.two_four.quantized.layout import (
     KINDS,
+    Parts,
+    filled,
     group_of,
     line_blocks,
     packed_shape,
     scales_shape,
 )
 from prunekernels.sparse.two_four.tuning import sparse24_portable
-
-Parts = tuple[Tensor, Tensor, Tensor | None]
 
 
 @triton.jit
@@ -256,19 +256,13 @@ def product(
     (tokens, columns), rows = x.shape, y.shape[1]
     _, units, tails = line_blocks(rows, columns)
     config = _config(tokens, up is not None, x.dtype.itemsize)
-    packed, scales, zeros = parts
-    up_packed, up_scales, up_zeros = up or parts
     return Launch(
         _quantized24_fwd_kernel,
         (triton.cdiv(rows, config.block_n), triton.cdiv(tokens, config.block_m)),
         (
             x,
-            packed,
-            scales,
-            packed if zeros is None else zeros,
-            up_packed,
-            up_scales,
-            up_packed if up_zeros is None else up_zeros,
+            *filled(parts),
+            *filled(up or parts),
             x if bias is None else bias,
             y,
             *x.stride(),
@@ -277,8 +271,8 @@ def product(
             columns,
             units,
             4 * units + tails,
-            packed.shape[1],
-            scales.shape[1],
+            parts[0].shape[1],
+            parts[1].shape[1],
         ),
         {
             **shared_options(parts, kind, columns),
@@ -303,20 +297,17 @@ def expansion(parts: Parts, kind: str, dense: Tensor) -> Launch:
     """The expanding kernel's call for dense (N, K), real or on the meta device."""
     rows, columns = dense.shape
     _, units, tails = line_blocks(rows, columns)
-    packed, scales, zeros = parts
     return Launch(
         _expand24q_kernel,
         (4 * units + tails, triton.cdiv(rows, 64)),
         (
-            packed,
-            scales,
-            packed if zeros is None else zeros,
+            *filled(parts),
             dense,
             rows,
             columns,
             units,
-            packed.shape[1],
-            scales.shape[1],
+            parts[0].shape[1],
+            parts[1].shape[1],
         ),
         {**shared_options(parts, kind, columns), "BLOCK_N": 64},
     )
