@@ -21,7 +21,7 @@ from prunekit.models.dropped import drop_blocks_, drop_sublayers_
 from prunekit.pruning import Drop, DropReport, drop_, prune_
 from prunekit.pruning.cosines import BLOCK, parts
 from prunekit.pruning.patterns import UNSTRUCTURED
-from prunekit.pruning.recipes import Method
+from prunekit.pruning.recipes import Magnitude, Method
 
 #: What a sweep may be asked to try.
 Plan: TypeAlias = Drop | DropReport | Method | str | PreTrainedModel
@@ -231,15 +231,16 @@ def _pruned(method: Method, workshop: Workshop, sparsities: Sequence[float] | No
             return Made(model, {"method": one.to_dict(), "sparsity": report.sparsity})
 
         key = f"{one.name}-{one.pattern.replace(':', '-')}-{1000 * share:03.0f}"
-        return Point(key, f"{_titled(one.name)} {what}", share, one.to_dict(), make)
+        return Point(key, f"{_titled(one)} {what}", share, one.to_dict(), make)
 
     pattern = "" if free else f" {method.pattern}"
     axis = "sparsity" if free else "checkpoint"
-    return Series(f"{_titled(method.name)}{pattern}", axis, tuple(map(point, methods)))
+    return Series(f"{_titled(method)}{pattern}", axis, tuple(map(point, methods)))
 
 
-def _titled(method: str) -> str:
-    return {"wanda": "Wanda", "sparsegpt": "SparseGPT", "magnitude": "magnitude"}[method]
+def _titled(method: Method) -> str:
+    """A method's name as people write it: a word, or a proper name."""
+    return method.name if isinstance(method, Magnitude) else type(method).__name__
 
 
 def _ready(source: str | PreTrainedModel, workshop: Workshop, name: str | None) -> Series:

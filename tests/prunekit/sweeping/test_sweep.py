@@ -18,7 +18,7 @@ from prunekit.evaluation.intervals import paired
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.likelihood import option_logliks
 from prunekit.evaluation.questions import Question
-from prunekit.pruning import Drop, DropReport, Wanda, drop_
+from prunekit.pruning import RIA, Drop, DropReport, Magnitude, Wanda, drop_
 from prunekit.report import png
 from prunekit.sweeping.edges import Edge
 from prunekit.sweeping.measuring import Asked
@@ -54,6 +54,12 @@ def asked(tiny, word_tokenizer, monkeypatch):
 
     run.tokens = tokens
     return run
+
+
+def test_methods_keep_their_proper_names(asked):
+    found = asked([Magnitude(sparsity=0.5), RIA(sparsity=0.5)])
+    assert [row.label for row in found.rows] == ["magnitude 50 %", "RIA 50 %"]
+    assert not found.failed
 
 
 def test_a_point_equals_what_it_is_made_from(asked, tiny, word_tokenizer, tmp_path):
