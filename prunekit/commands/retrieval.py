@@ -145,17 +145,13 @@ def _shown(data: Mapping[str, Any]) -> Any:
     from prunekit.report import terminal
     from prunekit.report.summary_tables import Value
 
-    def value(ends: Mapping[str, Any]) -> Value:
-        low, high = (float("nan") if ends[end] is None else ends[end] for end in ("low", "high"))
-        return Value(ends["mean"], low, high)
-
     rows = []
     for model in data["models"]:
         row: dict[str, Any] = {"Model": model["name"]}
-        row |= {name: value(model["measures"][name]) for name in _SHOWN}
+        row |= {name: Value.of_dict(model["measures"][name]) for name in _SHOWN}
         if len(data["models"]) > 1:
             change = model.get("change")
-            row["Change of ndcg@10"] = "–" if change is None else value(change["ndcg@10"])
+            row["Change of ndcg@10"] = "–" if change is None else Value.of_dict(change["ndcg@10"])
             moved = "–" if change is None else f"{model['better']}, {model['worse']}"
             row["Better, worse"] = moved
         rows.append(row)

@@ -8,7 +8,7 @@ a calibration, it takes a `Calibration` or the tokens themselves.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -65,6 +65,13 @@ class Calibration:
 
 
 CalibrationInput: TypeAlias = Calibration | Tensor | Sequence[Tensor]
+
+
+def facts(calibration: CalibrationInput) -> Any:
+    """What a run that is recorded was calibrated on, as plain data."""
+    if isinstance(calibration, Calibration):
+        return {**asdict(calibration), "source": str(calibration.source)}
+    return [torch.as_tensor(one).tolist() for one in calibration]
 
 
 def tokens(

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunekit.divergence.processes import by_main, together
 from prunekit.divergence.rows import Readout, Rows
 from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError, one_line
@@ -261,6 +262,18 @@ def save_tensors(
                 f"{path} couldn't be written ({one_line(error)}): free some space or use another "
                 "folder, and run again to go on"
             ) from error
+
+
+def recorded_tensors(path: Path, compute: Callable[[], Sequence[Tensor]]) -> list[Tensor]:
+    """Tensors from a file, in order; where it is not there they are computed and written.
+
+    Under several processes all compute, and the main one writes.
+    """
+    if not together(path.is_file):  # asked by all before one writes
+        found = {f"{index:06d}": tensor for index, tensor in enumerate(compute())}
+        by_main(lambda: save_tensors(path, found))
+    recorded = load_file(path)
+    return [recorded[name] for name in sorted(recorded)]
 
 
 def _opened(path: Path) -> Any:

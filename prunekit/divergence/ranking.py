@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -55,9 +54,7 @@ def lines(told: dict[str, Any]) -> list[list[str]]:
 
 def with_ends(value: dict[str, Any]) -> str:
     """A mean and its interval."""
-    ends = (value["low"], value["high"])
-    low, high = (math.nan if end is None else end for end in ends)
-    return str(Value(value["mean"], low, high))
+    return str(Value.of_dict(value))
 
 
 def ranked(told: dict[str, Any]) -> RenderableType:

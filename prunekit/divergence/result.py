@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +20,7 @@ from prunekit.divergence.reference import Reference
 from prunekit.divergence.row_statistics import by_place, described, percentiles
 from prunekit.divergence.web_page import render
 from prunekit.errors import PrunekitError
-from prunekit.files.atomic import replaced_file
+from prunekit.report.data_files import csv_text, finite, write_texts
 
 FORMAT, VERSION = "prunekit-kld", 1
 FILES = ("kld.json", "kld.csv", "blocks.csv", "index.html")
@@ -103,7 +100,7 @@ class Kld:
 
     @cached_property
     def _told(self) -> dict[str, Any]:
-        told: dict[str, Any] = _finite(
+        told: dict[str, Any] = finite(
             {
                 "format": FORMAT,
                 "version": VERSION,
@@ -235,7 +232,7 @@ class Kld:
                 line[f"{name}_high"] = value["high"]
             line |= {n: v for n, v in told["summary"].items() if n.startswith(("kl_", "prob_"))}
             lines.append(line)
-        return _csv(lines)
+        return csv_text(lines)
 
     def page_data(self) -> dict[str, Any]:
         """What the page shows: `to_dict` and all that is drawn."""
@@ -244,14 +241,9 @@ class Kld:
 
     def save(self, folder: str | Path) -> None:
         """Write kld.json, kld.csv, blocks.csv and index.html; each replaces its former self."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        for name, content in zip(
-            FILES, (text, self.csv(), _csv(self.blocks()), render(self.page_data())), strict=True
-        ):
-            with replaced_file(folder / name) as written:
-                written.write_text(content, encoding="utf-8")
+        contents = (text, self.csv(), csv_text(self.blocks()), render(self.page_data()))
+        write_texts(Path(folder), dict(zip(FILES, contents, strict=True)))
 
     def table(self) -> Any:
         """The ranking, for a terminal."""
@@ -268,21 +260,3 @@ REFERENCE = (
     "tokenizer",
     "notes",
 )
-
-
-def _finite(data: Any) -> Any:
-    """The same data with None for what JSON can't write, such as the perplexity of a ruin."""
-    if isinstance(data, dict):
-        return {name: _finite(value) for name, value in data.items()}
-    if isinstance(data, list | tuple):
-        return [_finite(value) for value in data]
-    return None if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _csv(lines: Sequence[dict[str, Any]]) -> str:
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    made = io.StringIO()
-    writer = csv.DictWriter(made, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return made.getvalue()

@@ -223,6 +223,11 @@ def _documents(
             if held >= tokens:
                 break
         return found
+    return documents(text, text_field)
+
+
+def documents(text: str | Path | Sequence[str] | None, text_field: str) -> list[str]:
+    """The texts of a file, texts as they are, or the built-in one."""
     if text is None:
         return [load_heldout()]
     if isinstance(text, str | Path):

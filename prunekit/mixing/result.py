@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -17,8 +15,9 @@ from rich.text import Text
 from prunekit.files.atomic import replaced_file
 from prunekit.mixing.copies import Part
 from prunekit.mixing.mixes import Mix, undominated
-from prunekit.report import png, terminal
+from prunekit.report import terminal
 from prunekit.report.charts import Chart, Figure, Series
+from prunekit.report.data_files import csv_text, write_texts
 
 FORMAT, VERSION = "prunekit-search", 1
 FILES = ("search.json", "search.csv", "search.png")
@@ -113,16 +112,21 @@ class SearchResult:
 
     def csv(self) -> str:
         """One line per point."""
-        made = io.StringIO()
-        writer = csv.writer(made, lineterminator="\n")
-        writer.writerow(("name", "on_front", "bytes", "speed", "kl", "kl_held_out", "mix"))
         front = set(self.front)
-        for point in sorted(self.points, key=lambda point: point.bytes):
-            held_out = "" if point.held_out is None else point.held_out
-            mix = self._told(point)["mix"]
-            line = (point.bytes, point.speed, point.kl, held_out, mix)
-            writer.writerow((point.name, int(point in front), *line))
-        return made.getvalue()
+        return csv_text(
+            [
+                {
+                    "name": point.name,
+                    "on_front": int(point in front),
+                    "bytes": point.bytes,
+                    "speed": point.speed,
+                    "kl": point.kl,
+                    "kl_held_out": point.held_out,
+                    "mix": self._told(point)["mix"],
+                }
+                for point in sorted(self.points, key=lambda point: point.bytes)
+            ]
+        )
 
     def figure(self) -> Figure:
         """KL against bytes: single choices for all sublayers, and the front of mixes."""
@@ -149,12 +153,11 @@ class SearchResult:
 
     def save(self, folder: str | Path) -> None:
         """Write search.json, search.csv and search.png."""
+        from prunekit.report import png  # matplotlib is slow to import, and only needed here
+
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=2) + "\n"
-        for name, content in zip(FILES, (text, self.csv()), strict=False):
-            with replaced_file(folder / name) as written:
-                written.write_text(content, encoding="utf-8")
+        write_texts(folder, dict(zip(FILES, (text, self.csv()), strict=False)))
         with replaced_file(folder / FILES[2]) as written:
             png.draw(self.figure(), written)
 

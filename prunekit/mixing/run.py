@@ -5,32 +5,29 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import prunekit
 from prunekit import checkpoint
 from prunekit.checkpoint.sources import located
-from prunekit.data import calibration as calibrating
-from prunekit.data import text_files
-from prunekit.data.calibration import Calibration
-from prunekit.divergence.capture import save_tensors
+from prunekit.data.calibration import Calibration, facts, sequences
+from prunekit.divergence.capture import recorded_tensors
+from prunekit.divergence.run import documents
 from prunekit.divergence.windows import Windows, of_text
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.items import load_heldout
 from prunekit.files.atomic import replaced_file
 from prunekit.files.locks import locked
 from prunekit.mixing.copies import DENSE, DROP, Mixture
-from prunekit.mixing.fitness import Fitness, Record
-from prunekit.mixing.mixes import Costs, Mix, Stage, evolve, frontier, least_damage
+from prunekit.mixing.fitness import Record
+from prunekit.mixing.measuring import HELD_OUT, Measured
+from prunekit.mixing.mixes import Costs, Mix, evolve, frontier, least_damage
 from prunekit.mixing.result import Point, SearchResult
 from prunekit.models.causal import check_measured
 from prunekit.models.saveable import check_saveable
@@ -42,12 +39,8 @@ from prunekit.pruning.recipes import Method
 
 _FACTS, _RECORD, _COPIES = "run.json", "measured.jsonl", "copies"
 _TOKENS = "calibration.safetensors"
-_CPU_TOKENS, _GPU_TOKENS = 1024, 8192  # per forward pass
 _FRONT = 9  # mixes of the additive model that are measured along the front, from
 _BELOW = 0.75  # of the budget
-_HELD_OUT = 4  # one of so many windows is kept for the end
-#: Shares of the searched windows that a stage measures on, and of the offspring that survive it.
-_STAGES = ((1 / 8, 1 / 4), (1 / 2, 1 / 16), (1.0, 0.0))
 
 
 @usual_torch()
@@ -114,17 +107,21 @@ def search(
     folder = Path(output).expanduser()
     calibration = calibration or Calibration()
     with locked(folder), contextlib.ExitStack() as closing:
-        facts = _begun(folder, model, windows, choices, calibration, tokens)
-        mixture = Mixture(
-            model, folder / _COPIES, json.dumps([journal.fingerprint(model), tokens]), tokens
-        )
+        made = _begun(folder, model, windows, choices, calibration, tokens)
+        mixture = Mixture(model, folder / _COPIES, made[DENSE], tokens)
         closing.callback(mixture.close)
         closing.push(lambda kind, *_: None if kind is None else mixture.restore_())
-        calibrated = _Calibrated(calibration, tokenizer, folder / _TOKENS, progress)
+
+        def calibrated() -> list[Tensor]:
+            return recorded_tensors(
+                folder / _TOKENS,
+                lambda: sequences(calibration, model, tokenizer, progress=progress),
+            )
+
         for name, choice in choices.items():
-            _offer(mixture, name, choice, facts, calibrated, folder, progress)
+            _offer(mixture, name, choice, made[name], calibrated, folder, progress)
         limits = _Limits(mixture, bytes, speed)
-        measured = _Measured(mixture, windows, Record(folder / _RECORD), model, progress)
+        measured = Measured(mixture, windows, Record(folder / _RECORD), model, progress)
         damage = measured.alone()
         start = limits.start(damage)
         named = {(0,) * len(mixture.parts): DENSE, start: "additive model"}
@@ -178,104 +175,6 @@ class _Limits:
         return least_damage(damage, self.costs, self.limit)
 
 
-class _Calibrated:
-    """The tokens that all copies are calibrated on, made once."""
-
-    def __init__(
-        self,
-        calibration: Calibration,
-        tokenizer: PreTrainedTokenizerBase,
-        path: Path,
-        progress: bool,
-    ) -> None:
-        self._calibration, self._tokenizer = calibration, tokenizer
-        self._path, self._progress = path, progress
-
-    def tokens(self, model: PreTrainedModel) -> Tensor:
-        """(samples, length), from the dense model, or from disk."""
-        told = json.dumps(_facts_of(self._calibration))
-        if self._path.is_file():
-            with safe_open(self._path, framework="pt") as held:
-                if (held.metadata() or {}).get("calibration") == told:
-                    found: Tensor = held.get_tensor("tokens")
-                    return found
-        given = self._calibration, model, self._tokenizer
-        found = calibrating.tokens(*given, progress=self._progress)
-        save_tensors(self._path, {"tokens": found}, {"calibration": told})
-        return found
-
-
-class _Measured:
-    """KLs of mixes, each measured once and for all."""
-
-    def __init__(
-        self,
-        mixture: Mixture,
-        windows: Windows,
-        record: Record,
-        model: PreTrainedModel,
-        progress: bool,
-    ) -> None:
-        self._mixture, self._record, self._progress = mixture, record, progress
-        self._batch = _CPU_TOKENS if model.device.type == "cpu" else _GPU_TOKENS
-        self._windows, self._model = windows, model
-        self._fitness: Fitness | None = None
-        everything = range(len(windows))
-        self._held_out = [i for i in everything if i % _HELD_OUT == _HELD_OUT - 1]
-        self.searched = [i for i in everything if i not in self._held_out]
-
-    def _kl(self, mix: Mix, indices: Sequence[int]) -> float:
-        data = ",".join(map(str, indices))
-        known = 0.0 if not any(mix) else self._record.get(mix, data)
-        if known is None:
-            if self._fitness is None:  # a search that is only read again runs no model
-                self._mixture.apply_((0,) * len(mix))
-                self._fitness = Fitness(self._model, self._windows, self._batch)
-            self._mixture.apply_(mix)
-            known = self._fitness.kl(indices)
-            self._record.add(mix, data, known)
-        return known
-
-    def whole(self, mix: Mix) -> float:
-        """On all windows that are searched on."""
-        return self._kl(mix, self.searched)
-
-    def held_out(self, mix: Mix) -> float:
-        """On the windows that are not."""
-        return self._kl(mix, self._held_out)
-
-    def all_whole(self) -> dict[Mix, float]:
-        """Every mix that was measured on all windows that are searched on."""
-        dense = {(0,) * len(self._mixture.parts): 0.0}
-        return dense | self._record.measured(",".join(map(str, self.searched)))
-
-    def alone(self) -> Any:
-        """(parts, choices) KL of each choice in each part alone, on the first stage's windows."""
-        costs = self._mixture.costs("bytes").parts
-        damage = np.zeros(costs.shape)
-        places = [tuple(place) for place in np.argwhere(np.isfinite(costs)).tolist() if place[1]]
-        # choice by choice, so that few tensors change from one measurement to the next
-        for part, choice in track(places, "each part alone", enabled=self._progress):
-            mix = [0] * len(damage)
-            mix[part] = choice
-            damage[part, choice] = self._kl(tuple(mix), self._share(_STAGES[0][0]))
-        return damage
-
-    def stages(self, offspring: int) -> list[Stage]:
-        """The rounds of selection."""
-        return [
-            Stage(number, max(1, round(share * offspring)))
-            for number, (_, share) in enumerate(_STAGES)
-        ]
-
-    def staged(self, mix: Mix, stage: int) -> float:
-        """On the windows of a stage."""
-        return self._kl(mix, self._share(_STAGES[stage][0]))
-
-    def _share(self, share: float) -> list[int]:
-        return self.searched[: max(1, round(share * len(self.searched)))]
-
-
 def _check(
     model: PreTrainedModel,
     choices: Mapping[str, Any],
@@ -310,17 +209,12 @@ def _windows(
     context: int,
     limit: int | None,
 ) -> Windows:
-    if text is None:
-        documents = [load_heldout()]
-    elif isinstance(text, str | Path):
-        documents = text_files.read_file(text, text_field=field)
-    else:
-        documents = list(text)
-    windows = of_text(tokenizer, documents, kind="strided", context=context, limit=limit)
-    if len(windows) < _HELD_OUT:
+    texts = documents(text, field)
+    windows = of_text(tokenizer, texts, kind="strided", context=context, limit=limit)
+    if len(windows) < HELD_OUT:
         raise PrunekitError(
             f"the text gives {len(windows)} windows of {context} tokens, and the search needs "
-            f"{_HELD_OUT}: pass a longer text or a smaller --context"
+            f"{HELD_OUT}: pass a longer text or a smaller --context"
         )
     return windows
 
@@ -333,13 +227,14 @@ def _begun(
     calibration: Calibration,
     tokens: int,
 ) -> dict[str, str]:
-    """What each choice is made of; refuses a folder of measurements that are not comparable."""
+    """What each choice, and "dense", is made of; refuses a folder of another search."""
     dense = journal.fingerprint(model)
     made = {
         name: json.dumps([dense, _made_of(choice, calibration), tokens])
         for name, choice in choices.items()
     }
-    facts = {
+    own = json.dumps([dense, tokens])
+    told = {
         "version": 1,
         "model": dense,
         "windows": windows.digest(),
@@ -352,17 +247,17 @@ def _begun(
             held = json.loads(path.read_text(encoding="utf-8"))
         except ValueError:
             held = {}
-        for name, value in facts.items():
+        for name, value in told.items():
             if held.get(name) != value:
                 raise PrunekitError(
                     f"{folder} holds a search with another {name}: choose another --output, or "
                     "delete it"
                 )
-        return made
+        return made | {DENSE: own}
     folder.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as written:
-        written.write_text(json.dumps(facts, indent=2), encoding="utf-8")
-    return made
+        written.write_text(json.dumps(told, indent=2), encoding="utf-8")
+    return made | {DENSE: own}
 
 
 def _made_of(choice: Method | str | Path | None, calibration: Calibration) -> Any:
@@ -372,19 +267,15 @@ def _made_of(choice: Method | str | Path | None, calibration: Calibration) -> An
         path = located(str(choice))
         files = [path] if path.is_file() else sorted(path.iterdir())
         return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
-    return [choice.to_dict(), _facts_of(calibration) if choice.calibrated else None]
-
-
-def _facts_of(calibration: Calibration) -> dict[str, Any]:
-    return {**asdict(calibration), "source": str(calibration.source)}
+    return [choice.to_dict(), facts(calibration) if choice.calibrated else None]
 
 
 def _offer(
     mixture: Mixture,
     name: str,
     choice: Method | str | Path | None,
-    made: Mapping[str, str],
-    calibrated: _Calibrated,
+    made_of: str,
+    calibrated: Callable[[], list[Tensor]],
     folder: Path,
     progress: bool,
 ) -> None:
@@ -392,20 +283,20 @@ def _offer(
     if choice is None:
         mixture.add(DROP)
         return
-    if not mixture.has(name, made[name]):
+    if not mixture.has(name, made_of):
         if isinstance(choice, str | Path):
-            _copied(mixture, name, choice, made[name])
+            _copied(mixture, name, choice, made_of)
         else:
             model = mixture.arch.model
             record = folder / f"{_COPIES}.journal"
             prune_(
                 model,
                 choice,
-                calibrated.tokens(model) if choice.calibrated else None,
+                calibrated() if choice.calibrated else None,
                 journal=record if choice.calibrated else None,
                 progress=progress,
             )
-            mixture.write(name, model, made[name])
+            mixture.write(name, model, made_of)
             mixture.restore_()
             journal.remove(record)
     mixture.add(name)
@@ -418,7 +309,7 @@ def _copied(mixture: Mixture, name: str, source: str | Path, made_of: str) -> No
 
 def _result(
     mixture: Mixture,
-    measured: _Measured,
+    measured: Measured,
     named: Mapping[Mix, str],
     found: Mix,
     limits: _Limits,

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunekit.data.calibration import Calibration, CalibrationInput
+from prunekit.data.calibration import CalibrationInput, facts
 from prunekit.errors import PrunekitError
 from prunekit.files.atomic import replaced_file
 from prunekit.process import distributed
@@ -64,14 +64,9 @@ def run_facts(
     model: nn.Module, calibration: CalibrationInput | None, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The facts that must be equal for a journal to belong to this run."""
-    described: Any = None
-    if isinstance(calibration, Calibration):
-        described = {**dataclasses.asdict(calibration), "source": str(calibration.source)}
-    elif calibration is not None:
-        described = [tokens.tolist() for tokens in calibration]
     return {
         "model": fingerprint(model),
-        "calibration": described,
+        "calibration": None if calibration is None else facts(calibration),
         **settings,
         "processes": distributed.world_size(),
         "torch": torch.__version__,

@@ -19,6 +19,7 @@ from rich.text import Text
 
 from prunekit.report import terminal
 from prunekit.report.charts import Chart, Figure, Series
+from prunekit.report.data_files import csv_text
 from prunekit.report.page import asset, embed
 from prunekit.report.summary_tables import NONE, Value
 
@@ -87,12 +88,7 @@ def csv(told: Mapping[str, Any]) -> str:
             line |= {f"{name}{end}": number for end, number in ends.items()}
         line |= {name: row.get(name) for name in ("gained", "lost", "mcnemar_p", "needed")}
         lines.append(line)
-    columns = list(dict.fromkeys(name for line in lines for name in line))
-    made = io.StringIO()
-    writer = tables.DictWriter(made, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return made.getvalue()
+    return csv_text(lines)
 
 
 def steps_csv(told: Mapping[str, Any]) -> str:
@@ -151,9 +147,7 @@ def _cells(row: Mapping[str, Any]) -> dict[str, object]:
     def value(name: str, unit: str = "", scale: float = 1.0) -> object:
         if name not in scores:
             return NONE
-        ends = (scores[name][end] for end in ("mean", "low", "high"))
-        mean, low, high = (math.nan if end is None else scale * float(end) for end in ends)
-        return Value(mean, low, high, unit)
+        return Value.of_dict(scores[name], unit, scale)
 
     cells: dict[str, object] = {
         "copy": row["name"],

@@ -107,6 +107,13 @@ class Value:
         mean, low, high = (float(e) * scale for e in (interval.mean, interval.low, interval.high))
         return cls(mean, low, high, unit)
 
+    @classmethod
+    def of_dict(cls, told: Mapping[str, Any], unit: str = "", scale: float = 1.0) -> Value:
+        """From mean, low and high of JSON-able data, where None stands for what is not finite."""
+        ends = (told[end] for end in ("mean", "low", "high"))
+        mean, low, high = (math.nan if end is None else scale * float(end) for end in ends)
+        return cls(mean, low, high, unit)
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
         mean, low, high = (compact_number(end) for end in (self.mean, self.low, self.high))

@@ -22,6 +22,7 @@ from prunekit.evaluation.answering import Asking, Reply, answered
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.questions import Question
 from prunekit.models import generation
+from prunekit.packed.sizes import weight_count
 from prunekit.process import distributed
 from prunekit.speed import decoding
 from prunekit.speed.timing import interleaved
@@ -175,8 +176,7 @@ def _reply_to_dict(reply: Reply) -> dict[str, Any]:
 
 
 def _sizes(model: PreTrainedModel) -> dict[str, Any]:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    return {"parameters": parameters, "bytes_in_memory": bytes_in_memory(model)}
+    return {"parameters": weight_count(model), "bytes_in_memory": bytes_in_memory(model)}
 
 
 def _plain(values: np.ndarray[Any, Any]) -> list[float | None]:

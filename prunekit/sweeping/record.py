@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prunekit.divergence.capture import recorded_tensors
 from prunekit.divergence.processes import by_main, together
 from prunekit.errors import PrunekitError
 from prunekit.files.atomic import replaced_file
@@ -61,25 +61,9 @@ class Record:
         self._write(path, {"identity": wanted, "numbers": measure()})
         return dict(self._read(path)["numbers"])
 
-    def held(self, key: str) -> bool:
-        """Whether a point of this name is recorded."""
-        return (self.folder / "points" / f"{key}.json").is_file()
-
     def tokens(self, compute: Callable[[], list[Tensor]]) -> list[Tensor]:
         """The calibration sequences: as recorded, or computed now and recorded."""
-        path = self.folder / _TOKENS
-        if not _there(path):
-            found = compute()
-
-            def write() -> None:
-                with replaced_file(path) as written:
-                    save_file(
-                        {f"{i:06d}": one.contiguous() for i, one in enumerate(found)}, written
-                    )
-
-            by_main(write)
-        recorded = load_file(path)
-        return [recorded[name] for name in sorted(recorded)]
+        return recorded_tensors(self.folder / _TOKENS, compute)
 
     def ranking(self, drop: Drop, compute: Callable[[], DropReport]) -> DropReport:
         """The report of a drop: as recorded (a discrete one of any count), or made now."""

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.analysis.grid import interval_to_dict
-from prunekit.files.atomic import replaced_file
-from prunekit.report.charts import compact_number
+from prunekit.report.data_files import csv_text, finite, write_texts
 from prunekit.sweeping import contents
 from prunekit.sweeping import figures as drawn
 from prunekit.sweeping.findings import SweepFindings
@@ -43,7 +39,7 @@ class Sweep(SweepFindings):
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able (see docs/sweep.md)."""
-        told: dict[str, Any] = _finite(
+        told: dict[str, Any] = finite(
             {
                 "format": FORMAT,
                 "version": VERSION,
@@ -90,12 +86,7 @@ class Sweep(SweepFindings):
                     for name in ("predicted_same", "observed_same", "predicted_exact_match"):
                         line[name] = row.prediction[name]
                 lines.append({**line, "seconds": row.seconds, "error": row.error})
-        made = io.StringIO()
-        columns = list(dict.fromkeys(name for line in lines for name in line))
-        writer = csv.DictWriter(made, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-        return made.getvalue()
+        return csv_text(lines)
 
     def table(self) -> Any:
         """For a terminal."""
@@ -106,15 +97,9 @@ class Sweep(SweepFindings):
         from prunekit.report import page, png
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        for name, content in (
-            (JSON, text),
-            (CSV, self.csv()),
-            (PAGE, page.render(contents.payload(self), page.asset("sweep_methods.html"))),
-        ):
-            with replaced_file(folder / name) as written:
-                written.write_text(content, encoding="utf-8", errors="backslashreplace")
+        html = page.render(contents.payload(self), page.asset("sweep_methods.html"))
+        write_texts(folder, {JSON: text, CSV: self.csv(), PAGE: html})
         (folder / "figures").mkdir(exist_ok=True)
         for figure in drawn.figures(self):
             png.draw(figure, folder / "figures" / f"{figure.key}.png")
@@ -123,17 +108,6 @@ class Sweep(SweepFindings):
 def _ends(name: str, interval: dict[str, Any]) -> dict[str, Any]:
     ends = {"": "mean", "_low": "low", "_high": "high"}
     return {f"{name}{ending}": interval.get(end) for ending, end in ends.items()}
-
-
-def _finite(data: Any) -> Any:
-    """The same data with None for what JSON can't write."""
-    if isinstance(data, dict):
-        return {name: _finite(value) for name, value in data.items()}
-    if isinstance(data, Sequence) and not isinstance(data, str):
-        return [_finite(value) for value in data]
-    if isinstance(data, float):
-        return None if compact_number(data) is None else data
-    return data
 
 
 def read(folder: str | Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prunekit.data.calibration import Calibration, CalibrationInput, sequences
+from prunekit.data.calibration import Calibration, CalibrationInput, facts, sequences
 from prunekit.divergence.loading import fingerprint_of
 from prunekit.divergence.processes import by_main, free_memory
 from prunekit.errors import PrunekitError, one_line
@@ -130,10 +130,10 @@ def sweep(
             folder,
             progress,
         )
-        facts = _facts(asked, calibration, seed)
+        told = _facts(asked, calibration, seed)
         if calibration_dtype is not None:
-            facts["calibration_dtype"] = str(calibration_dtype)
-        record = Record(folder, facts)
+            told["calibration_dtype"] = str(calibration_dtype)
+        record = Record(folder, told)
 
         def calibrated() -> list[Tensor]:
             given = Calibration(seed=seed) if calibration is None else calibration
@@ -213,12 +213,7 @@ def _digest(data: Any) -> str:
 
 def _facts(asked: Asked, calibration: CalibrationInput | None, seed: int) -> dict[str, Any]:
     """What a record's numbers depend on."""
-    if isinstance(calibration, Calibration):
-        calibrated: Any = {**asdict(calibration), "source": str(calibration.source)}
-    elif calibration is None:
-        calibrated = asdict(Calibration(seed=seed))
-    else:
-        calibrated = [torch.as_tensor(one).tolist() for one in calibration]
+    calibrated = facts(Calibration(seed=seed) if calibration is None else calibration)
     return {
         "model": fingerprint_of(asked.dense)[:16],
         "choices": _digest([asdict(one) for one in asked.choices]),

@@ -11,8 +11,9 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 import prunekit as pk
+from prunekit.data import calibration as calibrating
 from prunekit.divergence.windows import of_text
-from prunekit.mixing import fitness, run
+from prunekit.mixing import fitness, measuring
 from prunekit.mixing.copies import DROP, Mixture, cost_of, parameters_of, parts_of
 from prunekit.mixing.fitness import Fitness
 from prunekit.models.architectures import Architecture
@@ -234,18 +235,18 @@ def test_copies_of_other_models_and_other_searches_are_refused(word_tokenizer, t
 
 
 def test_stages_end_with_all_windows():
-    assert run._STAGES[-1][0] == 1.0
+    assert measuring.STAGES[-1][0] == 1.0
 
 
 def test_calibration_is_sampled_once_for_all_copies(word_tokenizer, tmp_path, monkeypatch):
     sampled = []
-    tokens = run.calibrating.tokens
+    tokens = calibrating.tokens
 
     def counted(*args, **settings):
         sampled.append(1)
         return tokens(*args, **settings)
 
-    monkeypatch.setattr(run.calibrating, "tokens", counted)
+    monkeypatch.setattr(calibrating, "tokens", counted)
     choices = {"2:4": pk.Wanda(pattern="2:4"), "50%": pk.SparseGPT(sparsity=0.5)}
     calibration = pk.Calibration(samples=2, length=16)
     options = {"choices": choices, "calibration": calibration, "generations": 0}
