@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from html import escape
-from string import Template
 from typing import Any
 
-from prunekit.report.page import asset, embed
+from prunekit.report.page import asset, document
 
 
 def render(payload: dict[str, Any]) -> str:
@@ -14,11 +12,12 @@ def render(payload: dict[str, Any]) -> str:
 
     Texts enter it as JSON only, and the script puts them into the document as text.
     """
-    return Template(_asset("kld.html")).substitute(
-        title=escape(f"KLD from {payload['reference']['name']} · prunekit"),
-        style=asset("plain.css"),
-        script="\n\n".join((asset("elements.js"), asset("points.js"), _asset("kld.js"))),
-        data=embed(payload),
+    return document(
+        f"KLD from {payload['reference']['name']} · prunekit",
+        _asset("kld.html"),
+        asset("plain.css"),
+        [asset("elements.js"), asset("points.js"), _asset("kld.js")],
+        payload,
     )
 
 

@@ -9,9 +9,7 @@ import csv as tables
 import io
 import math
 from collections.abc import Iterable, Mapping
-from html import escape
 from itertools import cycle
-from string import Template
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -20,7 +18,7 @@ from rich.text import Text
 from prunekit.report import terminal
 from prunekit.report.charts import Chart, Figure, Series
 from prunekit.report.data_files import csv_text
-from prunekit.report.page import asset, embed
+from prunekit.report.page import asset, document
 from prunekit.report.summary_tables import NONE, Value
 
 # Columns that a narrow terminal goes without, the first first.
@@ -124,11 +122,12 @@ def _numbers(values: Iterable[float | None]) -> list[float]:
 
 def render(told: Mapping[str, Any]) -> str:
     """The page, one self-contained file; texts enter it as JSON only."""
-    return Template(asset("overview.html")).substitute(
-        title=escape(f"Copies of {told['meta']['name']} · prunekit"),
-        style=asset("plain.css"),
-        script="\n\n".join(asset(f"{name}.js") for name in _SCRIPTS),
-        data=embed({**told, "title": _title(told["meta"]), "remarks": remarks(told)}),
+    return document(
+        f"Copies of {told['meta']['name']} · prunekit",
+        asset("overview.html"),
+        asset("plain.css"),
+        [asset(f"{name}.js") for name in _SCRIPTS],
+        {**told, "title": _title(told["meta"]), "remarks": remarks(told)},
     )
 
 

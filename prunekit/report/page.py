@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from html import escape
 from importlib import resources
 from string import Template
@@ -21,12 +22,47 @@ def render(payload: dict[str, Any], methods: str | None = None) -> str:
     script puts it into the document as text, never as HTML.
     """
     title = f"{payload['names']['dense']} → {payload['names']['pruned']} · prunekit"
-    return Template(asset("page.html")).substitute(
+    methods = asset("methods.html") if methods is None else methods
+    return document(
+        title,
+        Template(asset("page.html")).substitute(methods=methods),
+        asset("page.css"),
+        [asset(f"{name}.js") for name in _SCRIPTS],
+        payload,
+        first=f"<script>\n{asset('theme.js')}\n</script>\n",
+        place="study",
+    )
+
+
+def document(
+    title: str,
+    body: str,
+    style: str,
+    scripts: Sequence[str],
+    payload: Any,
+    *,
+    first: str = "",
+    place: str = "data",
+) -> str:
+    """A page around what stands in `<body>`: one file whose security policy loads nothing.
+
+    Args:
+        title: Plain text.
+        body: HTML.
+        style: CSS.
+        scripts: JavaScript, joined; it reads `payload` from the element `place`.
+        payload: JSON-able; see `render` for why texts enter the page so.
+        first: HTML of the head that must run before anything is drawn.
+        place: Id of the element that holds `payload`.
+    """
+    return Template(asset("document.html")).substitute(
         title=escape(title),
-        style=asset("page.css"),
-        script="\n\n".join(asset(f"{name}.js") for name in _SCRIPTS),
-        methods=asset("methods.html") if methods is None else methods,
+        first=first,
+        style=style,
+        body=body,
+        place=place,
         data=embed(payload),
+        script="\n\n".join(scripts),
     )
 
 
