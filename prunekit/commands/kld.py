@@ -125,16 +125,9 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
 def _folder(args: argparse.Namespace) -> Path:
     """The output folder: new, or one of an earlier run, which goes on."""
-    folder = Path(args.output).expanduser()
-    ours = ("candidates", "reference", "kld.json")
-    held = list(folder.iterdir()) if folder.is_dir() else []
-    if held and not any((folder / name).exists() for name in ours):
-        raise PrunekitError(f"{folder} holds something else: choose another --output")
-    if folder.is_file():
-        raise PrunekitError(f"{folder} is a file: choose another --output")
-    if not held:
-        options.output(args, ours)
-    return folder
+    if Path(args.output).expanduser().is_file():
+        raise PrunekitError(f"{Path(args.output).expanduser()} is a file: choose another --output")
+    return options.resumable(args, ("candidates", "reference", "kld.json"))
 
 
 def _emptied(folder: Path) -> None:

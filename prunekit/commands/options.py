@@ -153,6 +153,25 @@ def check_file(path: str | None) -> None:
         raise PrunekitError(f"--output {path}: its folder does not exist; create it first")
 
 
+def resumable(args: argparse.Namespace, ours: Sequence[str]) -> Path:
+    """The output folder: new, or one of an earlier run, which goes on.
+
+    Args:
+        args: With `output`.
+        ours: Names of which an earlier run left one.
+
+    Raises:
+        PrunekitError: It holds something else, or can't be used.
+    """
+    folder = Path(args.output).expanduser()
+    held = folder.is_dir() and any(folder.iterdir())
+    if held and not any((folder / name).exists() for name in ours):
+        raise PrunekitError(f"{folder} holds something else: choose another --output")
+    if not held:
+        output(args, ours)
+    return folder
+
+
 def needed(value: str | None, what: str) -> str:
     """`value` of a positional argument, which a configuration file may give as well.
 

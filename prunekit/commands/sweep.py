@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     copies.add_argument("--drop", action="append", metavar="UNIT", help="attn, mlp, all or block")
     copies.add_argument("--counts", action="append", metavar="N,N", help="how many go (1 to half)")
     copies.add_argument("--strategy", default="discrete", help="discrete (default) or iterative")
-    copies.add_argument("--method", action="append", help="magnitude, wanda or sparsegpt")
+    copies.add_argument(
+        "--method", action="append", help="magnitude, wanda, ria, sparsegpt or admm"
+    )
     copies.add_argument("--sparsity", action="append", metavar="S,S", help="zeros (0.3,0.5,0.7)")
     copies.add_argument(
         "--pattern", action="append", help="unstructured (default), or N:M with N kept of M"
@@ -78,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, answer: TextIO) -> None:
     """Carry the command out."""
     source = options.needed(args.model, "model")
-    folder = _folder(args)
+    folder = options.resumable(args, ("run.json",))
     plans = _plans(args)
     choices = _choices(args)
     questions, asking = open_questions.load(args, args.batch_size)
@@ -140,17 +142,6 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         )
     if best is not None and saved is None:
         raise PrunekitError(f"no copy stays within {result.margin:g} points: nothing saved")
-
-
-def _folder(args: argparse.Namespace) -> Path:
-    """The output folder: new, or one of an earlier sweep, which goes on."""
-    folder = Path(args.output).expanduser()
-    if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / "run.json").is_file():
-            raise PrunekitError(f"{folder} holds something else: choose another --output")
-        return folder
-    options.output(args, ("run.json",))
-    return folder
 
 
 def _best_folder(args: argparse.Namespace) -> str | None:

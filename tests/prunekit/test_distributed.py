@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
@@ -75,29 +72,14 @@ def tiny_maker():
     return module.make_tiny
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run_two_processes(folder: Path) -> list[dict[str, object]]:
-    """What each of two processes makes of `work`; both run while this one does its own."""
-    port = str(free_port())
-    started = []
-    for rank in range(2):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        command = [sys.executable, __file__, str(folder / f"{rank}.pt")]
-        started.append(subprocess.Popen(command, env=environment))
-    assert [process.wait(timeout=300) for process in started] == [0, 0]
+    """What each of two processes makes of `work`."""
+    import processes  # not on the path of the processes that run this file
+
+    def command(rank: int) -> list[str]:
+        return [sys.executable, __file__, str(folder / f"{rank}.pt")]
+
+    assert processes.run(command, 2) == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

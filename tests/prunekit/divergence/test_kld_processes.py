@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 
 import numpy as np
+import processes as together
 from safetensors.numpy import load_file
 
 COMMAND = "import sys; from prunekit.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -17,28 +15,9 @@ SMALL = "import prunekit.divergence.windows as w; g = w.Windows.groups; "
 SMALL += "w.Windows.groups = lambda self, positions=30: g(self, positions); "
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run(arguments: list[str], processes: int) -> list[int]:
-    port, started = str(free_port()), []
-    for rank in range(processes):
-        environment = {
-            **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(processes),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "CUDA_VISIBLE_DEVICES": "",
-            "OMP_NUM_THREADS": "1",
-        }
-        command = [sys.executable, "-c", SMALL + COMMAND, *arguments]
-        started.append(subprocess.Popen(command, env=environment))
-    return [process.wait(timeout=300) for process in started]
+    command = [sys.executable, "-c", SMALL + COMMAND, *arguments]
+    return together.run(lambda rank: command, processes, OMP_NUM_THREADS="1")
 
 
 def test_two_processes_find_what_one_does(tiny, perturbed, saved, text_file, tmp_path):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
 import sys
 
+import processes as together
 import pytest
 from command_line import QUESTIONS, tiny_model, tiny_tokenizer
 
@@ -16,21 +14,9 @@ from prunekit import checkpoint
 COMMAND = "import sys; from prunekit.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 def run(arguments: list[str], processes: int) -> list[int]:
-    port, started = str(free_port()), []
-    for rank in range(processes):
-        environment = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-        environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1"}
-        environment |= {"MASTER_PORT": port, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", COMMAND, *arguments]
-        started.append(subprocess.Popen(command, env=environment))
-    return [process.wait(timeout=300) for process in started]
+    command = [sys.executable, "-c", COMMAND, *arguments]
+    return together.run(lambda rank: command, processes, OMP_NUM_THREADS="1")
 
 
 @pytest.mark.slow
