@@ -301,10 +301,10 @@ def forward(
 
 def configuration(x: Tensor, parts: Parts, rows: int, kind: str, gated: bool) -> MmaConfig:
     """What the table says for x (M, K) and N = rows on the GPU that x is on."""
-    device, grouped = x.device, parts[1].shape[1] > 1
-    shape = x.shape[0], rows, x.shape[1]
-    form = gated, KINDS[kind].bits, grouped
-    return quantized24_mma(*shape, *form, processors(device), capability(device))
+    device, (tokens, columns) = x.device, x.shape
+    group = shared_options(parts, kind, columns)["GROUP"]
+    form = tokens, rows, columns, gated, group
+    return quantized24_mma(*form, processors(device), capability(device))
 
 
 def prepared(
@@ -461,10 +461,10 @@ def compile_cases() -> list[KernelCase]:
             for kind in ("bf16", "f16")
             for tokens in (1, 64)
         ),
-        *(_case("int4g128", "bf16", tokens, False, True, every) for tokens in (16, 32)),
+        _case("int4g128", "bf16", 16, False, True, every),
         _case("int4g128", "bf16", 1, False, False, every),
         *(_case(name, "bf16", 1, True, True, every) for name in ("int8", "int4g128")),
-        _case("int4g64z", "bf16", 64, True, True, every),
+        *(_case("int4g64z", "bf16", 16, gated, True, every) for gated in (False, True)),
         _case("int4g128", "bf16", 1, False, True, (120,)),
     ]
 
@@ -485,7 +485,7 @@ def _case(
 ) -> KernelCase:
     rows, columns = 14336, 4096
     values, group, zeros = _CASES[name]
-    config = quantized24_mma(tokens, rows, columns, gated, KINDS[values].bits, group > 0, 132)
+    config = quantized24_mma(tokens, rows, columns, gated, group, 132)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float16
     parts = case_parts(rows, columns, values, group, zeros)
     call = product(

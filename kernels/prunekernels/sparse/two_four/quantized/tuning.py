@@ -38,8 +38,7 @@ def quantized24_mma(
     rows: int,
     columns: int,
     gated: bool,
-    bits: int,
-    grouped: bool,
+    group: int,
     processors: int,
     capability: tuple[int, int] = (9, 0),
 ) -> MmaConfig:
@@ -50,22 +49,22 @@ def quantized24_mma(
         rows: N.
         columns: K.
         gated: Whether gate and up share a program.
-        bits: Bits of a value.
-        grouped: Whether groups of columns have scales.
+        group: Columns of a group with scales of its own: 0 (a row), 64 or 128.
         processors: Multiprocessors of the device.
         capability: Its compute capability.
 
     Returns:
         That of 16-bit 2:4 with two row tiles for few tokens, which share what a program does for
-        x: it costs more beside fewer bytes. Groups keep a second sum beside each: more than 16
-        tokens have one row tile, gate and up at most 16 tokens in a program, and 8-bit values 32,
-        as more does not fit the registers.
+        x: it costs more beside fewer bytes. Groups keep a second sum and their scales beside each
+        sum: two row tiles (gate and up are two) have at most 16 tokens in a program, with groups of
+        64 at most 8, and one row tile has at most 32. More does not fit the registers.
     """
     base = sparse24_mma(tokens, rows, columns, gated, processors, capability)
-    token_tiles = base.token_tiles
-    if grouped:
-        token_tiles = min(token_tiles, 2 if gated else 4 if bits == 8 else 8)
-    row_tiles = 1 if grouped and token_tiles > 2 and not gated else 2
+    token_tiles, row_tiles = base.token_tiles, 2
+    if group:
+        most = 2 if group == 128 else 1
+        token_tiles = min(token_tiles, most if gated else 4)
+        row_tiles = 1 if token_tiles > most else 2
     height = 64 if gated else 64 * row_tiles
     blocks = -(-rows // height) * -(-tokens // (8 * token_tiles))
     resident = 2 if capability[0] in (9, 10) else 1
