@@ -78,8 +78,6 @@ def idle_gpu() -> Iterator[None]:
         importlib.import_module(info.name)
     with contextlib.ExitStack() as stack:
         for target, name, value in (
-            (launch, "_stream", lambda device: 0),
-            (launch, "_current", lambda: 0),
             (launch, "_compiled", {}),
             (launch.Launch, "_compile", compiled),
             (torch.cuda, "current_device", lambda: 0),
@@ -88,11 +86,16 @@ def idle_gpu() -> Iterator[None]:
             (Op, "select", select),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        for name, value in (("processors", 132), ("capability", (9, 0))):
-            real = getattr(runtime, name)
+        for home, name, value in (
+            (runtime, "processors", 132),
+            (runtime, "capability", (9, 0)),
+            (launch, "current_stream", 0),
+            (launch, "current_device", 0),
+        ):
+            real = getattr(home, name)
             for module in list(sys.modules.values()):
                 if getattr(module, name, None) is real:
-                    patched = mock.patch.object(module, name, lambda _, value=value: value)
+                    patched = mock.patch.object(module, name, lambda *_, value=value: value)
                     stack.enter_context(patched)
         for op in runtime.ops().values():
             op.forget()
@@ -110,14 +113,17 @@ def cases(device: torch.device) -> dict[str, Callable[[], Any]]:
     x = torch.randn(1, 2048, generator=generator).to(device, torch.bfloat16)
     two_four, bitmap = prunekernels.sparse24_pack(dense), prunekernels.bitmap_pack(dense)
     module = PackedLinear(two_four, None, "2:4")
+    linear = torch.nn.Linear(8, 8, bias=False, device="meta")
     # on a CPU the smallest product there is, so that ATen's dispatch is what is timed
     plain = (x, dense) if device.type == "cuda" else (torch.ones(1, 8), torch.ones(8, 8))
+    linear.weight = torch.nn.Parameter(plain[1], requires_grad=False)
     return {
         "F.linear": lambda: F.linear(*plain),
         "sparse24_linear": lambda: prunekernels.sparse24_linear(x, two_four),
         "sparse24_gate_up": lambda: prunekernels.sparse24_gate_up(x, two_four, two_four),
         "bitmap_linear": lambda: prunekernels.bitmap_linear(x, bitmap),
-        # the module that `swap_` puts into a model
+        # the module that `swap_` puts into a model, and what it stands for
+        "nn.Linear": lambda: linear(plain[0]),
         "PackedLinear": lambda: module(x),
         "vector_stats": lambda: prunekernels.vector_stats(x, x),
         # a field is made when it is read

@@ -90,8 +90,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
     monkeypatch.setattr(scaled_kernel, "run", run)
     monkeypatch.setattr(launches, "_compiled", {})
-    monkeypatch.setattr(launches, "_stream", lambda device: 5)
-    monkeypatch.setattr(launches, "_current", lambda: state.current)
+    monkeypatch.setattr(launches, "current_stream", lambda device: 5)
+    monkeypatch.setattr(launches, "current_device", lambda: state.current)
     monkeypatch.setattr(launches, "on", lambda tensor: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.current)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)

@@ -365,7 +365,7 @@ def plain(*tensors: Tensor | None) -> bool:
     plain, need no gradient, and no mode of torch is active.
     """
     if (
-        torch.compiler.is_compiling()
+        _compiling()
         or _tracing() is not None
         or _dispatch_modes()
         or _function_modes()
@@ -384,6 +384,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
 # found once: this is asked at every call
 _PLAIN = {Tensor, torch.nn.Parameter}
+_compiling = torch.compiler.is_dynamo_compiling  # exporting otherwise has a mode
 _tracing, _gradients = torch._C._get_tracing_state, torch.is_grad_enabled
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._len_torch_function_stack

@@ -26,10 +26,24 @@ from prunekernels.launch.calls import (
     Bound,
     Launch,
     UnalignedError,
+    allocate,
+    current_device,
     current_stream,
     meta,
+    pattern,
     record,
 )
 from prunekernels.launch.warming import warm_up
 
-__all__ = ["Bound", "Launch", "UnalignedError", "current_stream", "meta", "record", "warm_up"]
+__all__ = [
+    "Bound",
+    "Launch",
+    "UnalignedError",
+    "allocate",
+    "current_device",
+    "current_stream",
+    "meta",
+    "pattern",
+    "record",
+    "warm_up",
+]

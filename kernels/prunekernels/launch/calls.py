@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,9 +20,16 @@ _compiled: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = {}
 # Triton's function that says how the arguments of a kernel specialise it, by the kernel's id. The
 # kernel is kept, so that no other one takes its id.
 _binders: dict[int, tuple[Any, Callable[..., Any]]] = {}
-# absent from builds of torch without CUDA
-_stream: Callable[[int], int] | None = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-_current: Callable[[], int] | None = getattr(torch._C, "_cuda_getDevice", None)
+
+
+def _without_cuda(*_: int) -> int:
+    raise RuntimeError("this build of torch has no CUDA")
+
+
+#: Handle of the current stream of a CUDA device, and index of the current device.
+current_stream: Callable[[int], int]
+current_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _without_cuda)
+current_device: Callable[[], int] = getattr(torch._C, "_cuda_getDevice", _without_cuda)
 
 
 class Launch:
@@ -253,10 +261,6 @@ class Bound:
         Raises:
             UnalignedError: A tensor that was aligned to 16 bytes no longer is.
         """
-        if _current() != self._device:  # type: ignore[misc]
-            with torch.cuda.device(self._device):
-                self.launch(*addresses)
-            return
         joined = 0
         for address in self._checked(addresses):
             joined |= address
@@ -265,10 +269,18 @@ class Bound:
                 f"{self._kernel.fn.__name__} was bound to tensors aligned to 16 bytes, and one of "
                 f"{addresses} is not: bind the launch of these tensors"
             )
+        if current_device() == self._device:
+            self.start(current_stream(self._device), *addresses)
+            return
+        with torch.cuda.device(self._device):
+            self.start(current_stream(self._device), *addresses)
+
+    def start(self, stream: int, *addresses: int | None) -> None:
+        """`launch` on a stream of its device, which is the current one; addresses are unchecked."""
         compiled = self._compiled
         self._run(
             *self._grid,
-            _stream(self._device),  # type: ignore[misc]
+            stream,
             compiled.function,
             compiled.packed_metadata,
             None,
@@ -279,9 +291,17 @@ class Bound:
         )
 
 
-def current_stream(device: int) -> int:
-    """Handle of the current stream of a CUDA device."""
-    return _stream(device)  # type: ignore[misc]
+def pattern(shape: Sequence[int], like: Tensor) -> Tensor:
+    """A tensor of one element that looks like one of the shape, with the type and device of `like`.
+
+    `allocate(pattern)` makes one.
+    """
+    return like.new_empty(1).expand(shape)
+
+
+#: A new contiguous tensor that looks like a pattern: `empty_like` reads its arguments in a third of
+#: the time that `empty` takes.
+allocate = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 def meta(shape: Sequence[int], dtype: torch.dtype, *, aligned: bool = True) -> Tensor:

@@ -7,7 +7,6 @@ are views that are made when they are asked for.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Sequence
@@ -17,12 +16,10 @@ import torch
 from torch import Tensor
 
 from prunekernels import runtime
-from prunekernels.launch import Launch, UnalignedError
+from prunekernels.launch import Launch, UnalignedError, allocate, pattern
 from prunekernels.metrics.fields import Layout, PairStats, VectorStats
 
 _address = Tensor.data_ptr
-# `empty_like` reads its arguments in a third of the time that `empty` takes
-_new = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
 
 
 class Prepared:
@@ -48,7 +45,7 @@ class Prepared:
     ) -> None:
         self._layout, self._kind = layout, kind
         lead = inputs[0].shape[:-1]
-        self._blocks = tuple(_like(block.shape[:1] + lead, block) for block in blocks)
+        self._blocks = tuple(pattern(block.shape[:1] + lead, block) for block in blocks)
         # where the address of each tensor is among those that `run` lists
         order = {id(None): 0, **{id(x): i for i, x in enumerate((*inputs, *blocks), 1)}}
         size, places = 0, []
@@ -60,7 +57,7 @@ class Prepared:
                     # so that each is as aligned as an allocation
                     size += -(-math.prod(value.shape) * value.itemsize // 16) * 16
         self._places = tuple(places)
-        self._scratch = _like((size,), inputs[0].new_empty(0, dtype=torch.uint8))
+        self._scratch = pattern((size,), inputs[0].new_empty(0, dtype=torch.uint8))
         self._launches = tuple(
             (
                 call.bind().launch,
@@ -79,11 +76,11 @@ class Prepared:
             other: Its address.
         """
         # one per type: torch.save refuses tensors of several types that share memory
-        blocks = list(map(_new, self._blocks))
+        blocks = list(map(allocate, self._blocks))
         addresses = [None, base, other, *map(_address, blocks)]
         if self._places:
             # freed on return: what is allocated later on this stream comes after the launches
-            scratch = _new(self._scratch)
+            scratch = allocate(self._scratch)
             start = scratch.data_ptr()
             addresses += [start + place for place in self._places]
         try:
@@ -92,11 +89,6 @@ class Prepared:
         except UnalignedError:
             return None
         return self._kind.later(self._layout, blocks)
-
-
-def _like(shape: Sequence[int], block: Tensor) -> Tensor:
-    """A tensor of one element that looks like one of the shape, with a block's type and device."""
-    return block.new_empty(1).expand(shape)
 
 
 def again(op: str, base: Tensor, other: Tensor, *options: Any) -> tuple[Any, Any]:

@@ -17,14 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.launch import Launch, UnalignedError, current_stream
+from prunekernels.launch import Launch, allocate, current_device, current_stream, pattern
 
 _ARENA, _PER_STREAM, _PARTS = 1 << 20, 1 << 12, 1 << 20
 
-_address = Tensor.data_ptr
 _by_stream: dict[tuple[int, int], Tensor] = {}
 # by device and stream: sizes of parts and counters, and their addresses
-_rooms: dict[tuple[int, int], tuple[int, int, int, int]] = {}
+_rooms: dict[tuple[int | None, int], tuple[int, int, int, int]] = {}
 _lasting_rooms: list[tuple[Tensor, Tensor]] = []
 # the zeros of a device, and how many of them are taken
 _arenas: dict[int, tuple[Tensor, int]] = {}
@@ -70,30 +69,40 @@ class Prepared:
         shape: Shape of the result.
     """
 
-    __slots__ = ("_bound", "_counters", "_device", "_dtype", "_parts", "_shape")
+    __slots__ = ("_counters", "_device", "_parts", "_pattern", "_start")
 
     def __init__(self, call: Launch, shape: Sequence[int]) -> None:
         tensors = [value for value in call.arguments if isinstance(value, Tensor)]
         *_, y, parts, _ = tensors
-        self._shape, self._dtype, self._device = tuple(shape), y.dtype, y.device
+        self._pattern = pattern(shape, y)
+        self._device = _index(y.device)
         self._parts = 0 if parts is y else parts.numel()
         self._counters = call.grid[0] * call.grid[1]
-        self._bound = call.bind()
+        self._start = call.bind().start
 
     def run(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
         """The result, or None (and nothing done) if a tensor is not aligned to 16 bytes."""
-        y = torch.empty(self._shape, dtype=self._dtype, device=self._device)
+        x_at = joined = x.data_ptr()
+        weight_at = []
+        for tensor in weight:
+            weight_at.append(address := tensor.data_ptr())
+            joined |= address
+        bias_at = 0
+        if bias is not None:
+            joined |= (bias_at := bias.data_ptr())
+        if joined & 15:
+            return None
+        device = self._device
+        if current_device() != device:
+            with torch.cuda.device(device):
+                return self.run(x, weight, bias)
+        y = allocate(self._pattern)
         at = y.data_ptr()
+        stream = current_stream(device)
         parts_at = counters_at = at
         if self._parts:
-            parts_at, counters_at = _room(self._parts, self._counters, self._device)
-        bias_at = at if bias is None else bias.data_ptr()
-        try:
-            self._bound.launch(
-                x.data_ptr(), *map(_address, weight), bias_at, at, parts_at, counters_at
-            )
-        except UnalignedError:
-            return None
+            parts_at, counters_at = _room(self._parts, self._counters, y.device, stream)
+        self._start(stream, x_at, *weight_at, bias_at or at, at, parts_at, counters_at)
         return y
 
 
@@ -113,7 +122,7 @@ def counters(count: int, device: torch.device) -> Tensor:
     """int32 (at least `count`,) zeros on a CUDA device, for one launch on the current stream."""
     if device.type == "meta":
         return torch.empty(count, dtype=torch.int32, device=device)
-    index = torch.cuda.current_device() if device.index is None else device.index
+    index = _index(device)
     if torch.cuda.is_current_stream_capturing():
         taken = _take(count, index)
     else:
@@ -138,7 +147,12 @@ def _take(count: int, index: int) -> Tensor | None:
     return arena[used : used + count]
 
 
-def _room(parts: int, count: int, device: torch.device) -> tuple[int, int]:
+def _index(device: torch.device) -> int:
+    """Index of a CUDA device; "cuda" is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _room(parts: int, count: int, device: torch.device, stream: int) -> tuple[int, int]:
     """Addresses of float32 (`parts`,) and zeroed int32 (`count`,), for one launch from now on.
 
     Outside graph capture a stream's launches use the same room one after another.
@@ -147,8 +161,7 @@ def _room(parts: int, count: int, device: torch.device) -> tuple[int, int]:
         # freed on return: what the graph allocates later comes after the launch
         taken = torch.empty(parts, dtype=torch.float32, device=device)
         return taken.data_ptr(), counters(count, device).data_ptr()
-    index = torch.cuda.current_device() if device.index is None else device.index
-    key = index, current_stream(index)
+    key = device.index, stream
     room = _rooms.get(key)
     if room is None or room[0] < parts or room[1] < count:
         # the former room stays: launches that are under way may still use it

@@ -175,10 +175,10 @@ class PackedWeight(Protocol):
 
 def unchecked(kind: type[_Weight], **fields: Any) -> _Weight:
     """An object of a frozen dataclass whose fields are known to be valid, made in a microsecond."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return kind(**fields)
     made = object.__new__(kind)
-    vars(made).update(fields)
+    object.__setattr__(made, "__dict__", fields)
     return made
 
 
