@@ -35,10 +35,10 @@ types: $(READY)  ## static types, strict
 	@$(RUN) -m mypy
 
 test: lint types  ## lint, types and the test suite (under ten minutes on two cores)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 test-all: $(READY)  ## the long sweeps that `make test` leaves out
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 -m slow
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m slow
 
 # RESEARCH=PATH adds the research code's own times, from a checkout of it; TEXT=FILE adds pruning,
 # calibrated on that text. With either it takes longer. BENCH_OUT=DIR puts results elsewhere.

@@ -32,7 +32,7 @@ from prunekit.data.text_files import read_file
 from prunekit.divergence.recovery import Recovery, recover_
 from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout
-from prunekit.pruning import Drop, Method, Reconstruction, SparseGPT, drop_, journal, prune_
+from prunekit.pruning import ADMM, Drop, Method, Reconstruction, drop_, journal, prune_
 
 LENGTH = CONTEXT = 512  # tokens
 SCORED = 16  # sequences that choose what is dropped
@@ -109,13 +109,13 @@ def cases(
     local: Reconstruction, recovery: Recovery
 ) -> dict[str, tuple[Callable[[Run], Any], str | None]]:
     """By name: what is done, and the case that it continues."""
-    fitted = "sparsegpt 2:4, reconstructed"
+    fitted = "admm 2:4, reconstructed"
     return {
-        "sparsegpt 2:4": (pruned(SparseGPT(pattern="2:4")), None),
-        fitted: (pruned(SparseGPT(pattern="2:4"), local), None),
+        "admm 2:4": (pruned(ADMM(pattern="2:4")), None),
+        fitted: (pruned(ADMM(pattern="2:4"), local), None),
         f"{fitted}, recovered": (recovered(recovery), fitted),
-        "sparsegpt 50 %": (pruned(SparseGPT()), None),
-        "sparsegpt 50 %, reconstructed": (pruned(SparseGPT(), local), None),
+        "admm 50 %": (pruned(ADMM()), None),
+        "admm 50 %, reconstructed": (pruned(ADMM(), local), None),
         "8 attentions dropped": (dropped(8), None),
         "8 attentions dropped, recovered": (recovered(recovery), "8 attentions dropped"),
     }

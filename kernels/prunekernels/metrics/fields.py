@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -315,9 +316,8 @@ def unpack_pair(
     # fields that have a default are found before `later` can make them
     defaults = subset or options.topk or options.labels or options.second_pass
     if options.fields and not (defaults or torch.compiler.is_compiling()):
-        places = pair_places(options)
         blocks = [block.view(block.shape[0], *lead) for block in packed]
-        return PairStats.later(Layout(places, tuple(places)), blocks)
+        return PairStats.later(_pair_layout(options), blocks)
     named = _name_pair(packed[:3], lead, options)
     if subset:
         inner = _name_pair(packed[3:6], lead, options.of_subset)
@@ -346,6 +346,12 @@ def pair_places(options: PairOptions) -> dict[str, tuple[int, int]]:
         for row, name in enumerate(names)
         if not options.fields or name in asked
     }
+
+
+@functools.lru_cache(256)
+def _pair_layout(options: PairOptions) -> Layout:
+    places = pair_places(options)
+    return Layout(places, tuple(places))
 
 
 def _name_pair(packed: list[Tensor], lead: torch.Size, options: PairOptions) -> dict[str, Any]:

@@ -139,7 +139,12 @@ def pair_stats(
     if key is not None or runtime.plain(base, other, labels, subset):
         packed = _pair_stats(base, other, labels, subset, options, impl)
         if key is not None:
-            prepare("pair_stats", key, base, other, options, impl)
+
+            def by_torch(base: Tensor, other: Tensor) -> PairStats:
+                again = eager.pair_stats(base, other, None, None, options)
+                return unpack_pair(again, lead, options, False)
+
+            prepare("pair_stats", key, base, other, options, impl, by_torch)
     else:
         packed = _pair_stats_op(base, other, labels, subset, *options.scalars, impl)
     return unpack_pair(packed, lead, options, subset is not None)

@@ -2,14 +2,15 @@
 
 The first call of a key (shapes, strides, types, device, options) checks its arguments, chooses the
 kernels and binds their launches; further ones allocate, launch, and hand out a result whose fields
-are views that are made when they are asked for.
+are views that are made when they are asked for. On a CPU further calls of a key go to the eager
+sums at once.
 """
 
 from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -115,11 +116,23 @@ def again(op: str, base: Tensor, other: Tensor, *options: Any) -> tuple[Any, Any
         options,
     )
     prepared = runtime.known(op).prepared.get(key)
-    return key, None if prepared is None else prepared.run(at, at_other)
+    if prepared is None:
+        return key, None
+    if isinstance(prepared, Prepared):
+        return key, prepared.run(at, at_other)
+    return key, prepared(base, other)
 
 
-def prepare(op: str, key: Any, base: Tensor, other: Tensor, options: Any, impl: str) -> None:
-    """Keep the launches of a call that has just run under its key, if kernels run it.
+def prepare(
+    op: str,
+    key: Any,
+    base: Tensor,
+    other: Tensor,
+    options: Any,
+    impl: str,
+    eager: Callable[[Tensor, Tensor], Any],
+) -> None:
+    """Keep a call that has just run under its key: launches, or on a CPU what was looked up.
 
     Args:
         op: The op's name.
@@ -128,11 +141,14 @@ def prepare(op: str, key: Any, base: Tensor, other: Tensor, options: Any, impl: 
         other: The call's tensor.
         options: What the module of the kernels calls so.
         impl: As the op's.
+        eager: The call without its checks, where no kernel runs.
     """
     known = runtime.known(op)
     choice = known.select(runtime.Problem(base.device, base.dtype), impl)
     # Triton binds differently in its interpreter and on AMD
     bindable = not runtime.interpreting() and torch.version.hip is None
+    if choice.name == "eager" and base.device.type == "cpu":
+        runtime.keep(known.prepared, key, eager)
     if choice.name == "eager" or not bindable or not base.numel():
         return
     if runtime.recording.launches is not None:

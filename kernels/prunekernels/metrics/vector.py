@@ -68,12 +68,20 @@ def vector_stats(
     asked = VECTOR_FLOATS if fields is None else _checked_fields(fields)
     if direct:
         packed = _vector_stats(base, other, asked, impl)
-        prepare("vector_stats", key, base, other, asked, impl)
+
+        def by_torch(base: Tensor, other: Tensor) -> VectorStats:
+            return _named(eager.vector_stats(base, other, asked), base.shape[:-1], asked)
+
+        prepare("vector_stats", key, base, other, asked, impl, by_torch)
     else:
         packed = _vector_stats_op(base, other, impl, ",".join(asked))
-    rows = packed.view(len(VECTOR_FLOATS), *base.shape[:-1]).unbind(0)
+    return _named(packed, base.shape[:-1], asked)
+
+
+def _named(packed: Tensor, lead: torch.Size, asked: Sequence[str]) -> VectorStats:
+    rows = packed.view(len(VECTOR_FLOATS), *lead).unbind(0)
     named = dict(zip(VECTOR_FLOATS, rows, strict=True))
-    return VectorStats.of(named if fields is None else {name: named[name] for name in asked})
+    return VectorStats.of({name: named[name] for name in asked})
 
 
 def _checked_fields(fields: Sequence[str]) -> tuple[str, ...]:

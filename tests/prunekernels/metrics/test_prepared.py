@@ -12,7 +12,7 @@ from typing import Any
 import prunekernels
 import pytest
 import torch
-from prunekernels import PairStats, VectorStats, pair_stats, runtime, vector_stats
+from prunekernels import PairStats, VectorStats, checks, pair_stats, runtime, vector_stats
 from prunekernels.launch import calls as launch
 from prunekernels.launch import record
 from prunekernels.metrics import eager
@@ -26,6 +26,7 @@ fake_gpu = pytest.mark.skipif(
     not runtime.triton_installed() or runtime.interpreting(), reason="binds compiled kernels"
 )
 LEAD, VOCAB = (2, 3), 20000
+KL = "kl_base_other"
 
 
 @pytest.fixture
@@ -164,6 +165,31 @@ def test_nothing_is_prepared_while_launches_are_recorded(launched: list[tuple[An
         prunekernels.pair_stats(logits(), logits())
     assert len(recorded) == 2 and not launched
     assert not runtime.known("pair_stats").prepared
+
+
+@pytest.mark.parametrize("op", [pair_stats, vector_stats])
+@pytest.mark.parametrize("fields", [None, "first"])
+def test_a_call_on_a_cpu_is_looked_over_once(
+    op: Any, fields: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pairs = torch.randn(3, 2, 4, 2500)
+    names = None if fields is None else (KL if op is pair_stats else "cosine",)
+    fresh = []
+    for base, other in pairs:
+        runtime.known(op.__name__).forget()
+        fresh.append(op(base, other, fields=names).as_dict())
+    seen: list[str] = []
+    for module in (checks.floats, checks.alike):
+        monkeypatch.setattr(
+            checks, module.__name__, lambda *_, name=module.__name__, **__: seen.append(name)
+        )
+    for (base, other), wanted in zip(pairs, fresh, strict=True):
+        found = op(base, other, fields=names).as_dict()
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in found.items())
+    assert not seen
+    op(pairs[0, 0, :2], pairs[0, 1, :2], fields=names)
+    assert seen == ["floats", "alike"]
 
 
 def results(fields: str) -> tuple[PairStats, PairStats]:
