@@ -194,8 +194,10 @@ def _counted_name(name: str, tokens: int) -> str:
     return f"quantized24/mma_sp/{name}/bf16/t{tokens}/split"
 
 
-def _counted(name: str, tokens: int) -> bool:
-    return _counted_name(name, tokens) in compiled_slots()
+def _tile_of(name: str, tokens: int) -> int:
+    """Tokens of the smallest compiled program that takes so many at once, or of the largest."""
+    counted = [t for t in (8, 16, 32, 64) if _counted_name(name, t) in compiled_slots()]
+    return next((t for t in counted if t >= tokens), counted[-1] if counted else 64)
 
 
 def linear(
@@ -227,7 +229,7 @@ def linear(
     if kind in QUANTISED:
         name, bits, group = QUANTISED[kind]
         # more tokens than a program has take the weight's instructions anew
-        tile = next((t for t in (8, 16, 32, 64) if t >= M and _counted(name, t)), 64)
+        tile = _tile_of(name, M)
         slots = slots_of(_counted_name(name, tile)) * N * K * -(-M // tile)
         held = quantized24_bytes(N, K, bits, group)
         return [Cost(held + ends, mma_flop=padded / 2, slots=slots)]

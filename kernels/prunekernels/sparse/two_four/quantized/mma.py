@@ -303,7 +303,7 @@ def configuration(x: Tensor, parts: Parts, rows: int, kind: str, gated: bool) ->
     """What the table says for x (M, K) and N = rows on the GPU that x is on."""
     device, (tokens, columns) = x.device, x.shape
     group = shared_options(parts, kind, columns)["GROUP"]
-    form = tokens, rows, columns, gated, group
+    form = tokens, rows, columns, gated, KINDS[kind].bits, group, parts[2] is not None
     return quantized24_mma(*form, processors(device), capability(device))
 
 
@@ -456,12 +456,13 @@ def compile_cases() -> list[KernelCase]:
     every: Sequence[Arch] = (80, 89, 90)
     return [
         *(
-            _case(name, kind, tokens, False, True, every)
+            # sm_89 has smaller programs of the one form that takes 64 tokens with groups
+            _case(name, kind, tokens, False, True, (80, 90) if name == "int4g128" else every)
             for name in _CASES
             for kind in ("bf16", "f16")
             for tokens in (1, 64)
         ),
-        _case("int4g128", "bf16", 16, False, True, every),
+        *(_case("int4g128", "bf16", tokens, False, True, every) for tokens in (16, 32)),
         _case("int4g128", "bf16", 1, False, False, every),
         *(_case(name, "bf16", 1, True, True, every) for name in ("int8", "int4g128")),
         *(_case("int4g64z", "bf16", 16, gated, True, every) for gated in (False, True)),
@@ -485,7 +486,7 @@ def _case(
 ) -> KernelCase:
     rows, columns = 14336, 4096
     values, group, zeros = _CASES[name]
-    config = quantized24_mma(tokens, rows, columns, gated, group, 132)
+    config = quantized24_mma(tokens, rows, columns, gated, KINDS[values].bits, group, zeros, 132)
     dtype = torch.bfloat16 if kind == "bf16" else torch.float16
     parts = case_parts(rows, columns, values, group, zeros)
     call = product(

@@ -38,7 +38,9 @@ def quantized24_mma(
     rows: int,
     columns: int,
     gated: bool,
+    bits: int,
     group: int,
+    zeros: bool,
     processors: int,
     capability: tuple[int, int] = (9, 0),
 ) -> MmaConfig:
@@ -49,7 +51,9 @@ def quantized24_mma(
         rows: N.
         columns: K.
         gated: Whether gate and up share a program.
+        bits: Bits of a value.
         group: Columns of a group with scales of its own: 0 (a row), 64 or 128.
+        zeros: Whether there are zero points.
         processors: Multiprocessors of the device.
         capability: Its compute capability.
 
@@ -57,13 +61,15 @@ def quantized24_mma(
         That of 16-bit 2:4 with two row tiles for few tokens, which share what a program does for
         x: it costs more beside fewer bytes. Groups keep a second sum and their scales beside each
         sum: two row tiles (gate and up are two) have at most 16 tokens in a program, with groups of
-        64 at most 8, and one row tile has at most 32. More does not fit the registers.
+        64 at most 8, and one row tile has at most 32; 64 with 4 bits, groups of 128 and no zero
+        points, but on sm_89. More does not fit the registers.
     """
     base = sparse24_mma(tokens, rows, columns, gated, processors, capability)
     token_tiles, row_tiles = base.token_tiles, 2
     if group:
         most = 2 if group == 128 else 1
-        token_tiles = min(token_tiles, most if gated else 4)
+        fits = (bits, group, zeros) == (4, 128, False) and capability != (8, 9)
+        token_tiles = min(token_tiles, most if gated else 8 if fits else 4)
         row_tiles = 1 if token_tiles > most else 2
     height = 64 if gated else 64 * row_tiles
     blocks = -(-rows // height) * -(-tokens // (8 * token_tiles))
