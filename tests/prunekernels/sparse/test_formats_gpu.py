@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from graphs import assert_captured_as_run
 from packed_formats import DTYPES, every_format
 from products import assert_as_good_as_eager
 from prunekernels.sparse.layer import ACTIVATIONS
@@ -80,20 +83,7 @@ def test_graphs_capture_and_replay_together(form, impl):
     linear, impl = form.function("linear"), named(form, impl)
     weights = [form.kind.pack(form.values(4096, 4096, torch.bfloat16, GPU)) for _ in range(2)]
     x = torch.randn(4, 4096, device=GPU).to(torch.bfloat16)
-    want = [linear(x, w, impl=impl) for w in weights]
-    graphs, results = [], []
-    for w in weights:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append(linear(x, w, impl=impl))
-        graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(50):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
+    assert_captured_as_run([functools.partial(linear, x, w, impl=impl) for w in weights])
 
 
 @every_format

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import quantized
 import torch
 import torch.nn.functional as F
+from graphs import assert_captured_as_run
 from products import assert_as_good_as_eager
 from prunekernels import quantized24_gate_up, quantized24_linear
 from prunekernels.sparse.layer import ACTIVATIONS
@@ -17,7 +20,7 @@ pytestmark = [
 ]
 
 GPU = "cuda"
-every_impl = pytest.mark.parametrize("impl", ["eager", "triton", "mma_sp", "auto"])
+every_impl = pytest.mark.parametrize("impl", ["eager", "triton", "mma_sp"])
 every_kernel = pytest.mark.parametrize("impl", ["triton", "mma_sp"])
 every_form = pytest.mark.parametrize(("kind", "group", "zeros"), quantized.EVERY)
 every_type = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -36,7 +39,7 @@ def test_the_self_test_passes():
 @every_form
 @every_impl
 @every_type
-@pytest.mark.parametrize(("rows", "columns"), [(1024, 4096), (33, 576), (130, 204)])
+@pytest.mark.parametrize(("rows", "columns"), [(1024, 4096), (130, 204)])
 def test_values_at_all_token_counts_are_as_good_as_a_dense_layers(
     kind, group, zeros, impl, dtype, rows, columns
 ):
@@ -72,7 +75,7 @@ def test_activations_are_as_good_as_eager(impl, activation):
 
 @every_form
 @every_impl
-@pytest.mark.parametrize("tokens", [1, 12, 40, 70])
+@pytest.mark.parametrize("tokens", [1, 40])
 def test_gate_and_up_in_one_op_are_as_good_as_eager(kind, group, zeros, impl, tokens):
     gate, exact_gate = on_gpu(1000, 1600, kind, group, zeros)
     up, exact_up = on_gpu(1000, 1600, kind, group, zeros)
@@ -97,20 +100,9 @@ def test_expanding_is_exact(kind, group, zeros, dtype):
 def test_graphs_capture_and_replay_together(kind, group, zeros, impl):
     weights = [on_gpu(4096, 4096, kind, group, zeros)[0] for _ in range(2)]
     x = torch.randn(4, 4096, device=GPU).to(torch.bfloat16)
-    want = [quantized24_linear(x, weight, impl=impl) for weight in weights]
-    graphs, results = [], []
-    for weight in weights:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            results.append(quantized24_linear(x, weight, impl=impl))
-        graphs.append(graph)
-    streams = [torch.cuda.Stream() for _ in graphs]
-    for _ in range(50):
-        for graph, stream in zip(graphs, streams, strict=True):
-            with torch.cuda.stream(stream):
-                graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(results, want, strict=True))
+    assert_captured_as_run(
+        [functools.partial(quantized24_linear, x, w, impl=impl) for w in weights]
+    )
 
 
 @every_form
