@@ -114,6 +114,7 @@ def cases(
         "admm 2:4": (pruned(ADMM(pattern="2:4")), None),
         fitted: (pruned(ADMM(pattern="2:4"), local), None),
         f"{fitted}, recovered": (recovered(recovery), fitted),
+        "admm 4:8, reconstructed": (pruned(ADMM(pattern="4:8"), local), None),
         "admm 50 %": (pruned(ADMM()), None),
         "admm 50 %, reconstructed": (pruned(ADMM(), local), None),
         "8 attentions dropped": (dropped(8), None),
@@ -134,6 +135,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--block-steps", type=int, default=Reconstruction.steps)
     parser.add_argument("--steps", type=int, default=Recovery.steps, help="of recovery")
     parser.add_argument("--tokens", type=int, default=Recovery.tokens, help="of recovery's updates")
+    parser.add_argument("--lr", type=float, default=Recovery.lr, help="of recovery")
     parser.add_argument("--dtype", default="bfloat16", help="of the calibration passes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="recovery.csv", help="of the file to write")
@@ -167,7 +169,7 @@ def folder_of(options: argparse.Namespace, name: str) -> Path:
 
 def one(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """The row of one case, whose checkpoint is then in the work folder."""
-    recovery = Recovery(steps=options.steps, tokens=options.tokens)
+    recovery = Recovery(steps=options.steps, tokens=options.tokens, lr=options.lr)
     work, before = cases(Reconstruction(steps=options.block_steps), recovery)[name]
     folder = folder_of(options, name)
     source = options.model if before is None else str(folder_of(options, before))

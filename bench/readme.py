@@ -22,7 +22,7 @@ from bench import summary, sweep_tables
 from bench.bounds import RESULTS
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("benchmarks", "pruning", "metrics", "kld", "sweep", "retrieval")
+DOCS = ("benchmarks", "pruning", "metrics", "kld", "sweep", "retrieval", "sparse")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 CPU = RESULTS / "cpu"
 H200 = RESULTS / "NVIDIA_H200"
@@ -46,13 +46,34 @@ def duration(ms: float) -> str:
 
 
 def quality() -> str:
-    """Perplexity by method and pattern: 16 calibration sequences, half of the weights."""
-    body = [
-        [row["method"], row["pattern"] or "–", f"{float(row['perplexity']):.1f}"]
+    """Perplexity and KLD of recipes without gradients, and with them: half of the weights."""
+    names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM"}
+    names["sparsegpt, refitted"] = "SparseGPT, refitted"
+    names["ria, permuted, refitted"] = "RIA, permuted, refitted"
+    uncalibrated = ("dense", "magnitude")
+    found = [
+        row
         for row in rows("quality_c4.csv")
-        if " 16x512 " in row["calibration"] and (row["sparsity"] or "0.5")[:3] == "0.5"
+        if row["method"] in uncalibrated or " 128x512 " in row["calibration"]
     ]
-    return table(["method", "pattern", "perplexity"], body)
+    body = []
+    for pattern in ("unstructured", "4:8", "2:4"):
+        for row in found:
+            half = row["sparsity"].startswith("0.5") and row["pattern"] == pattern
+            if half and row["method"] in names:
+                kld = f"{float(row['kld']):.2f}" if row["kld"] else "–"
+                perplexity = f"{float(row['perplexity']):.1f}"
+                body.append([names[row["method"]], pattern, perplexity, kld])
+    dense = next(row for row in found if row["method"] == "dense")
+    body.insert(0, ["dense", "–", f"{float(dense['perplexity']):.1f}", "0"])
+    for row in rows("recovery.csv"):
+        method, _, then = row["case"].partition(", ")
+        base, pattern = method.split(" ", 1)
+        if then and base in names:
+            kind = "unstructured" if "%" in pattern else pattern
+            kld, name = f"{float(row['kl']):.2f}", f"{names[base]}, {then}"
+            body.append([name, kind, f"{float(row['perplexity']):.1f}", kld])
+    return table(["method", "pattern", "perplexity", "KLD"], body)
 
 
 def recipes() -> str:
@@ -65,6 +86,20 @@ def recipes() -> str:
         body.append([row["method"], row["pattern"] or "–", numbers[0], how, *numbers[1:]])
     head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD", "time", "memory"]
     return table(head, body)
+
+
+def joint_rounding() -> str:
+    """KLD of 2:4 with 16-, 8- and 4-bit values, mask, integers and scales chosen together."""
+    held = {"admm": "16 bits", "admm, 8 bits": "8 bits, a scale for a row"}
+    held["admm, 4 bits"] = "4 bits, a scale for 128 columns"
+    found = {row["method"]: row for row in rows("quality_c4.csv") if row["pattern"] == "2:4"}
+    exact = float(found["admm"]["kld"])
+    body = []
+    for method, name in held.items():
+        kld = float(found[method]["kld"])
+        body.append([name, f"{float(found[method]['perplexity']):.1f}", f"{kld:.3f}"])
+        body[-1].append(f"{kld / exact:.2f}×")
+    return table(["values", "perplexity", "KLD", "of 16 bits"], body)
 
 
 def retrieval() -> str:
@@ -496,6 +531,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **sweep_tables.blocks(table),
     "quality": quality,
     "recipes": recipes,
+    "joint_rounding": joint_rounding,
     "kld": kld,
     "kld_cost": kld_cost,
     "recovery": recovery,

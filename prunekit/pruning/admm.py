@@ -19,7 +19,7 @@ from prunekit.pruning.patterns import Pattern
 
 STEPS = 20  # the source's number
 # ρ, where the Hessian's diagonal is 1. Of 0.03, 0.1, 0.3 and the source's 1, this came nearest to
-# the exact answer in 20 steps on the embedded model's matrices.
+# the exact answer in 20 steps on two of the embedded model's matrices.
 PENALTY = 0.3
 CHOOSING = 1.0  # ρ while the mask is chosen as well: a smaller one holds on to early choices
 RISING = 15  # steps over which an unstructured sparsity rises, by the source's cubic root
