@@ -1,6 +1,6 @@
-"""Draw the measured tables of README.md and docs/benchmarks.md from the files under results/.
+"""Draw the measured tables of README.md and of docs/ from the files under results/.
 
-    python -m bench.readme            rewrite both between their markers
+    python -m bench.readme            rewrite them between their markers
     python -m bench.readme --check    exit with 1 if one of them says something else
 
 A block stands between `<!-- measured: NAME -->` and `<!-- end -->`.
@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import summary, sweep_tables
+from bench import quality_tables, summary, sweep_tables
 from bench.bounds import RESULTS
 
 ROOT = Path(__file__).parent.parent
@@ -43,63 +43,6 @@ def table(head: list[str], body: list[list[str]]) -> str:
 def duration(ms: float) -> str:
     """Milliseconds, or seconds from one on."""
     return f"{ms:.3g} ms" if ms < 1000 else f"{ms / 1000:.2f} s"
-
-
-def quality() -> str:
-    """Perplexity and KLD of recipes without gradients, and with them: half of the weights."""
-    names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM"}
-    names["sparsegpt, refitted"] = "SparseGPT, refitted"
-    names["ria, permuted, refitted"] = "RIA, permuted, refitted"
-    uncalibrated = ("dense", "magnitude")
-    found = [
-        row
-        for row in rows("quality_c4.csv")
-        if row["method"] in uncalibrated or " 128x512 " in row["calibration"]
-    ]
-    body = []
-    for pattern in ("unstructured", "4:8", "2:4"):
-        for row in found:
-            half = row["sparsity"].startswith("0.5") and row["pattern"] == pattern
-            if half and row["method"] in names:
-                kld = f"{float(row['kld']):.2f}" if row["kld"] else "–"
-                perplexity = f"{float(row['perplexity']):.1f}"
-                body.append([names[row["method"]], pattern, perplexity, kld])
-    dense = next(row for row in found if row["method"] == "dense")
-    body.insert(0, ["dense", "–", f"{float(dense['perplexity']):.1f}", "0"])
-    for row in rows("recovery.csv"):
-        method, _, then = row["case"].partition(", ")
-        base, pattern = method.split(" ", 1)
-        if then and base in names:
-            kind = "unstructured" if "%" in pattern else pattern
-            kld, name = f"{float(row['kl']):.2f}", f"{names[base]}, {then}"
-            body.append([name, kind, f"{float(row['perplexity']):.1f}", kld])
-    return table(["method", "pattern", "perplexity", "KLD"], body)
-
-
-def recipes() -> str:
-    """Everything that `bench_quality` measured, with what it cost."""
-    forms = {"sparsity": "{:.0%}", "perplexity": "{:.1f}", "kld": "{:.3f}"}
-    body, forms = [], forms | {"seconds": "{:.0f} s", "added_mb": "{:.0f} MB"}
-    for row in rows("quality_c4.csv"):
-        numbers = [form.format(float(row[k])) if row[k] else "–" for k, form in forms.items()]
-        how = row["calibration"].partition(" ")[2].replace("x", " × ")
-        body.append([row["method"], row["pattern"] or "–", numbers[0], how, *numbers[1:]])
-    head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD", "time", "memory"]
-    return table(head, body)
-
-
-def joint_rounding() -> str:
-    """KLD of 2:4 with 16-, 8- and 4-bit values, mask, integers and scales chosen together."""
-    held = {"admm": "16 bits", "admm, 8 bits": "8 bits, a scale for a row"}
-    held["admm, 4 bits"] = "4 bits, a scale for 128 columns"
-    found = {row["method"]: row for row in rows("quality_c4.csv") if row["pattern"] == "2:4"}
-    exact = float(found["admm"]["kld"])
-    body = []
-    for method, name in held.items():
-        kld = float(found[method]["kld"])
-        body.append([name, f"{float(found[method]['perplexity']):.1f}", f"{kld:.3f}"])
-        body[-1].append(f"{kld / exact:.2f}×")
-    return table(["values", "perplexity", "KLD", "of 16 bits"], body)
 
 
 def retrieval() -> str:
@@ -185,34 +128,6 @@ def kld_cost() -> str:
     if not body:
         return "Not measured on this version yet."
     return table(["processor time, one core; memory", ""], body)
-
-
-def recovery() -> str:
-    """What reconstruction and recovery give back, with cost, on two texts."""
-    if not (CPU / "recovery.csv").is_file():
-        return "Not measured on this version yet."
-    found = rows("recovery.csv")
-    forms = {"kl": "{:.3f}", "perplexity": "{:.1f}"}
-    forms |= {f"prose_{name}": form for name, form in list(forms.items())}
-    own, prose = (f"{float(found[0][f'dense_{of}perplexity']):.1f}" for of in ("", "prose_"))
-    body = [["dense", "0", own, "0", prose, "", ""]]
-    for row in found:
-        cost = f"{float(row['processor_s']) / 60:.1f} min", f"{float(row['peak_mb']) / 1000:.1f} GB"
-        numbers = [form.format(float(row[name])) for name, form in forms.items()]
-        body.append([row["case"], *numbers, *cost])
-    head = ["case", "KLD", "perplexity", "KLD, prose", "perplexity, prose", "processor", "peak"]
-    by_case = {row["case"]: row for row in found}
-    notes = []
-    for name, row in by_case.items():
-        start = by_case.get(name.rpartition(", ")[0])
-        if start is None:
-            continue
-        before, after = float(start["prose_kl"]), float(row["prose_kl"])
-        verdict = "nearer to the dense model" if after < before else "it overfits: farther"
-        notes.append(
-            f"- {name}: on the prose, {verdict} than its start (KLD {before:.3f} → {after:.3f})."
-        )
-    return "\n".join([table(head, body), *([""] if notes else []), *notes])
 
 
 def layerwise() -> str:
@@ -529,12 +444,9 @@ DEMO = (
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo": demo,
     **sweep_tables.blocks(table),
-    "quality": quality,
-    "recipes": recipes,
-    "joint_rounding": joint_rounding,
+    **quality_tables.blocks(rows, table),
     "kld": kld,
     "kld_cost": kld_cost,
-    "recovery": recovery,
     "layerwise": layerwise,
     "research": against_research,
     "models": models,

@@ -1,0 +1,103 @@
+"""Tables of what pruning leaves of a model: by recipe, with joint rounding, and after gradients."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+Rows = Callable[[str], list[dict[str, str]]]
+Table = Callable[[list[str], list[list[str]]], str]
+
+
+def quality(rows: Rows, table: Table) -> str:
+    """Perplexity and KLD of recipes without gradients, and with them: half of the weights."""
+    names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM"}
+    names["sparsegpt, refitted"] = "SparseGPT, refitted"
+    names["ria, permuted, refitted"] = "RIA, permuted, refitted"
+    uncalibrated = ("dense", "magnitude")
+    found = [
+        row
+        for row in rows("quality_c4.csv")
+        if row["method"] in uncalibrated or " 128x512 " in row["calibration"]
+    ]
+    body = []
+    for pattern in ("unstructured", "4:8", "2:4"):
+        for row in found:
+            half = row["sparsity"].startswith("0.5") and row["pattern"] == pattern
+            if half and row["method"] in names:
+                kld = f"{float(row['kld']):.2f}" if row["kld"] else "–"
+                perplexity = f"{float(row['perplexity']):.1f}"
+                body.append([names[row["method"]], pattern, perplexity, kld])
+    dense = next(row for row in found if row["method"] == "dense")
+    body.insert(0, ["dense", "–", f"{float(dense['perplexity']):.1f}", "0"])
+    for row in rows("recovery.csv"):
+        method, _, then = row["case"].partition(", ")
+        base, pattern = method.split(" ", 1)
+        if then and base in names:
+            kind = "unstructured" if "%" in pattern else pattern
+            kld, name = f"{float(row['kl']):.2f}", f"{names[base]}, {then}"
+            body.append([name, kind, f"{float(row['perplexity']):.1f}", kld])
+    return table(["method", "pattern", "perplexity", "KLD"], body)
+
+
+def recipes(rows: Rows, table: Table) -> str:
+    """Everything that `bench_quality` measured, with what it cost."""
+    forms = {"sparsity": "{:.0%}", "perplexity": "{:.1f}", "kld": "{:.3f}"}
+    body, forms = [], forms | {"seconds": "{:.0f} s", "added_mb": "{:.0f} MB"}
+    for row in rows("quality_c4.csv"):
+        numbers = [form.format(float(row[k])) if row[k] else "–" for k, form in forms.items()]
+        how = row["calibration"].partition(" ")[2].replace("x", " × ")
+        body.append([row["method"], row["pattern"] or "–", numbers[0], how, *numbers[1:]])
+    head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD", "time", "memory"]
+    return table(head, body)
+
+
+def joint_rounding(rows: Rows, table: Table) -> str:
+    """KLD of 2:4 with 16-, 8- and 4-bit values, mask, integers and scales chosen together."""
+    held = {"admm": "16 bits", "admm, 8 bits": "8 bits, a scale for a row"}
+    held["admm, 4 bits"] = "4 bits, a scale for 128 columns"
+    found = {row["method"]: row for row in rows("quality_c4.csv") if row["pattern"] == "2:4"}
+    exact = float(found["admm"]["kld"])
+    body = []
+    for method, name in held.items():
+        kld = float(found[method]["kld"])
+        body.append([name, f"{float(found[method]['perplexity']):.1f}", f"{kld:.3f}"])
+        body[-1].append(f"{kld / exact:.2f}×")
+    return table(["values", "perplexity", "KLD", "of 16 bits"], body)
+
+
+def recovery(rows: Rows, table: Table) -> str:
+    """What reconstruction and recovery give back, with cost, on two texts."""
+    found = rows("recovery.csv")
+    forms = {"kl": "{:.3f}", "perplexity": "{:.1f}"}
+    forms |= {f"prose_{name}": form for name, form in list(forms.items())}
+    own, prose = (f"{float(found[0][f'dense_{of}perplexity']):.1f}" for of in ("", "prose_"))
+    body = [["dense", "0", own, "0", prose, "", ""]]
+    for row in found:
+        cost = f"{float(row['processor_s']) / 60:.1f} min", f"{float(row['peak_mb']) / 1000:.1f} GB"
+        numbers = [form.format(float(row[name])) for name, form in forms.items()]
+        body.append([row["case"], *numbers, *cost])
+    head = ["case", "KLD", "perplexity", "KLD, prose", "perplexity, prose", "processor", "peak"]
+    by_case = {row["case"]: row for row in found}
+    notes = []
+    for name, row in by_case.items():
+        start = by_case.get(name.rpartition(", ")[0])
+        if start is None:
+            continue
+        before, after = float(start["prose_kl"]), float(row["prose_kl"])
+        verdict = "nearer to the dense model" if after < before else "it overfits: farther"
+        notes.append(
+            f"- {name}: on the prose, {verdict} than its start (KLD {before:.3f} → {after:.3f})."
+        )
+    return "\n".join([table(head, body), *([""] if notes else []), *notes])
+
+
+def blocks(rows: Rows, table: Table) -> dict[str, Callable[[], str]]:
+    """The measured blocks by name.
+
+    Args:
+        rows: Reads a file of results.
+        table: Draws a table from its head and its lines.
+    """
+    drawn = (quality, recipes, joint_rounding, recovery)
+    return {each.__name__: functools.partial(each, rows, table) for each in drawn}
