@@ -35,7 +35,7 @@ types: $(READY)  ## static types, strict
 	@$(RUN) -m mypy
 
 test: lint types  ## lint, types and the test suite (under ten minutes on two cores)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2
 
 test-all: $(READY)  ## the long sweeps that `make test` leaves out
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal -m slow
