@@ -11,25 +11,24 @@ Table = Callable[[list[str], list[list[str]]], str]
 
 def quality(rows: Rows, table: Table) -> str:
     """Perplexity and KLD of recipes without gradients, and with them: half of the weights."""
-    names = {"magnitude": "magnitude", "wanda": "Wanda", "sparsegpt": "SparseGPT", "admm": "ADMM"}
-    names["sparsegpt, refitted"] = "SparseGPT, refitted"
-    names["ria, permuted, refitted"] = "RIA, permuted, refitted"
-    uncalibrated = ("dense", "magnitude")
-    found = [
-        row
-        for row in rows("quality_c4.csv")
-        if row["method"] in uncalibrated or " 128x512 " in row["calibration"]
-    ]
-    body = []
+    names = {
+        "magnitude": "magnitude",
+        "wanda": "Wanda",
+        "sparsegpt": "SparseGPT",
+        "sparsegpt, refitted": "SparseGPT, refitted",
+        "ria, permuted, refitted": "RIA, permuted, refitted",
+        "admm": "ADMM",
+    }
+    measured = rows("quality_c4.csv")
+    found = [row for row in measured if " 128x512 " in row["calibration"]]
+    dense = next(row for row in measured if row["method"] == "dense")
+    body = [["dense", "–", f"{float(dense['perplexity']):.1f}", "0"]]
     for pattern in ("unstructured", "4:8", "2:4"):
         for row in found:
             half = row["sparsity"].startswith("0.5") and row["pattern"] == pattern
             if half and row["method"] in names:
-                kld = f"{float(row['kld']):.2f}" if row["kld"] else "–"
-                perplexity = f"{float(row['perplexity']):.1f}"
+                perplexity, kld = f"{float(row['perplexity']):.1f}", f"{float(row['kld']):.2f}"
                 body.append([names[row["method"]], pattern, perplexity, kld])
-    dense = next(row for row in found if row["method"] == "dense")
-    body.insert(0, ["dense", "–", f"{float(dense['perplexity']):.1f}", "0"])
     for row in rows("recovery.csv"):
         method, _, then = row["case"].partition(", ")
         base, pattern = method.split(" ", 1)
@@ -54,15 +53,17 @@ def recipes(rows: Rows, table: Table) -> str:
 
 def joint_rounding(rows: Rows, table: Table) -> str:
     """KLD of 2:4 with 16-, 8- and 4-bit values, mask, integers and scales chosen together."""
-    held = {"admm": "16 bits", "admm, 8 bits": "8 bits, a scale for a row"}
-    held["admm, 4 bits"] = "4 bits, a scale for 128 columns"
+    held = {
+        "admm": "16 bits",
+        "admm, 8 bits": "8 bits, a scale for a row",
+        "admm, 4 bits": "4 bits, a scale for 128 columns",
+    }
     found = {row["method"]: row for row in rows("quality_c4.csv") if row["pattern"] == "2:4"}
     exact = float(found["admm"]["kld"])
     body = []
     for method, name in held.items():
-        kld = float(found[method]["kld"])
-        body.append([name, f"{float(found[method]['perplexity']):.1f}", f"{kld:.3f}"])
-        body[-1].append(f"{kld / exact:.2f}×")
+        perplexity, kld = (float(found[method][number]) for number in ("perplexity", "kld"))
+        body.append([name, f"{perplexity:.1f}", f"{kld:.3f}", f"{kld / exact:.2f}×"])
     return table(["values", "perplexity", "KLD", "of 16 bits"], body)
 
 

@@ -145,11 +145,12 @@ def prepare(
     """
     known = runtime.known(op)
     choice = known.select(runtime.Problem(base.device, base.dtype), impl)
+    if choice.name == "eager":
+        if base.device.type == "cpu":
+            runtime.keep(known.prepared, key, eager)
+        return
     # Triton binds differently in its interpreter and on AMD
-    bindable = not runtime.interpreting() and torch.version.hip is None
-    if choice.name == "eager" and base.device.type == "cpu":
-        runtime.keep(known.prepared, key, eager)
-    if choice.name == "eager" or not bindable or not base.numel():
+    if runtime.interpreting() or torch.version.hip is not None or not base.numel():
         return
     if runtime.recording.launches is not None:
         return
