@@ -136,6 +136,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=Recovery.steps, help="of recovery")
     parser.add_argument("--tokens", type=int, default=Recovery.tokens, help="of recovery's updates")
     parser.add_argument("--lr", type=float, default=Recovery.lr, help="of recovery")
+    parser.add_argument("--patience", type=int, default=Recovery.patience, help="of recovery")
     parser.add_argument("--dtype", default="bfloat16", help="of the calibration passes")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="recovery.csv", help="of the file to write")
@@ -169,7 +170,9 @@ def folder_of(options: argparse.Namespace, name: str) -> Path:
 
 def one(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """The row of one case, whose checkpoint is then in the work folder."""
-    recovery = Recovery(steps=options.steps, tokens=options.tokens, lr=options.lr)
+    recovery = Recovery(
+        steps=options.steps, tokens=options.tokens, lr=options.lr, patience=options.patience
+    )
     work, before = cases(Reconstruction(steps=options.block_steps), recovery)[name]
     folder = folder_of(options, name)
     source = options.model if before is None else str(folder_of(options, before))
