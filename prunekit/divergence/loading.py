@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -185,9 +186,24 @@ def _through_transformers(
         raise PrunekitError(f"{folder}: {name} is missing from the weights: copy them again")
     for name, *_ in sorted(found["mismatched_keys"]):
         raise PrunekitError(f"{folder}: {name} doesn't fit config.json: copy the weights again")
+    if dtype is not None:
+        _stand_for_(model, getattr(torch, dtype))
     left = sorted(found["unexpected_keys"])
     notes = [f"{len(left)} tensors of the files were not used, first {left[0]}"] if left else []
     return model, (*([f"quantised by {method}"] if method else []), *notes)
+
+
+def _stand_for_(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Let weights of a quantised tensor class stand for values of `dtype`.
+
+    Transformers leaves them the type that they were saved with, and torchao's products refuse
+    activations of another one. Their integers stay; their scales are rounded to `dtype`.
+    """
+    for module in model.modules():
+        for name, weight in list(module.named_parameters(recurse=False)):
+            quantised = hasattr(weight.detach(), "__tensor_flatten__")
+            if quantised and weight.is_floating_point() and weight.dtype != dtype:
+                module.register_parameter(name, nn.Parameter(weight.detach().to(dtype), False))
 
 
 def _check_package(folder: Path, method: str) -> None:

@@ -74,6 +74,23 @@ def test_a_quantised_reference_is_read_through_its_module(quantised, documents):
 
 
 @torch.inference_mode()
+def test_a_quantised_copy_runs_in_another_type(quantised):
+    here, make = quantised
+    eight = make(8)
+    ids = torch.arange(12)[None]
+
+    def logits(source, dtype):
+        model = load_any(source, dtype=dtype).model
+        assert {p.dtype for p in model.parameters()} == {getattr(torch, dtype)}
+        return model(input_ids=ids).logits.double()
+
+    dense, in_8_bits = (logits(source, "float32") for source in (here, eight))
+    rounding = (logits(here, "bfloat16") - dense).norm()
+    assert 0 < (logits(eight, "bfloat16") - in_8_bits).norm() < 2 * rounding
+    assert (in_8_bits - dense).norm() > 0  # integers were loaded at all
+
+
+@torch.inference_mode()
 def test_a_head_that_is_no_matrix(tiny):
     model = tiny("llama")
     states = torch.randn(5, 32)
