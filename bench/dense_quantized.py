@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from prunekernels import quantized24_pack
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import meta
+from prunekernels.runtime import capability
 from prunekernels.sparse.two_four.layout import STEP_K
 from prunekernels.sparse.two_four.quantized import mma
 from prunekernels.sparse.two_four.quantized.layout import (
@@ -32,7 +33,6 @@ from prunekernels.sparse.two_four.quantized.layout import (
 from prunekernels.sparse.two_four.quantized.packing import (
     Rounded,
     packed_rows,
-    round_to_nearest,
 )
 from prunekernels.sparse.two_four.quantized.tuning import quantized24_mma
 from prunekernels.sparse.two_four.tuning import MmaConfig
@@ -49,13 +49,11 @@ class Dense(NamedTuple):
         parts: The kernel's tensors: int32 words, float32 scales, uint8 zero points or None.
         shape: (N, K).
         kind: How a value is held, by the name of the 2:4 format.
-        exact: (N, K) float64, the weight that the codes stand for.
     """
 
     parts: Parts
     shape: tuple[int, int]
     kind: str
-    exact: Tensor
 
     @property
     def nbytes(self) -> int:
@@ -63,20 +61,14 @@ class Dense(NamedTuple):
         return sum(tensor.nbytes for tensor in self.parts if tensor is not None)
 
 
-def rounded(weight: Tensor, kind: str, group: int, *, symmetric: bool = True) -> Dense:
-    """Pack a dense weight with its values rounded to nearest, as the 2:4 formats round theirs.
+def pack(given: Rounded, kind: str) -> Dense:
+    """Pack integers with their scales and zero points, on the integers' device.
 
     Args:
-        weight: (N, K), finite.
+        given: Integers (N, K) of the kind's type; scales, and zero points of 4-bit ones, (N,
+            groups): one for a row, or for 64 or 128 columns.
         kind: "2:4-int8" or "2:4-int4".
-        group: Columns that share a scale: 64, 128, or 0 for a row.
-        symmetric: Without zero points.
     """
-    return pack(round_to_nearest(weight, group, symmetric, KINDS[kind]), kind)
-
-
-def pack(given: Rounded, kind: str) -> Dense:
-    """Pack integers with their scales and zero points, on the integers' device."""
     integers, scales, zeros = given
     rows, columns = integers.shape
     group = group_of(columns, scales.shape[1]) or 0
@@ -99,16 +91,21 @@ def pack(given: Rounded, kind: str) -> Dense:
     )
     levels = None if zeros is None else packed_rows(zeros.to(torch.uint8))
     parts = _without_metadata(sparse.packed, kind, wide), packed_rows(scales), levels
-    numbers = integers.double()
-    if zeros is not None:
-        numbers = numbers - _of_columns(zeros, group, columns)
-    exact = numbers * _of_columns(scales, group, columns)
-    return Dense(parts, (rows, columns), kind, exact)
+    return Dense(parts, (rows, columns), kind)
 
 
-def _of_columns(groups: Tensor, group: int, columns: int) -> Tensor:
-    """(N, K) float64 of (N, groups)."""
-    return groups.double().repeat_interleave(group or columns, 1)[:, :columns]
+def exact(given: Rounded) -> Tensor:
+    """The weight that integers stand for, (N, K) float64."""
+    columns = given.integers.shape[1]
+    group = group_of(columns, given.scales.shape[1]) or columns
+
+    def of_columns(groups: Tensor) -> Tensor:
+        return groups.double().repeat_interleave(group, 1)[:, :columns]
+
+    numbers = given.integers.double()
+    if given.zeros is not None:
+        numbers = numbers - of_columns(given.zeros)
+    return numbers * of_columns(given.scales)
 
 
 def _without_metadata(packed: Tensor, kind: str, wide: int) -> Tensor:
@@ -120,6 +117,15 @@ def _without_metadata(packed: Tensor, kind: str, wide: int) -> Tensor:
         rest.reshape(lines, tails, tail)[..., : tail - _META * TAIL_STEPS],
     )
     return torch.cat([part.flatten(1) for part in values], 1)
+
+
+def unfit(weight: Tensor) -> str:
+    """Why the kernel cannot multiply with a weight where it is ("" if it can)."""
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        return f"activations are bfloat16 or float16, not {weight.dtype}"
+    if capability(weight.device) not in mma.CAPABILITIES:
+        return f"not on compute capability {capability(weight.device)}"
+    return ""
 
 
 def linear(x: Tensor, w: Dense, config: MmaConfig | None = None) -> Tensor:
