@@ -140,7 +140,10 @@ def maker(session: Session) -> Callable[[Case], list[Contender]]:
         if key not in held:
             held.clear()  # one shape at a time: copies are large
             torch._dynamo.reset()  # dynamo compiles a function for eight shapes, then no more
-            count = session.copies(bounds.packed24_bytes(N, K))
+            # the smallest weight in the table must leave the cache before its turn comes again
+            two_four = case.mode == "2:4"
+            small = bounds.quantized24_bytes if two_four else bounds.dense_quantized_bytes
+            count = session.copies(small(N, K, 4))
             held[key] = Weights(case, torch.bfloat16, session.device, count)
         return contenders(held[key], case, torch.bfloat16)
 

@@ -197,7 +197,7 @@ def seen(apply: Any, weight: Tensor) -> Tensor:
 def _without_sparsity(kind: str, group: int, zeros: bool, weight: Tensor, tokens: int) -> Layer:
     """Our quantised 2:4 kernel with its sparsity taken out."""
     need_gpu(weight)
-    # compiles nothing yet, but needs Triton
+    # imports Triton, which a machine without a GPU may lack
     from bench import dense_quantized
 
     reason = dense_quantized.unfit(weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import ptx
@@ -12,7 +13,7 @@ from prunekernels.sparse.two_four.tuning import MmaConfig
 from torch import Tensor
 
 from bench import bench_sparse, bounds, dense_quantized, peers, quantized_peers
-from bench.harness import Absent, Case, Prepared
+from bench.harness import Absent, Case, Prepared, Session
 from bench.quantized_peers import WEIGHT_ONLY
 
 PEERS = {peer.name: peer for peer in WEIGHT_ONLY}
@@ -198,6 +199,19 @@ def test_the_kernel_without_sparsity_says_what_it_does_not_take(monkeypatch):
     assert dense_quantized.unfit(weight) == "activations are bfloat16 or float16, not torch.float32"
     monkeypatch.setattr(dense_quantized, "capability", lambda device: (7, 5))
     assert dense_quantized.unfit(weight.half()) == "not on compute capability (7, 5)"
+
+
+@pytest.mark.parametrize("mode", bench_sparse.peers.PATTERNS)
+def test_so_many_copies_that_the_smallest_weight_leaves_the_cache(tmp_path, monkeypatch, mode):
+    asked: list[float] = []
+    monkeypatch.setattr(Session, "copies", lambda self, size: asked.append(size) or 1)
+    make = bench_sparse.maker(Session(tmp_path / "x.csv", torch.device("cpu")))
+    sizes = {"M": 1, "N": 64, "K": 512, "sparsity": 0.5}
+    held = []
+    for contender in make(Case("linear", mode, "bfloat16", sizes)):
+        with contextlib.suppress(Absent):
+            held.append(contender.prepare().held)
+    assert len(held) > 5 and min(held) >= asked[0]
 
 
 def test_sparsity_s_own_gain_in_the_bounds():
