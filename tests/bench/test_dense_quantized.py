@@ -86,6 +86,23 @@ def test_product(machine, kind, group, zeros, dtype, tokens, rows, columns, conf
     assert torch.equal(got, (x.double() @ exact(whole).T).to(dtype))
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(("kind", "group", "zeros"), dense_quantized.FORMS)
+def test_product_on_a_gpu(kind, group, zeros, dtype):
+    for rows, columns in ((1024, 4096), (130, 301)):
+        given = integers(rows, columns, kind, group, zeros)
+        given = Rounded(*(part if part is None else part.cuda() for part in given))
+        packed, weight = pack(given, kind), exact(given)
+        for tokens in (1, 9, 17, 64, 200):
+            x = (torch.randn(tokens, columns, device="cuda") / weight.std() / 30).to(dtype)
+            got = dense_quantized.linear(x, packed)
+            eager = F.linear(x, weight.to(dtype))
+            assert_as_good_as_eager(got, eager, x.double() @ weight.T)
+            assert torch.equal(got, dense_quantized.linear(x, packed))
+
+
 @pytest.mark.parametrize(("kind", "group", "zeros"), dense_quantized.FORMS)
 def test_bytes_are_those_of_the_bounds(kind, group, zeros):
     for rows, columns in ((48, 416), (33, 95)):
