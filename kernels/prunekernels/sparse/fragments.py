@@ -35,8 +35,8 @@ def dense_text(kind, half):
 
 
 @gluon.jit
-def x_of_lanes(b, NT: gl.constexpr, ACC: gl.constexpr):
-    """Words of x (8·NT, 16), columns of 32, as the lanes hold B: (1, 1, NT, 32, 4)."""
+def x_registers(b, NT: gl.constexpr, ACC: gl.constexpr):
+    """B as the lanes hold it, (1, 1, token tiles, 32, 4), of (8·token tiles, 16) words."""
     # word = 4·register + thread of the quad, token = quad
     b = gl.permute(gl.reshape(b, [NT, 8, 4, 4]), [0, 1, 3, 2])
     return gl.convert_layout(gl.reshape(b, [1, 1, NT, 32, 4]), ACC)
@@ -48,7 +48,7 @@ def multiply_dense(acc, a, b, HALF: gl.constexpr, KIND: gl.constexpr, ACC: gl.co
     return gl.inline_asm_elementwise(
         dense_text(KIND, HALF),
         "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3",
-        [a, x_of_lanes(b, acc.shape[2], ACC), acc],
+        [a, x_registers(b, acc.shape[2], ACC), acc],
         dtype=gl.float32,
         is_pure=True,
         pack=4,

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
 from prunekernels.runtime import capability, processors
-from prunekernels.sparse.fragments import finish, x_layout, x_of_lanes
+from prunekernels.sparse.fragments import finish, x_layout, x_registers
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.two_four.expand import sparse24_unpack
@@ -65,11 +65,12 @@ def multiply_fragments(acc, a, b, e, SELECTOR: gl.constexpr, KIND: gl.constexpr,
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
     PER_LANE: gl.constexpr = e.shape[1] // 32
+    b = x_registers(b, acc.shape[2], ACC)
     e = gl.convert_layout(gl.reshape(e, [NW, MT, 1, 32, PER_LANE]), ACC)
     return gl.inline_asm_elementwise(
         _mma_text(KIND, SELECTOR),
         "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3,r,r,r,r",
-        [a, x_of_lanes(b, acc.shape[2], ACC), acc, e],
+        [a, b, acc, e],
         dtype=gl.float32,
         is_pure=True,
         pack=4,
