@@ -60,9 +60,12 @@ DRAWS = (
             "2:4",
             ("dense", "2:4 mma_sp", f"{name} auto"),
             f"{name} mma_sp",
-            ("int8 weight-only", "int4 weight-only"),
+            beside,
         )
-        for name in ("2:4-int8", "2:4-int4")
+        for name, beside in (
+            ("2:4-int8", ("int8 weight-only", "int8 mma_sync")),
+            ("2:4-int4", ("int4 weight-only", "torchao int4 preshuffled", "int4 mma_sync")),
+        )
     ),
     Draw("block", "2:4", ("2:4 auto", "2:4 wgmma_sp"), "2:4 wgmma_tma", ("dense",)),
     Draw("linear", "unstructured", ("dense",), "bitmap mma", ("bitmap triton",)),

@@ -27,7 +27,7 @@ from prunekit.commands.measures import cache_size
 from prunekit.errors import PrunekitError
 from prunekit.packed.sizes import weight_bytes
 from prunekit.speed import decoding as speed
-from prunekit.speed.variants import VARIANTS, Variant, build
+from prunekit.speed.variants import USUAL, VARIANTS, Variant, build
 
 #: Shapes of well-known models: what decides their speed.
 SHAPES = {
@@ -176,6 +176,7 @@ def main() -> int:
     add_options(parser)
     parser.add_argument("--model", nargs="*", help=f"{', '.join(SHAPES)}, demo, a folder, a Hub id")
     parser.add_argument("--batch", nargs="*", type=int)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=USUAL)
     parser.add_argument("--dtype", help="bfloat16 on a GPU, float32 on a CPU")
     options = parser.parse_args()
     session = Session.begin(options, "model.csv")
@@ -187,7 +188,8 @@ def main() -> int:
 
     def make(case: Case) -> list[Contender]:
         return [
-            Contender(name, functools.partial(prepare, models, case, name)) for name in VARIANTS
+            Contender(name, functools.partial(prepare, models, case, name))
+            for name in options.variants
         ]
 
     work: list[tuple[Case, Callable[[], list[Contender]]]] = [

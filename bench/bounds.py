@@ -153,6 +153,16 @@ def quantized24_bytes(rows: int, columns: int, bits: int, group: int = 0) -> flo
     return height * (width * (bits / 16 + 1 / 8) + 4 * groups)
 
 
+def dense_quantized_bytes(
+    rows: int, columns: int, bits: int, group: int = 0, *, zeros: bool = False
+) -> float:
+    """Bytes of a weight of which every value has so many bits, padded to 16 × 32; float32 scales,
+    and zero points of a byte."""
+    height, width = -(-rows // 16) * 16, -(-columns // 32) * 32
+    groups = -(-columns // group) if group else 1
+    return height * (width * bits / 8 + (4 + zeros) * groups)
+
+
 def bitmap_bytes(rows: int, columns: int, sparsity: float) -> float:
     """Bytes of a bitmap weight with 16-bit values: a bit per weight, the non-zeros, half of the
     filling of each tile of 2048, and its start."""
@@ -184,14 +194,23 @@ def bitmap_passes(sparsity: float) -> float:
 
 #: 2:4 with quantised values: the name of the compiled kernel, bits, columns of a group.
 QUANTISED = {
-    "24 int8": ("int8", 8, 0),
-    "24 fp8": ("fp8", 8, 0),
-    "24 int4": ("int4g128", 4, 128),
+    "24 int8": ("quantized24/mma_sp/int8", 8, 0),
+    "24 fp8": ("quantized24/mma_sp/fp8", 8, 0),
+    "24 int4": ("quantized24/mma_sp/int4g128", 4, 128),
 }
+#: The same kernel without sparsity (dense_quantized.py).
+UNPRUNED = {
+    "int8 mma": ("dense_quantized/mma/int8", 8, 0),
+    "int4 mma": ("dense_quantized/mma/int4g128", 4, 128),
+    "int4 mma g64": ("dense_quantized/mma/int4g64", 4, 64),
+    "int4 mma zeros": ("dense_quantized/mma/int4g128z", 4, 128),
+}
+#: Columns of a group of torch's 4-bit weights.
+INT4_GROUPS = {"int4": 128, "int4 g64": 64, "int4 g256": 256}
 
 
 def _counted_name(name: str, tokens: int) -> str:
-    return f"quantized24/mma_sp/{name}/bf16/t{tokens}/split"
+    return f"{name}/bf16/t{tokens}/split"
 
 
 def _tile_of(name: str, tokens: int) -> int:
@@ -209,9 +228,9 @@ def linear(
         kind: How the weight is kept: "dense", "int8", "24 mma" (sparse tensor cores), "24
             triton" (expanded in registers), "24 expand" (expanded in memory, then dense), "24
             wgmma" (a library's kernel), "bitmap" (tensor cores), "bitmap triton" (the portable
-            kernel), "bitmap expand", "csr"; of quantised values "int8" and "int4" (groups of 128)
-            for every weight, "24 int8", "24 fp8" and "24 int4" (groups of 128) for a 2:4 one, and
-            each of them with " expand".
+            kernel), "bitmap expand", "csr"; of quantised values "int8" and "int4" (groups of 128;
+            " g64" and " g256": of so many) for every weight, "24 int8", "24 fp8" and "24 int4"
+            (groups of 128) for a 2:4 one, each of them with " expand", and what `UNPRUNED` names.
         M: Tokens.
         N: Rows of the weight, outputs.
         K: Columns of the weight, inputs.
@@ -226,13 +245,16 @@ def linear(
     if kind == "24 mma":
         slots = slots_of(f"sparse24/mma_sp/bf16/t{tokens}/split") * N * K * -(-M // tokens)
         return [Cost(packed24_bytes(N, K, itemsize) + ends, mma_flop=padded / 2, slots=slots)]
-    if kind in QUANTISED:
-        name, bits, group = QUANTISED[kind]
+    if kind in QUANTISED or kind in UNPRUNED:
+        name, bits, group = QUANTISED.get(kind) or UNPRUNED[kind]
         # more tokens than a program has take the weight's instructions anew
         tile = _tile_of(name, M)
         slots = slots_of(_counted_name(name, tile)) * N * K * -(-M // tile)
-        held = quantized24_bytes(N, K, bits, group)
-        return [Cost(held + ends, mma_flop=padded / 2, slots=slots)]
+        if kind in QUANTISED:
+            held = quantized24_bytes(N, K, bits, group)
+            return [Cost(held + ends, mma_flop=padded / 2, slots=slots)]
+        held = dense_quantized_bytes(N, K, bits, group, zeros="zeros" in kind)
+        return [Cost(held + ends, mma_flop=padded, slots=slots)]
     if kind.removesuffix(" expand") in QUANTISED:
         _, bits, group = QUANTISED[kind.removesuffix(" expand")]
         held = quantized24_bytes(N, K, bits, group)
@@ -260,12 +282,11 @@ def linear(
         return [Cost(size, mma_flop=padded, slots=slots, passes=passes)]
     if kind == "bitmap expand":
         return [Cost(bitmap_bytes(N, K, sparsity) + dense), Cost(dense + ends, products)]
-    # two 16-bit numbers for each 128 columns: scale and zero point
-    int4 = N * K * (1 / 2 + 4 / 128)
     weight = {
         "dense": dense,
         "int8": N * K,
-        "int4": int4,
+        # two 16-bit numbers for each group: scale and zero point
+        **{name: N * K * (1 / 2 + 4 / group) for name, group in INT4_GROUPS.items()},
         "csr": (itemsize + 4) * (1 - sparsity) * N * K,
     }[kind]
     return [Cost(weight + ends, products)]
@@ -310,7 +331,8 @@ LAYERS = {
     "70B gate/up": (28672, 8192),
 }
 KINDS = (
-    *("dense", "int8", "int4", "24 mma", "24 triton", "24 expand", *QUANTISED, "24 int4 expand"),
+    *("dense", "int8", "int4", *UNPRUNED),
+    *("24 mma", "24 triton", "24 expand", *QUANTISED, "24 int4 expand"),
     *("bitmap", "bitmap triton"),
 )
 SHORT_KINDS = ("dense", "24 mma", "24 int8", "24 int4", "bitmap")
@@ -377,12 +399,14 @@ def count_instructions(begins: str) -> None:
     """Compile kernels whose names begin so for sm_90, and write their instructions per element."""
     from prunekernels.compilation import compile_case, discover
 
+    from bench import dense_quantized
+
     rows = []
     if begins and SLOTS.is_file():
         with SLOTS.open(newline="", encoding="utf-8") as file:
             kept = [tuple(row.values()) for row in csv.DictReader(file)]
         rows = [row for row in kept if not row[0].startswith(begins)]
-    for case in discover():
+    for case in (*discover(), *dense_quantized.compile_cases()):
         if 90 in case.archs and case.elements_per_iteration and case.name.startswith(begins):
             report = compile_case(case, 90)
             each = f"{report.instructions_per_element:.3f}"

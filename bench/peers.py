@@ -106,17 +106,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, mode=mode, dynamic=False, fullgraph=True)
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """x·Wᵀ, to be compiled."""
     return F.linear(x, weight)
-
-
-def _dequantised(x: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    return F.linear(x, values.to(x.dtype)) * scale
 
 
 def _compiled(weight: Tensor, tokens: int) -> Layer:
     need_gpu(weight, "measured on an NVIDIA GPU only")
-    return Layer(lambda x: compiled(_product)(x, weight), size(weight))
+    return Layer(lambda x: compiled(product)(x, weight), size(weight))
 
 
 def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
@@ -171,46 +168,6 @@ PACKED_FORMATS: dict[str, Any] = {
         for name in ("2:4-int8", "2:4-fp8", "2:4-int4")
     },
 }
-
-
-def _int8(weight: Tensor, tokens: int) -> Layer:
-    """Values rounded to 8 bits with a scale per row, as weight-only quantisation does."""
-    scale = weight.float().abs().amax(1).clamp_min(1e-8) / 127
-    values = (weight.float() / scale[:, None]).round().to(torch.int8)
-    scale = scale.to(weight.dtype)
-    exact = values.double() * scale.double()[:, None]
-    held = size(values, scale)
-    if weight.device.type == "cpu":
-        if weight.dtype != torch.bfloat16:
-            raise Absent("int8 weight-only: torch's CPU kernel takes bfloat16 activations")
-        return Layer(lambda x: torch._weight_int8pack_mm(x, values, scale), held, exact)
-    return Layer(lambda x: compiled(_dequantised)(x, values, scale), held, exact)
-
-
-def _int4(weight: Tensor, tokens: int) -> Layer:
-    """Values rounded to 4 bits in groups of 128, by torch's own kernel (from the TinyGEMM)."""
-    rows, columns = weight.shape
-    if weight.dtype != torch.bfloat16 or rows % 64 or columns % 128:
-        raise Absent("int4 weight-only: torch's kernel takes bfloat16, multiples of 64 and 128")
-    grouped = weight.float().view(rows, -1, 128)
-    scale = (grouped.abs().amax(2) / 7).clamp_min(1e-8).to(weight.dtype)
-    codes = (grouped / scale.float()[..., None]).round().clamp(-8, 7).to(torch.int32) + 8
-    exact = ((codes - 8).double() * scale.double()[..., None]).view(rows, columns)
-    # (groups, N, 2): scale and the value of code 8
-    pairs = torch.stack((scale, torch.zeros_like(scale)), 2).transpose(0, 1).contiguous()
-    codes = codes.view(rows, columns)
-    if weight.device.type == "cpu":
-        packed = torch._convert_weight_to_int4pack_for_cpu(codes, 1)
-
-        def apply(x: Tensor) -> Tensor:
-            return torch._weight_int4pack_mm_for_cpu(x, packed, 128, pairs)
-    else:
-        packed = torch._convert_weight_to_int4pack((codes[:, ::2] << 4 | codes[:, 1::2]).byte(), 8)
-
-        def apply(x: Tensor) -> Tensor:
-            return torch._weight_int4pack_mm(x, packed, 128, pairs)
-
-    return Layer(apply, size(packed, pairs), exact)
 
 
 def _semi_structured(backend: str, weight: Tensor, tokens: int) -> Layer:
@@ -346,7 +303,7 @@ def _semi(backend: str) -> Callable[[Tensor, int], Layer]:
     return functools.partial(_semi_structured, backend)
 
 
-#: Every way that is measured, dense first.
+#: Every way that is measured, dense first; those that quantise alone are `quantized_peers`.
 LINEAR = (
     LinearPeer("dense", "dense", _dense),
     LinearPeer("torch.compile", "dense", _compiled, ("2:4",), few=True),
@@ -363,8 +320,6 @@ LINEAR = (
     LinearPeer("TileLang gemm_sp", "24 wgmma", _tilelang, ("2:4",), few=True),
     LinearPeer("torch CSR", "csr", _csr, most_tokens=256),
     LinearPeer("torch BSR", "dense", _bsr, most_tokens=256),
-    LinearPeer("int8 weight-only", "int8", _int8, PATTERNS, few=True),
-    LinearPeer("int4 weight-only", "int4", _int4, PATTERNS, most_tokens=256),
     LinearPeer("2:4 instead", "dense", _two_four, ("unstructured",)),
     LinearPeer("MACKO", "bitmap", _macko, ("unstructured",), 1),
     LinearPeer("SpInfer", "bitmap", _spinfer, ("unstructured",), 64),

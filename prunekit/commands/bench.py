@@ -26,10 +26,14 @@ turns, so that a change of clocks hits all alike, and each is checked before it 
 Which weights go makes no difference to speed, so they are chosen by size alone: prune with
 `prunekit prune` or `drop` for a model worth keeping. Such checkpoints are measured as they are
 when they follow the model. All variants are in memory at once.
+
+2:4-int8, 2:4-fp8 and 2:4-int4 also round the kept values, to the nearest, so they are measured
+only where they are named: --variants 2:4 2:4-int8 2:4-int4. Until their kernels have run on
+hardware, such a layer expands its weight for each call on a GPU too; the variant says so.
 """
-EXAMPLE = "prunekit bench demo --batch 1 8 --new 16 --output out/bench"
+EXAMPLE = "prunekit bench demo --variants 2:4 2:4-int8 2:4-int4 --new 16 --output out/bench"
 FILES = ("bench.json", "speed.png")
-_ROLES = {"dense": "dense", "dropped": "h", "2:4": "p", "bitmap": "z"}
+_ROLES = {"dense": "dense", "dropped": "h", "2:4": "p", "bitmap": "z", "2:4-int8": "reverse"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["dense", "dropped", "2:4", "bitmap"],
         metavar="NAME",
-        help="dense, dropped, 2:4, bitmap (all)",
+        help="dense, dropped, 2:4, bitmap (these four), 2:4-int8, 2:4-fp8, 2:4-int4",
     )
     parser.add_argument(
         "--sparsity",
@@ -78,6 +81,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     from prunekit.speed import decoding as speed
     from prunekit.speed import variants
 
+    args.variants = args.variants or variants.USUAL
     for name in args.variants:
         if name not in variants.VARIANTS:
             raise PrunekitError(f"variant '{name}' is unknown: use {', '.join(variants.VARIANTS)}")

@@ -18,9 +18,12 @@ from prunekit.models.dropped import drop_sublayers_
 from prunekit.packed.formats import FORMATS
 from prunekit.pruning import Magnitude, prune_
 from prunekit.speed import decoding as speed
-from prunekit.swap import swap_
+from prunekit.swap import exact_formats, swap_, unswap_
 
-VARIANTS = ("dense", "dropped", "2:4", "bitmap")
+#: Every variant by name: formats are packed under their own.
+VARIANTS = ("dense", "dropped", *FORMATS)
+#: Those that are compared unless others are named: no value is rounded.
+USUAL = ("dense", "dropped", *exact_formats())
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,9 @@ class Variant:
         name: One of `VARIANTS`, or the name of a given checkpoint.
         model: The model, in eval mode.
         what: What was done to it.
-        difference: How far packing moved its logits from those of the same weights as dense
-            zeros: largest difference over their standard deviation; 0 where nothing is packed.
+        difference: How far packing moved its logits from those of the same weights, rounded ones
+            where the format rounds, as dense zeros: largest difference over their standard
+            deviation; 0 where nothing is packed.
     """
 
     name: str
@@ -54,7 +58,7 @@ def build(dense: PreTrainedModel, name: str, *, sparsity: float = 0.5) -> Varian
         The variant.
 
     Raises:
-        PrunekitError: The name is unknown, or this version or device has no kernel for it.
+        PrunekitError: The name is unknown, or no layer of the model fits the format.
     """
     if name not in VARIANTS:
         raise PrunekitError(f"variant '{name}' is unknown: use {', '.join(VARIANTS)}")
@@ -66,19 +70,27 @@ def build(dense: PreTrainedModel, name: str, *, sparsity: float = 0.5) -> Varian
         count = max(1, round(sparsity / 2 * len(present)))
         drop_sublayers_(model, attn=present[-count:])
         return Variant(name, model, f"{count} of {len(present)} attentions dropped")
-    prune_(model, Magnitude(pattern="2:4") if name == "2:4" else Magnitude(sparsity=sparsity))
+    two_four = name.startswith("2:4")
+    prune_(model, Magnitude(pattern="2:4") if two_four else Magnitude(sparsity=sparsity))
     return _packed(name, model)
 
 
 def _packed(name: str, model: PreTrainedModel) -> Variant:
     """Sparse kernels swapped in, and what that did to the logits."""
-    if name not in FORMATS:
-        raise PrunekitError(f"{name}: not in this version (it packs {', '.join(FORMATS)})")
     prompts = speed.random_prompts(model, 1, 16)
     before = _logits(model, prompts)
     report = swap_(model, formats=[name], min_speedup=0.0)
-    difference = float((_logits(model, prompts) - before).abs().max() / before.std())
+    if not report.swapped:
+        why = next((module.reason for module in report.modules), "it has no linear layers")
+        raise PrunekitError(f"{name}: no layer was packed ({why}): leave it out of --variants")
     what = f"{len(report.swapped)} of {len(report.modules)} linear layers packed"
+    if not FORMATS[name].exact:
+        # rounding is no fault of the kernels: they meet the rounded weights
+        rounded = copy.deepcopy(model)
+        unswap_(rounded)
+        before = _logits(rounded, prompts)
+        what += f", values rounded to nearest; {report.swapped[0].reason}"
+    difference = float((_logits(model, prompts) - before).abs().max() / before.std())
     return Variant(name, model, what, difference)
 
 

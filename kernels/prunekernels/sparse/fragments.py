@@ -25,6 +25,37 @@ def x_layout(token_tiles, warps):
 
 
 @gluon.constexpr_function
+def dense_text(kind, half):
+    """`mma.sync` of 16 columns: A is $4 … $7, B the half of $8 … $11 that `half` (0 or 1) names."""
+    b = "{$8,$9}" if half == 0 else "{$10,$11}"
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {b}, {{$12,$13,$14,$15}};"
+    )
+
+
+@gluon.jit
+def x_registers(b, NT: gl.constexpr, ACC: gl.constexpr):
+    """B as the lanes hold it, (1, 1, token tiles, 32, 4), of (8·token tiles, 16) words."""
+    # word = 4·register + thread of the quad, token = quad
+    b = gl.permute(gl.reshape(b, [NT, 8, 4, 4]), [0, 1, 3, 2])
+    return gl.convert_layout(gl.reshape(b, [1, 1, NT, 32, 4]), ACC)
+
+
+@gluon.jit
+def multiply_dense(acc, a, b, HALF: gl.constexpr, KIND: gl.constexpr, ACC: gl.constexpr):
+    """acc + A·B of 16 columns: a as the lanes hold it, b the words of 32, of which HALF counts."""
+    return gl.inline_asm_elementwise(
+        dense_text(KIND, HALF),
+        "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3",
+        [a, x_registers(b, acc.shape[2], ACC), acc],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.constexpr_function
 def _axis_layout(layout, axis, rank):
     for dim in reversed(range(rank)):
         if dim != axis:

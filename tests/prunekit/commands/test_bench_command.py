@@ -49,7 +49,7 @@ def test_json_has_every_variant_or_says_why_not(folder, capsys):
     found = json.loads(out)
     assert status == 0 and found["cache"] == "dynamic"
     names = {row["variant"] for row in found["variants"]}
-    assert names | set(found["absent"]) == set(variants.VARIANTS) and {"dense", "dropped"} <= names
+    assert names | set(found["absent"]) == set(variants.USUAL) and {"dense", "dropped"} <= names
     assert [r["batch"] for r in found["variants"] if r["variant"] == "dense"] == [1, 3]
     dense = {row["batch"]: row for row in found["variants"] if row["variant"] == "dense"}
     for row in found["variants"]:
@@ -102,7 +102,7 @@ def test_given_checkpoints_are_measured_as_they_are(folder, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--variants", "quantised"), "variant 'quantised' is unknown"),
+        (("--variants", "int4"), "'int4' is unknown: use dense, dropped, 2:4, bitmap, 2:4-int8, "),
         (("--cache", "graph"), "needs an NVIDIA GPU"),
         (("--prompt", "120", "--new", "20"), "exceed the model's context of 128"),
         (("--sparsity", "1.5"), "not between 0 and 1"),
@@ -128,16 +128,58 @@ def test_a_variant_with_wrong_logits_is_not_timed(folder, capsys, monkeypatch):
     assert "wrong logits" in found["absent"]["dropped"]
 
 
+def test_rounded_formats_beside_16_bits(folder, capsys, tmp_path):
+    names = ["dense", "2:4", "2:4-int8", "2:4-fp8", "2:4-int4"]
+    words = ("--variants", *names[1:], "--dtype", "bfloat16", "--json")
+    status, text, _ = run(capsys, str(folder), *SMALL, *words, "--output", str(tmp_path / "out"))
+    found = json.loads(text)
+    assert status == 0 and not found["absent"]
+    rows = {row["variant"]: row for row in found["variants"]}
+    assert list(rows) == names
+    sizes = [rows[name]["weight_bytes"] for name in names]
+    assert sizes[0] > sizes[1] > sizes[2] == sizes[3] > sizes[4]
+    for name in names[2:]:
+        # against the rounded weights, whose logits are not those of the 16-bit ones
+        assert rows[name]["logit_difference"] < 0.05
+        assert "28 of 29 linear layers packed, values rounded to nearest; " in rows[name]["what"]
+        assert "expand" in rows[name]["what"]
+    assert "rounded" not in rows["2:4"]["what"]
+
+
+def test_a_rounded_variant_is_judged_by_its_rounded_weights(folder, monkeypatch):
+    model, _ = checkpoint.load(str(folder))
+    good = variants.build(model, "2:4-int4")
+    assert good.difference < 1e-3
+    # as large as what rounding alone does to the logits
+    prompts = variants.speed.random_prompts(model, 1, 16)
+    unrounded = variants.build(model, "2:4")
+    before, after = (variants._logits(v.model, prompts) for v in (unrounded, good))
+    assert float((after - before).abs().max() / before.std()) > 0.1
+
+    from prunekernels.sparse.two_four.quantized import linear
+
+    product = linear.product
+    monkeypatch.setattr(linear, "product", lambda *given: product(*given).roll(1, -1))
+    assert variants.build(model, "2:4-int4").difference > variants.speed.TOLERANCE
+
+
+def test_a_format_that_no_layer_fits_is_not_timed_as_dense(capsys, folder, monkeypatch):
+    from prunekit import swap
+
+    monkeypatch.setattr(swap, "_WORTHWHILE", 0.25)
+    words = ("--variants", "2:4-int8", "--json")
+    found = json.loads(run(capsys, str(folder), *SMALL, *words, "--dtype", "bfloat16")[1])
+    assert [row["variant"] for row in found["variants"]] == ["dense"]
+    why = found["absent"]["2:4-int8"]
+    assert "no layer was packed (hardly smaller as 2:4-int8" in why and "--variants" in why
+
+
 def test_building_variants_leaves_the_dense_model_alone(folder):
     model, _ = checkpoint.load(str(folder))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     size = weight_bytes(model)
     for name in variants.VARIANTS:
-        try:
-            made = variants.build(model, name)
-        except PrunekitError as error:
-            assert "not in this version" in str(error)
-            continue
+        made = variants.build(model, name)
         assert (made.model is model) == (name == "dense")
         assert weight_bytes(made.model) <= size
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -46,7 +46,7 @@ from prunekernels.sparse.bitmap.format import bitmap_pack
 from prunekernels.sparse.bitmap.layout import TILE_K, lines_tiles, meta_parts
 from prunekernels.sparse.bitmap.records import arrived, copy, make_barriers, say, slot_bytes
 from prunekernels.sparse.bitmap.tuning import BitmapMmaConfig, bitmap_mma
-from prunekernels.sparse.fragments import axis, finish
+from prunekernels.sparse.fragments import axis, dense_text, finish
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.stacking import ROWS
@@ -54,15 +54,6 @@ from prunekernels.sparse.stacking import ROWS
 #: Where the kernel compiles: Blackwell's tensor cores do not count bits. It has not run on a GPU
 #: yet: the self-test decides on each.
 CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0))
-
-
-@gluon.constexpr_function
-def _multiply_text(kind, half):
-    b = "{$8,$9}" if half == 0 else "{$10,$11}"
-    return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        f"{{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {b}, {{$12,$13,$14,$15}};"
-    )
 
 
 @gluon.constexpr_function
@@ -114,7 +105,7 @@ def _multiply(acc, word, a0, a1, a2, a3, b, STEP: gl.constexpr, KIND: gl.constex
         pack=4,
     )
     return gl.inline_asm_elementwise(
-        _multiply_text(KIND, STEP % 2),
+        dense_text(KIND, STEP % 2),
         "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3",
         [a, b, acc],
         dtype=gl.float32,

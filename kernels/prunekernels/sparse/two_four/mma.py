@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
 from prunekernels.runtime import capability, processors
-from prunekernels.sparse.fragments import finish, x_layout
+from prunekernels.sparse.fragments import finish, x_layout, x_registers
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.two_four.expand import sparse24_unpack
@@ -64,11 +64,8 @@ def multiply_fragments(acc, a, b, e, SELECTOR: gl.constexpr, KIND: gl.constexpr,
     """acc + A·B with A as the lanes hold it, (warps, row tiles, 1, 32, 4) in the layout ACC."""
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
-    NT: gl.constexpr = acc.shape[2]
     PER_LANE: gl.constexpr = e.shape[1] // 32
-    # word = 4·register + thread of the quad, token = quad
-    b = gl.permute(gl.reshape(b, [NT, 8, 4, 4]), [0, 1, 3, 2])
-    b = gl.convert_layout(gl.reshape(b, [1, 1, NT, 32, 4]), ACC)
+    b = x_registers(b, acc.shape[2], ACC)
     e = gl.convert_layout(gl.reshape(e, [NW, MT, 1, 32, PER_LANE]), ACC)
     return gl.inline_asm_elementwise(
         _mma_text(KIND, SELECTOR),

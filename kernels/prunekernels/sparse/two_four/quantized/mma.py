@@ -11,6 +11,9 @@ pair takes the offset away or multiplies the power of two back. So the operand h
 Where groups have scales, sums start anew in each group and are scaled in float32; a row's scale
 multiplies its sum at the end.
 Format: `two_four.quantized.layout`.
+
+DENSE takes the sparsity out, for benchmarks: a register of the operand then holds two neighbours
+instead of two kept values of four, a step has 16 columns, and there is no metadata.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -31,7 +34,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from prunekernels.compilation import Arch, KernelCase
 from prunekernels.launch import Launch, meta
 from prunekernels.runtime import capability, processors
-from prunekernels.sparse.fragments import axis, finish, x_layout
+from prunekernels.sparse.fragments import axis, finish, multiply_dense, x_layout
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, padded_rows, room_for_parts, split_columns
 from prunekernels.sparse.two_four.mma import CAPABILITIES as CAPABILITIES
@@ -53,49 +56,56 @@ from prunekernels.sparse.two_four.tuning import MmaConfig
 @gluon.jit
 def _unit(
     acc, held, minus, xs, w_ptrs, s_ptrs, z_ptrs, BITS: gl.constexpr, FP8: gl.constexpr,
-    HAS_ZEROS: gl.constexpr, GROUP: gl.constexpr, STEP: gl.constexpr, KIND: gl.constexpr,
-    ACC: gl.constexpr, X: gl.constexpr,
+    HAS_ZEROS: gl.constexpr, GROUP: gl.constexpr, STEP: gl.constexpr, DENSE: gl.constexpr,
+    KIND: gl.constexpr, ACC: gl.constexpr, X: gl.constexpr,
 ):  # fmt: skip
-    """Multiply one unit of 256 columns held in registers, and load the next but one.
+    """Multiply one unit of eight steps held in registers, and load the next but one.
 
     held: what `_load_unit` gave; minus: a row's `minus_of`, where its groups have none; xs:
-    (tokens, 128) words of x in shared memory; w_ptrs, s_ptrs, z_ptrs: pointers to the words, scales
-    and zeros of the unit after the next.
+    (tokens, 128, or 64 if DENSE) words of x in shared memory; w_ptrs, s_ptrs, z_ptrs: pointers to
+    the words, scales and zeros of the unit after the next.
     """
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
     P: gl.constexpr = BITS // 4
+    STEP_K: gl.constexpr = 16 if DENSE else 32
     a, meta, scales, zeros = held
-    even, odd = gl.split(gl.reshape(meta, [NW * MT, 32, 2, 2]))
-    e0, e2 = gl.split(even)
-    e1, e3 = gl.split(odd)
-    e = (e0, e1, e2, e3)
+    if not DENSE:
+        even, odd = gl.split(gl.reshape(meta, [NW * MT, 32, 2, 2]))
+        e0, e2 = gl.split(even)
+        e1, e3 = gl.split(odd)
+        e = (e0, e1, e2, e3)
     words = ()
     for block in gl.static_range(2 * P):
         words = words + quarters(a[block], NW, MT, ACC)
     next_a, next_scales, next_zeros = (), (), ()
     part = acc
     for step in gl.static_range(8):
-        if GROUP and step * 32 % GROUP == 0:
+        if GROUP and step * STEP_K % GROUP == 0:
             part = gl.zeros_like(acc)
             if HAS_ZEROS:
-                minus = minus_of(zeros_of_rows(zeros[step * 32 // GROUP], ACC), KIND, ACC)
-        b = xs.slice(step * 16, 16, dim=1).load(X)
+                minus = minus_of(zeros_of_rows(zeros[step * STEP_K // GROUP], ACC), KIND, ACC)
+        if not DENSE or step % 2 == 0:
+            b = xs.slice(step * STEP_K // 2, 16, dim=1).load(X)
         two = (words[step * P], words[step * P + P - 1])
         values = operand(two, minus, BITS, FP8, KIND, ACC)
-        part = multiply_fragments(part, values, b, e[step // 2], step % 2, KIND, ACC)
+        if DENSE:
+            part = multiply_dense(part, values, b, step % 2, KIND, ACC)
+        else:
+            part = multiply_fragments(part, values, b, e[step // 2], step % 2, KIND, ACC)
         if (step + 1) * P % 4 == 0:
             # a block is used up: its registers take the one that comes
             next_at = w_ptrs + step * P // 4 * 128
             next_a = next_a + (gl.load(next_at),)  # noqa: RUF005
-        if GROUP and (step + 1) * 32 % GROUP == 0:
-            acc = add_scaled(acc, part, scales[step * 32 // GROUP], STEP, ACC)
-            s_at = s_ptrs + step * 32 // GROUP * 16
+        if GROUP and (step + 1) * STEP_K % GROUP == 0:
+            acc = add_scaled(acc, part, scales[step * STEP_K // GROUP], STEP, ACC)
+            s_at = s_ptrs + step * STEP_K // GROUP * 16
             next_scales = next_scales + (gl.load(s_at),)  # noqa: RUF005
             if HAS_ZEROS:
-                z_at = z_ptrs + step * 32 // GROUP * 8
+                z_at = z_ptrs + step * STEP_K // GROUP * 8
                 next_zeros = next_zeros + (gl.load(z_at),)  # noqa: RUF005
-    meta = gl.load(w_ptrs + 256 * P)
+    if not DENSE:
+        meta = gl.load(w_ptrs + 256 * P)
     if not GROUP:
         acc = part
     return acc, (next_a, meta, next_scales, next_zeros)
@@ -103,22 +113,23 @@ def _unit(
 
 @gluon.jit
 def _load_unit(w_ptrs, s_ptrs, z_ptrs, P: gl.constexpr, PER_UNIT: gl.constexpr,
-               HAS_ZEROS: gl.constexpr):  # fmt: skip
-    """A unit's blocks of words (tiles, 128), metadata, scales and zeros."""
-    a, scales, zeros = (), (), ()
+               HAS_ZEROS: gl.constexpr, DENSE: gl.constexpr):  # fmt: skip
+    """A unit's blocks of words (tiles, 128), metadata (none if DENSE), scales and zeros."""
+    a, meta, scales, zeros = (), (), (), ()
     for block in gl.static_range(2 * P):
         a = a + (gl.load(w_ptrs + block * 128),)  # noqa: RUF005
     for group in gl.static_range(PER_UNIT):
         scales = scales + (gl.load(s_ptrs + group * 16),)  # noqa: RUF005
         if HAS_ZEROS:
             zeros = zeros + (gl.load(z_ptrs + group * 8),)  # noqa: RUF005
-    meta = gl.load(w_ptrs + 256 * P)
+    if not DENSE:
+        meta = gl.load(w_ptrs + 256 * P)
     return a, meta, scales, zeros
 
 
 @gluon.jit(do_not_specialize=["M", "N", "lines", "units", "tails", "units_per_split", "groups"])
 def _mma24q_fwd_kernel(
-    x_ptr,  # (M, columns padded to 64) as 32-bit words, rows stride_xm words apart
+    x_ptr,  # (M, columns padded to two steps) as 32-bit words, rows stride_xm words apart
     packed_ptr,  # int32 (lines, words): the weight, or the gate's
     scales_ptr,  # float32 (lines, groups, 16)
     zeros_ptr,  # int16 (lines, groups, 8): pairs of zero points, read if HAS_ZEROS
@@ -143,6 +154,7 @@ def _mma24q_fwd_kernel(
     FP8: gl.constexpr,  # whether 8 bits are an e4m3 number, else an integer
     HAS_ZEROS: gl.constexpr,
     GROUP: gl.constexpr,  # columns of a group: 0 (a row), 64 or 128
+    DENSE: gl.constexpr,  # whether every value is kept
     ACTIVATION: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     GATED: gl.constexpr,
@@ -154,12 +166,15 @@ def _mma24q_fwd_kernel(
 ):
     TILES: gl.constexpr = NW * MT
     P: gl.constexpr = BITS // 4  # words of a lane in a step
-    UNIT: gl.constexpr = 256 * P + 128
+    STEP_K: gl.constexpr = 16 if DENSE else 32
+    META: gl.constexpr = 0 if DENSE else 16  # words of a step
+    UNIT: gl.constexpr = 8 * (32 * P + META)
+    X_WORDS: gl.constexpr = 4 * STEP_K  # of a token in a unit
     # integers are subnormal in the operand: they count in these steps
     STEP: gl.constexpr = 1 if BITS == 4 or FP8 else (64 if KIND == "bf16" else 512)
-    PER_UNIT: gl.constexpr = 256 // GROUP if GROUP else 0
+    PER_UNIT: gl.constexpr = 8 * STEP_K // GROUP if GROUP else 0
     W: gl.constexpr = gl.BlockedLayout([MT, 4], [1, 32], [NW, 1], [1, 0])
-    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [NW, 1], [1, 0])
+    COPY: gl.constexpr = gl.BlockedLayout([1, 4], [128 // X_WORDS, X_WORDS // 4], [NW, 1], [1, 0])
     X: gl.constexpr = x_layout(NT, NW)
     ACC: gl.constexpr = gl.BlockedLayout(
         [1, MT, NT, 1, 4], [1, 1, 1, 32, 1], [NW, 1, 1, 1, 1], [4, 3, 2, 1, 0]
@@ -202,24 +217,24 @@ def _mma24q_fwd_kernel(
     minus = minus_of(zero, KIND, ACC)
     if count > 0:
         token = token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, COPY))[:, None]
-        x_word = gl.arange(0, 128, gl.SliceLayout(0, COPY))[None, :]
+        x_word = gl.arange(0, X_WORDS, gl.SliceLayout(0, COPY))[None, :]
         x_ok = token < M
         x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + x_word
-        ring = gl.allocate_shared_memory(gl.int32, [STAGES, 8 * NT, 128], RING)
+        ring = gl.allocate_shared_memory(gl.int32, [STAGES, 8 * NT, X_WORDS], RING)
         for stage in gl.static_range(STAGES - 1):
             # past the slice, and past the last unit, something readable that nobody uses
-            x_at = gl.minimum(first + stage, units - 1) * 128
+            x_at = gl.minimum(first + stage, units - 1) * X_WORDS
             async_copy.async_copy_global_to_shared(ring.index(stage), x_ptrs + x_at, mask=x_ok)
             async_copy.commit_group()
         w_ptrs = line_ptrs + first * UNIT + word
         s_unit = s_ptrs + first * (PER_UNIT * 16)
         z_unit = z_ptrs + first * (PER_UNIT * 8)
-        one = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS)
+        one = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS, DENSE)
         more = gl.minimum(count - 1, 1)
         w_ptrs += more * UNIT
         s_unit += more * (PER_UNIT * 16)
         z_unit += more * (PER_UNIT * 8)
-        other = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS)
+        other = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS, DENSE)
         for pair_of_units in range(0, count // 2):
             for turn in gl.static_range(2):
                 unit = 2 * pair_of_units + turn
@@ -227,7 +242,7 @@ def _mma24q_fwd_kernel(
                 # every warp is done with the slot that is filled next
                 barrier()
                 ahead = unit + STAGES - 1
-                x_at = gl.minimum(first + ahead, units - 1) * 128
+                x_at = gl.minimum(first + ahead, units - 1) * X_WORDS
                 slot = ring.index(ahead & (STAGES - 1))
                 async_copy.async_copy_global_to_shared(slot, x_ptrs + x_at, mask=x_ok)
                 async_copy.commit_group()
@@ -239,7 +254,7 @@ def _mma24q_fwd_kernel(
                 slot = ring.index(unit & (STAGES - 1))
                 acc, held = _unit(
                     acc, one, minus, slot, w_ptrs, s_unit, z_unit,
-                    BITS, FP8, HAS_ZEROS, GROUP, STEP, KIND, ACC, X,
+                    BITS, FP8, HAS_ZEROS, GROUP, STEP, DENSE, KIND, ACC, X,
                 )  # fmt: skip
                 one, other = other, held
         async_copy.wait_group(0)
@@ -248,34 +263,39 @@ def _mma24q_fwd_kernel(
             slot = ring.index((count - 1) & (STAGES - 1))
             acc, one = _unit(
                 acc, one, minus, slot, w_ptrs, s_unit, z_unit,
-                BITS, FP8, HAS_ZEROS, GROUP, STEP, KIND, ACC, X,
+                BITS, FP8, HAS_ZEROS, GROUP, STEP, DENSE, KIND, ACC, X,
             )  # fmt: skip
 
     if first + units_per_split >= units:
         token = token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, X))[:, None]
         x_word = gl.arange(0, 16, gl.SliceLayout(0, X))[None, :]
-        x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + units * 128 + x_word
+        x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + units * X_WORDS + x_word
         w_ptrs = line_ptrs + units * UNIT
         for tail in range(0, tails):
             # each word of a lane is loaded for all four places that its words have
-            meta = gl.load(w_ptrs + 64 * P + word // 4)
+            if not DENSE:
+                meta = gl.load(w_ptrs + 64 * P + word // 4)
             part = acc
             if GROUP:
-                group = (units * 4 + tail) // (GROUP // 64)
+                group = (units * 4 + tail) // (GROUP // (2 * STEP_K))
                 part = gl.zeros_like(acc)
                 if HAS_ZEROS:
                     minus = minus_of(zeros_of_rows(gl.load(z_ptrs + group * 8), ACC), KIND, ACC)
             held = quarters(gl.load(w_ptrs + word // 4 * (2 * P) + word % (2 * P)), NW, MT, ACC)
             for step in gl.static_range(2):
-                b = gl.load(x_ptrs + step * 16, mask=token < M, other=0)
+                if not DENSE or step == 0:
+                    b = gl.load(x_ptrs + step * 16, mask=token < M, other=0)
                 pair_of = (held[step * P], held[step * P + P - 1])
                 values = operand(pair_of, minus, BITS, FP8, KIND, ACC)
-                part = multiply_fragments(part, values, b, meta, step, KIND, ACC)
+                if DENSE:
+                    part = multiply_dense(part, values, b, step, KIND, ACC)
+                else:
+                    part = multiply_fragments(part, values, b, meta, step, KIND, ACC)
             if GROUP:
                 part = add_scaled(acc, part, gl.load(s_ptrs + group * 16), STEP, ACC)
             acc = part
-            x_ptrs += 32
-            w_ptrs += 64 * P + 32
+            x_ptrs += STEP_K
+            w_ptrs += 2 * (32 * P + META)
 
     if GROUP == 0:
         if STEP != 1:
@@ -348,12 +368,18 @@ def product(
     y: Tensor,
     activation: str,
     config: MmaConfig,
+    dense: bool = False,
 ) -> Launch:
-    """The kernel's call for x (M, K) and y (M, N), real or on the meta device."""
+    """The kernel's call for x (M, K) and y (M, N), real or on the meta device.
+
+    A `dense` weight, for comparison, is packed as the 2:4 one of twice the columns that has its
+    columns 2i and 2i + 1 at 4i and 4i + 1, without that one's metadata.
+    """
     tokens, rows = y.shape
     columns = x.shape[1]
-    lines, units, tails = line_blocks(rows, columns)
-    x = padded_rows(x, 256 * units + 64 * tails)
+    spread = 2 if dense else 1
+    lines, units, tails = line_blocks(rows, spread * columns)
+    x = padded_rows(x, (256 * units + 64 * tails) // spread)
     per_split, splits = split_columns(units, config.splits)
     blocks = triton.cdiv(lines, config.warps * (1 if up is not None else config.row_tiles))
     token_blocks = triton.cdiv(tokens, 8 * config.token_tiles)
@@ -387,6 +413,7 @@ def product(
             "FP8": kind == "2:4-fp8",
             "HAS_ZEROS": options["HAS_ZEROS"],
             "GROUP": options["GROUP"],
+            "DENSE": dense,
             "ACTIVATION": activation,
             "HAS_BIAS": bias is not None,
             "GATED": up is not None,
