@@ -64,6 +64,13 @@ DRAWS = (
         )
         for name in ("2:4-int8", "2:4-int4")
     ),
+    Draw(
+        "linear",
+        "2:4",
+        ("2:4-fp8 mma_sp", "2:4-fp8 auto"),
+        "2:4-fp8 x fp8 mma_sp",
+        ("dense", "int8 weight-only"),
+    ),
     Draw("block", "2:4", ("2:4 auto", "2:4 wgmma_sp"), "2:4 wgmma_tma", ("dense",)),
     Draw("linear", "unstructured", ("dense",), "bitmap mma", ("bitmap triton",)),
     *(

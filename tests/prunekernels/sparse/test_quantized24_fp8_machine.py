@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 from prunekernels import quantize_tokens
+from prunekernels.compilation import compile_case
 from prunekernels.runtime import interpreting
 from prunekernels.sparse.layer import ACTIVATIONS
 from prunekernels.sparse.two_four.tuning import MmaConfig
@@ -150,3 +151,37 @@ def test_every_column_and_code_and_scales_of_any_size(machine, order):
     got = machine(x, packed, None, "none", MmaConfig(2, 1, 2, 1), order)
     want = x.double() @ packed.to_dense().double().T
     torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=0)
+
+
+def _cases():
+    from prunekernels.sparse.two_four.quantized.fp8 import mma, tokens_triton
+
+    listed = [] if interpreting() else mma.compile_cases() + tokens_triton.compile_cases()
+    return [pytest.param(c, arch, id=f"{c.name}-{arch}") for c in listed for arch in c.archs]
+
+
+#: Most instructions for each weight of the dense matrix at up to 8 tokens.
+MOST = {"e4m3": 0.55, "f16": 0.75}
+QUICK = ("e4m3/bf16/t8/split-89", "f16/bf16/t8/split-90")
+
+
+@pytest.mark.parametrize(
+    ("case", "arch"),
+    [
+        pytest.param(*p.values, id=p.id, marks=[] if p.id.endswith(QUICK) else [pytest.mark.slow])
+        for p in _cases()
+    ],
+)
+def test_kernels_compile_to_few_sparse_instructions(case, arch):
+    report = compile_case(case, arch)
+    assert (report.missing, report.spills, report.fault) == ([], 0, "")
+    if "/t8" in case.name:
+        assert report.instructions_per_element <= MOST[case.name.split("/")[2]]
+
+
+def test_an_a100_has_no_such_instruction():
+    from prunekernels.sparse.two_four.quantized.fp8 import mma
+
+    assert not {(8, 0), (8, 6)} & set(mma.CAPABILITIES)
+    with pytest.raises(Exception, match=r"requires \.target sm_89 or higher"):
+        compile_case(mma.compile_cases()[0], 80)
