@@ -43,9 +43,10 @@ def exactly(x, weight, bias=None):
 
 
 def assert_near(got, exact):
-    """One rounding, and what an adder of 13 bits typically leaves, ten times over."""
+    """One rounding, and what sums leave: ten times what an adder of 13 bits typically does."""
     half = 0.0 if got.dtype == torch.float32 else torch.finfo(got.dtype).eps / 2
-    floor = 1e-2 * exact.square().mean().sqrt()
+    native = torch.cuda.get_device_capability() in mma.NATIVE
+    floor = (1e-2 if native else 1e-5) * exact.square().mean().sqrt()
     assert ((got.double() - exact).abs() <= half * exact.abs() + floor).all()
 
 

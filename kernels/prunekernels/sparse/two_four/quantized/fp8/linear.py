@@ -58,10 +58,11 @@ def quantized24_fp8_linear(
 
     Equivalent to `act(torch.nn.functional.linear(t.codes.float() * t.scales[..., None],
     w.to_dense(), bias))` with `t = quantize_tokens(x)`: products of codes are summed in float32,
-    scaled by the row's and the token's scale, and rounded once. On sm_89 and sm_120 the tensor
-    cores' adder keeps 13 or 14 bits of what it adds, so 128 products at most are added there
-    before float32 takes over (`fp8.mma`). Differentiable in `x` and `bias` as if x were not
-    rounded; the weight cannot be trained while packed.
+    scaled by the row's and the token's scale, and rounded once. Where the tensor cores multiply
+    e4m3 values (sm_89, sm_120), they add 128 products at most before float32 takes over, because
+    sm_89's adder keeps 13 or 14 bits of what it adds: each sum is then within 4·33·2⁻¹³ of
+    Σ|x·w|, typically within a thousandth of itself (`fp8.mma`). Differentiable in `x` and `bias` as
+    if x were not rounded; the weight cannot be trained while packed.
 
     Args:
         x: (..., K), the type and device of `w`.
