@@ -67,6 +67,13 @@ DRAWS = (
             ("2:4-int4", ("int4 weight-only", "torchao int4 preshuffled", "int4 mma_sync")),
         )
     ),
+    Draw(
+        "linear",
+        "2:4",
+        ("2:4-fp8 mma_sp", "2:4-fp8 auto"),
+        "2:4-fp8 x fp8 mma_sp",
+        ("dense", "int8 weight-only"),
+    ),
     Draw("block", "2:4", ("2:4 auto", "2:4 wgmma_sp"), "2:4 wgmma_tma", ("dense",)),
     Draw("linear", "unstructured", ("dense",), "bitmap mma", ("bitmap triton",)),
     *(

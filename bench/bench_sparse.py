@@ -67,9 +67,10 @@ class Weights:
 
 def check(layer: Layer, weight: Tensor, x: Tensor) -> Callable[[Tensor], Verdict]:
     """Compares the first outputs with float64, allowing twice what the dense layer errs."""
-    some = x[:32]
+    some = x[:32] if layer.rounds is None else layer.rounds(x[:32])
     exact = some.double() @ (weight if layer.exact is None else layer.exact).double().t()
-    plain = (F.linear(some, weight if layer.exact is None else layer.exact.to(x.dtype))).double()
+    held = weight if layer.exact is None else layer.exact.to(x.dtype)
+    plain = F.linear(some.to(x.dtype), held).double()
     allowed = 2 * (plain - exact).abs().max() + 1e-6 * exact.abs().max()
 
     def judge(found: Tensor) -> Verdict:

@@ -3,7 +3,8 @@
     python -m bench.bounds [--all]                bounds on H100, H200, A100, L4 and RTX 4090
     python -m bench.bounds --csv FILE             measured times of a result file beside its bounds
     python -m bench.bounds --compile [KERNELS]    count instructions anew (Triton, no GPU needed),
-                                                  of all or of those whose names begin so
+                                                  of all or of those whose names begin so; for
+                                                  sm_90, or what --arch says
 
 Four limits act at once, so an op takes at least the longest of: its bytes over the memory's
 bandwidth, its products over the matrix units' rate, its instructions over the issue slots
@@ -31,6 +32,9 @@ SLOTS = RESULTS / "compiled" / "sm_90.csv"
 BANDWIDTH_REACHED, PRODUCTS_REACHED = 0.896, 0.8
 #: Rate of mma.sync against wgmma, on Hopper alone.
 MMA_SHARE = {"H100": 0.62, "H200": 0.62}
+#: Rate of products of e4m3 values through mma.sync, where the tensor cores have them, against
+#: 16-bit ones (float32 sums; the same data sheets). Others multiply them as 16-bit values.
+FP8_SHARE = {"L4": 2.0, "RTX 4090": 2.0}
 
 
 class Machine(NamedTuple):
@@ -56,6 +60,11 @@ class Machine(NamedTuple):
     def mma_share(self) -> float:
         """Rate of mma.sync against the fastest matrix instruction."""
         return MMA_SHARE.get(self.name, 1.0)
+
+    @property
+    def fp8_share(self) -> float:
+        """The same of e4m3 values."""
+        return FP8_SHARE.get(self.name, self.mma_share)
 
 
 def _reached(name: str, gigabytes: float, teraflops: float, processors: int, ghz: float) -> Machine:
@@ -92,6 +101,7 @@ class Cost(NamedTuple):
         mma_flop: Of products through mma.sync, counted as executed (2:4 executes half).
         slots: Instructions times lanes.
         passes: Of shared memory, over all multiprocessors.
+        fp8_flop: Of products of e4m3 values through mma.sync, counted as executed.
     """
 
     bytes: float
@@ -99,6 +109,7 @@ class Cost(NamedTuple):
     mma_flop: float = 0.0
     slots: float = 0.0
     passes: float = 0.0
+    fp8_flop: float = 0.0
 
 
 class Bound(NamedTuple):
@@ -115,10 +126,10 @@ def bound(steps: Sequence[Cost], on: Machine) -> Bound:
 
 
 def _bound(cost: Cost, on: Machine) -> Bound:
-    products = (cost.flop + cost.mma_flop / on.mma_share) / on.flops
+    products = cost.flop + cost.mma_flop / on.mma_share + cost.fp8_flop / on.fp8_share
     seconds = {
         "memory": cost.bytes / on.bandwidth,
-        "matrix": products,
+        "matrix": products / on.flops,
         "issue": cost.slots / on.slots if on.slots else 0.0,
         "shared memory": cost.passes / on.passes if on.passes else 0.0,
     }
@@ -207,6 +218,8 @@ UNPRUNED = {
 }
 #: Columns of a group of torch's 4-bit weights.
 INT4_GROUPS = {"int4": 128, "int4 g64": 64, "int4 g256": 256}
+#: `2:4-fp8` weights and activations rounded to e4m3; instructions as counted on Hopper.
+FP8_TOKENS = "24 fp8 x fp8"
 
 
 def _counted_name(name: str, tokens: int) -> str:
@@ -230,7 +243,8 @@ def linear(
             wgmma" (a library's kernel), "bitmap" (tensor cores), "bitmap triton" (the portable
             kernel), "bitmap expand", "csr"; of quantised values "int8" and "int4" (groups of 128;
             " g64" and " g256": of so many) for every weight, "24 int8", "24 fp8" and "24 int4"
-            (groups of 128) for a 2:4 one, each of them with " expand", and what `UNPRUNED` names.
+            (groups of 128) for a 2:4 one, each of them with " expand", and what `UNPRUNED` names;
+            "24 fp8 x fp8" rounds activations first.
         M: Tokens.
         N: Rows of the weight, outputs.
         K: Columns of the weight, inputs.
@@ -255,6 +269,14 @@ def linear(
             return [Cost(held + ends, mma_flop=padded / 2, slots=slots)]
         held = dense_quantized_bytes(N, K, bits, group, zeros="zeros" in kind)
         return [Cost(held + ends, mma_flop=padded, slots=slots)]
+    if kind == FP8_TOKENS:
+        counted = "quantized24/fp8/f16"
+        tile = _tile_of(counted, M)
+        slots = slots_of(_counted_name(counted, tile)) * N * K * -(-M // tile)
+        # x is read, its codes are written and read
+        size = quantized24_bytes(N, K, 8) + M * K + itemsize * M * N
+        rounding = Cost((itemsize + 1.0) * M * K)
+        return [rounding, Cost(size, fp8_flop=padded / 2, slots=slots)]
     if kind.removesuffix(" expand") in QUANTISED:
         _, bits, group = QUANTISED[kind.removesuffix(" expand")]
         held = quantized24_bytes(N, K, bits, group)
@@ -332,7 +354,7 @@ LAYERS = {
 }
 KINDS = (
     *("dense", "int8", "int4", *UNPRUNED),
-    *("24 mma", "24 triton", "24 expand", *QUANTISED, "24 int4 expand"),
+    *("24 mma", "24 triton", "24 expand", *QUANTISED, FP8_TOKENS, "24 int4 expand"),
     *("bitmap", "bitmap triton"),
 )
 SHORT_KINDS = ("dense", "24 mma", "24 int8", "24 int4", "bitmap")
@@ -395,26 +417,27 @@ def print_measured(path: Path, write: Callable[[str], object] = print) -> None:
                 write(f"{row['op']:16} {row['shape']:30} {row['provider']:24} {cells}  {share}")
 
 
-def count_instructions(begins: str) -> None:
-    """Compile kernels whose names begin so for sm_90, and write their instructions per element."""
+def count_instructions(begins: str, arch: int = 90) -> None:
+    """Compile kernels whose names begin so, and write their instructions per element."""
     from prunekernels.compilation import compile_case, discover
 
     from bench import dense_quantized
 
     rows = []
-    if begins and SLOTS.is_file():
-        with SLOTS.open(newline="", encoding="utf-8") as file:
+    path = SLOTS.with_name(f"sm_{arch}.csv")
+    if begins and path.is_file():
+        with path.open(newline="", encoding="utf-8") as file:
             kept = [tuple(row.values()) for row in csv.DictReader(file)]
         rows = [row for row in kept if not row[0].startswith(begins)]
     for case in (*discover(), *dense_quantized.compile_cases()):
-        if 90 in case.archs and case.elements_per_iteration and case.name.startswith(begins):
-            report = compile_case(case, 90)
+        if arch in case.archs and case.elements_per_iteration and case.name.startswith(begins):
+            report = compile_case(case, arch)
             each = f"{report.instructions_per_element:.3f}"
             rows.append((case.name, each, str(report.registers)))
-    SLOTS.parent.mkdir(parents=True, exist_ok=True)
-    with SLOTS.open("w", newline="", encoding="utf-8") as file:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("kernel", "per_element", "registers"), *rows])
-    print(f"written: {SLOTS}")
+    print(f"written: {path}")
 
 
 def main() -> None:
@@ -424,10 +447,11 @@ def main() -> None:
     parser.add_argument(
         "--compile", nargs="?", const="", metavar="KERNELS", help="count instructions anew"
     )
+    parser.add_argument("--arch", type=int, default=90, help="what --compile compiles for")
     parser.add_argument("--all", action="store_true", help="every row, not the main ones alone")
     options = parser.parse_args()
     if options.compile is not None:
-        count_instructions(options.compile)
+        count_instructions(options.compile, options.arch)
     if options.csv is not None:
         print_measured(options.csv)
     else:

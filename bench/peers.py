@@ -33,6 +33,7 @@ class Layer(NamedTuple):
         exact: The weight it really multiplies with, where it rounds values (int8).
         kind: Its cost at given activations, where that depends on them (else its peer's).
         takes: Type of its activations, where it takes one alone.
+        rounds: What it rounds activations to, float64, where it does.
         note: What the results should say about it, such as a library's version.
     """
 
@@ -41,6 +42,7 @@ class Layer(NamedTuple):
     exact: Tensor | None = None
     kind: Callable[[Tensor], str] | None = None
     takes: torch.dtype | None = None
+    rounds: Callable[[Tensor], Tensor] | None = None
     note: str = ""
 
 
@@ -167,7 +169,24 @@ PACKED_FORMATS: dict[str, Any] = {
         )
         for name in ("2:4-int8", "2:4-fp8", "2:4-int4")
     },
+    "2:4-fp8 x fp8": (
+        functools.partial(prunekernels.quantized24_round, kind="2:4-fp8"),
+        prunekernels.quantized24_fp8_linear,
+        "quantized24_fp8_linear",
+        {"else": "24 fp8 x fp8"},
+    ),
 }
+
+
+def rounded_tokens(x: Tensor) -> Tensor:
+    """What activations are as e4m3 values with a scale for each token, float64."""
+    codes, scales = prunekernels.quantize_tokens(x)
+    return codes.double() * scales.double()[..., None]
+
+
+def _fp8_tokens(weight: Tensor, tokens: int) -> Layer:
+    """Weights and activations in e4m3; judged by the activations that it then has."""
+    return _packed("2:4-fp8 x fp8", "mma_sp", weight, tokens)._replace(rounds=rounded_tokens)
 
 
 def _semi_structured(backend: str, weight: Tensor, tokens: int) -> Layer:
@@ -313,6 +332,7 @@ LINEAR = (
         for name in ("2:4-int8", "2:4-fp8", "2:4-int4")
         for peer in _ours(name, ("auto", "mma_sp"), ("2:4",))
     ),
+    LinearPeer("2:4-fp8 x fp8 mma_sp", "24 fp8 x fp8", _fp8_tokens, ("2:4",)),
     *_ours("bitmap", runtime.ops()["bitmap_linear"].impls, PATTERNS),
     LinearPeer("cuSPARSELt", "24 wgmma", _semi("cusparselt"), ("2:4",)),
     LinearPeer("cuSPARSELt best", "24 wgmma", _cusparselt_best, ("2:4",)),

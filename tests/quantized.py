@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import torch
 from packed_formats import two_of_four
-from prunekernels import Quantized24, quantized24_pack
+from prunekernels import Quantized24, quantize_tokens, quantized24_pack
+from prunekernels.sparse.two_four.quantized.fp8.tokens import Tokens
 from torch import Tensor
 
 #: kind, columns of a group (0: a row), with zero points.
@@ -92,3 +93,33 @@ def made(
         held = small if kind == "2:4-fp8" else given.integers
         given = given._replace(integers=held, scales=torch.ones_like(given.scales))
     return Made(quantized24_pack(*given, kind=kind, dtype=dtype), exact(given))
+
+
+def places(columns: int, order: str) -> Tensor:
+    """Where each column's code stands: of instruction i, register r and thread t of a quad."""
+    place = torch.full((-(-columns // 128) * 128,), -1)
+    for start in range(0, len(place), 128):
+        for at in range(128):
+            word, byte = divmod(at, 4)
+            instruction, position = divmod(word, 16)
+            if order == "e4m3":
+                # two groups of one thread's step: 64 columns apart
+                half, pair, apart = position // 8, position % 8 // 2, position % 2
+                column = 32 * (half + 2 * apart) + 4 * (pair + 4 * instruction) + byte
+            else:
+                # a thread's word holds pairs of two registers of one step's operand
+                register, thread = divmod(position, 4)
+                pair = 4 * (2 * register + byte // 2) + thread
+                column = 64 * instruction + 2 * pair + byte % 2
+            place[start + column] = start + at
+    assert (place >= 0).all()
+    return place
+
+
+def ordered_tokens(x: Tensor, order: str) -> Tokens:
+    """Tokens in a product's order, uint8: what the kernel that rounds them writes."""
+    codes, scales = quantize_tokens(x)
+    place = places(x.shape[1], order)
+    out = torch.zeros(len(x), len(place), dtype=torch.uint8)
+    out[:, place[: x.shape[1]]] = codes.view(torch.uint8)
+    return Tokens(out, scales)

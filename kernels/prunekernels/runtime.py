@@ -63,11 +63,15 @@ class Kernel:
         tensor_cores: Whether it is inline assembly for NVIDIA's tensor cores. The module then has
             `CAPABILITIES` and `self_test(device)`, which says what is wrong or returns None; the
             test runs once per process and device, before the kernel is first used.
+        types: What a kernel for tensor cores takes.
+        needs: Why it has no more than the module's `CAPABILITIES`, in a few words.
     """
 
     module: str
     function: str
     tensor_cores: bool = False
+    types: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16)
+    needs: str = ""
 
     def load(self) -> ModuleType:
         """The module (imports Triton)."""
@@ -184,7 +188,7 @@ class Op:
                     "(TRITON_INTERPRET=1 interprets them, slowly)"
                 )
             return None
-        if problem.dtype not in (torch.bfloat16, torch.float16):
+        if problem.dtype not in kernel.types:
             return f"the tensor cores multiply bfloat16 and float16 values, not {problem.dtype}"
         if device.type != "cuda" or torch.version.cuda is None:
             return "these tensor cores need an NVIDIA GPU"
@@ -192,7 +196,8 @@ class Op:
             return "inline assembly cannot be interpreted: unset TRITON_INTERPRET"
         major, minor = torch.cuda.get_device_capability(device)
         if (major, minor) not in kernel.load().CAPABILITIES:
-            return f"no {name} kernel for compute capability {major}.{minor}"
+            why = f" ({kernel.needs})" * bool(kernel.needs)
+            return f"no {name} kernel for compute capability {major}.{minor}{why}"
         return self.self_test(device, name)
 
     def self_test(self, device: torch.device, name: str) -> str | None:

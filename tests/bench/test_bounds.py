@@ -93,6 +93,16 @@ def test_mma_sync_is_slower_on_hopper_alone():
     assert bound(steps, a100).ms == pytest.approx(dense / 2, rel=1e-6)
 
 
+def test_products_of_e4m3_values_are_faster_where_tensor_cores_have_them():
+    costs = (linear(kind, 4096, 14336, 4096) for kind in ("24 fp8", bounds.FP8_TOKENS))
+    wide, narrow = ([step._replace(slots=0.0) for step in steps] for steps in costs)
+    assert sum(step.bytes for step in narrow) == wide[0].bytes + 2 * 4096 * 4096
+    for name, gain in (("H200", 1.0), ("L4", 2.0), ("RTX 4090", 2.0)):
+        last = bound(narrow[1:], MACHINES[name])
+        assert last.limit == "matrix"
+        assert bound(wide, MACHINES[name]).ms == pytest.approx(gain * last.ms)
+
+
 def test_expanding_comes_before_multiplying():
     first, second = linear("24 expand", 4096, 4096, 4096)
     whole = bound([first, second], H200)

@@ -146,6 +146,16 @@ def test_2_of_4_instead_is_judged_by_the_weight_it_has():
     assert not bench_sparse.check(layer._replace(exact=None), weight, x)(layer.apply(x)).right
 
 
+def test_activations_in_e4m3_are_judged_by_what_they_are_rounded_to():
+    weight, x = pruned(32, 256), torch.randn(4, 256).bfloat16()
+    layer = peers._packed("2:4-fp8 x fp8", "eager", weight, 4)
+    layer = layer._replace(rounds=peers.rounded_tokens)
+    assert bench_sparse.check(layer, weight, x)(layer.apply(x)).right
+    assert not bench_sparse.check(layer._replace(rounds=None), weight, x)(layer.apply(x)).right
+    with pytest.raises(Absent, match="need an NVIDIA GPU"):
+        peers._fp8_tokens(weight, 4)
+
+
 def test_tilelang_is_absent_where_it_cannot_run(monkeypatch):
     with pytest.raises(Absent, match="NVIDIA GPU"):
         peers._tilelang(pruned(128, 64), 1)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from ptx.tensor_cores import from_float, to_float
+from ptx.tensor_cores import from_float, to_e4m3, to_float
 
 Array = np.ndarray
 
@@ -66,11 +66,13 @@ class Registers:
 
     def _prmt(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         low, high = (self._value(o, "u32").astype(np.uint64) for o in operands[1:3])
-        both, selector = low | high << np.uint64(32), int(operands[3], 0)
+        both, selector = low | high << np.uint64(32), self._value(operands[3], "u32")
         result = np.zeros(self.threads, np.uint64)
         for byte in range(4):
-            chosen = np.uint64(8 * (selector >> 4 * byte & 7))
-            result |= (both >> chosen & np.uint64(0xFF)) << np.uint64(8 * byte)
+            chosen = (selector >> np.uint32(4 * byte) & np.uint32(0xF)).astype(np.uint64)
+            if (chosen > 7).any():
+                raise ValueError("prmt that copies a sign")
+            result |= (both >> chosen * np.uint64(8) & np.uint64(0xFF)) << np.uint64(8 * byte)
         self._set(operands[0], result.astype(np.uint32), active)
 
     def _mov(self, opcode: list[str], operands: list[Any], active: Array) -> None:
@@ -229,7 +231,11 @@ class Registers:
 
     def _cvt(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         target, source = opcode[-2:]
-        if target in ("bf16x2", "f16x2"):
+        if source == "e4m3x2":
+            both = self._value(operands[1], "u16")
+            low, high = (from_float(to_e4m3(both >> 8 * i & 0xFF), target[:-2]) for i in (0, 1))
+            values = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
+        elif target in ("bf16x2", "f16x2"):
             high, low = (from_float(self._value(o, "f32"), target[:-2]) for o in operands[1:])
             values = low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16)
         elif target in ("bf16", "f16"):

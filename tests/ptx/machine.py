@@ -29,6 +29,7 @@ class Machine:
         lazy: Copies land as late as they may, else at once.
         seed: Seed of a random order of the warps; None for warps in step.
         mutate: What is done to the PTX first, to break it on purpose.
+        mantissa: Bits that the adder of e4m3 products keeps (`mma_sp_m16n8k64_e4m3`); None: all.
     """
 
     def __init__(
@@ -37,8 +38,9 @@ class Machine:
         lazy: bool = True,
         seed: int | None = None,
         mutate: Callable[[str], str] | None = None,
+        mantissa: int | None = None,
     ) -> None:
-        self.arch, self.lazy, self.mutate = arch, lazy, mutate
+        self.arch, self.lazy, self.mutate, self.mantissa = arch, lazy, mutate, mantissa
         self.order = None if seed is None else random.Random(seed)
         self.shuffle = random.Random(0)
         self.launches: list[Launch] = []
@@ -82,7 +84,7 @@ class Machine:
             program = Program(
                 kernel, memory, parameters, ids, size, shared, threads, self.lazy, self.order
             )
-            program.tensor_map = tensor_map
+            program.tensor_map, program.mantissa = tensor_map, self.mantissa
             program.run()
         for number, tensor in enumerate(tensors.values()):
             held = torch.from_numpy(memory.result(number))

@@ -17,6 +17,8 @@ from ptx.warpgroups import Warpgroups
 
 Array = np.ndarray
 
+#: The product of e4m3 values, sparse ones and dense ones.
+E4M3 = "sp::ordered_metadata.sync.aligned.m16n8k64.row.col.f32.e4m3.e4m3.f32"
 #: Instructions that all threads of a warp must execute together.
 _COLLECTIVE = ("bar", "elect", "ldmatrix", "mma", "redux", "shfl", "stmatrix")
 
@@ -54,6 +56,8 @@ class Program(TensorCopies, Warpgroups):
         super().__init__(threads)
         self.kernel, self.memory, self.parameters = kernel, memory, parameters
         self.lazy, self.order = lazy, order
+        # bits that the adder of e4m3 products keeps; None: all
+        self.mantissa: int | None = None
         self.shared = SharedMemory(shared_bytes, threads)
         self.warp = np.arange(threads) // 32
         for axis, here, size in zip("xyz", ids, grid, strict=True):
@@ -245,6 +249,10 @@ class Program(TensorCopies, Warpgroups):
             (metadata,) = self._of_warps([operands[4]], "u32", active).transpose(2, 0, 1)
             parts += [metadata, int(operands[5], 0), match[1]]
             product = tensor_cores.mma_sp_m16n8k32
+        elif form == E4M3:
+            (metadata,) = self._of_warps([operands[4]], "u32", active).transpose(2, 0, 1)
+            parts += [metadata, int(operands[5], 0), self.mantissa]
+            product = tensor_cores.mma_sp_m16n8k64_e4m3
         elif match := re.fullmatch(
             r"sync\.aligned\.m16n8k16\.row\.col\.f32\.(b?f16)\.\1\.f32", form
         ):

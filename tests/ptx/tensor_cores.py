@@ -64,6 +64,62 @@ def mma_sp_m16n8k32(a: Array, b: Array, c: Array, e: Array, selector: int, kind:
     return (c + at).astype(np.float32)
 
 
+def to_e4m3(codes: Array) -> Array:
+    """float64 values of e4m3 codes (0x7F and 0xFF are NaN)."""
+    flat = torch.from_numpy(np.ascontiguousarray(codes).astype(np.uint8))
+    return flat.view(torch.float8_e4m3fn).double().numpy()
+
+
+def mma_sp_m16n8k64_e4m3(
+    a: Array, b: Array, c: Array, e: Array, selector: int, mantissa: int | None = None
+) -> Array:
+    """D (16×8) = A (16×64, 2:4) · B (64×8) + C of e4m3 values for each warp.
+
+    The instruction is `mma.sp::ordered_metadata.m16n8k64`; PTX ISA, "Matrix Fragments for sparse
+    mma.m16n8k64 with .u8 / .s8 / .e4m3 / .e5m2 type".
+
+    Args:
+        a: uint32 (warps, 32 lanes, 4): register r of a lane holds the non-zeros of two chunks of
+            four columns, bytes 0 and 1 those of chunk 2·(lane%4) + 8·(r/2) and bytes 2 and 3 those
+            of the next: row lane/4 for r = 0, 2 and lane/4 + 8 for r = 1, 3.
+        b: uint32 (warps, 32, 4): byte i of register r is row k = 4·(lane%4) + 16·r + i of column
+            lane/4.
+        c: float32 (warps, 32, 4), laid out as for `mma_sp_m16n8k32`.
+        e: uint32 (warps, 32): 2-bit indices, read from all lanes: lane t of a quad covers columns
+            16·t … 16·t + 15; bits 0-15 are row lane/4, bits 16-31 row lane/4 + 8.
+        selector: 0.
+        mantissa: Bits behind the point that an adder keeps of each addend, C included, relative to
+            the largest one; what lies below is cut off. None: sums are formed in float64.
+
+    Returns:
+        float32 (warps, 32, 4), laid out like `c`.
+    """
+    if selector != 0:
+        raise ValueError(f"mma.sp.m16n8k64 of 8-bit values with selector {selector}, not 0")
+    warps = np.arange(a.shape[0])[:, None, None]
+    left, right = np.zeros((a.shape[0], 16, 64)), np.zeros((a.shape[0], 64, 8))
+    for half in (0, 1):
+        row, chunk = LANE // 4 + 8 * (REGISTER % 2), 2 * (LANE % 4) + 8 * (REGISTER // 2) + half
+        owner = LANE // 4 * 4 + chunk // 4
+        nibble = e[:, owner] >> (16 * (REGISTER % 2) + 4 * (chunk % 4)) & 0xF
+        first, second = nibble & 3, nibble >> 2
+        if not (first < second).all():
+            raise ValueError("mma.sp::ordered_metadata with indices that do not increase")
+        left[warps, row, 4 * chunk + first] = to_e4m3(a >> 16 * half & 0xFF)
+        left[warps, row, 4 * chunk + second] = to_e4m3(a >> 16 * half + 8 & 0xFF)
+    for byte in range(4):
+        row = 4 * (LANE % 4) + 16 * REGISTER + byte
+        right[:, row, LANE // 4] = to_e4m3(b >> 8 * byte & 0xFF)
+    at = LANE // 4 + 8 * (REGISTER // 2), 2 * (LANE % 4) + REGISTER % 2
+    if mantissa is None:
+        return (c + (left @ right)[:, *at]).astype(np.float32)
+    terms = left[:, :, :, None] * right[:, None]
+    addends = np.concatenate([terms.transpose(0, 1, 3, 2)[:, *at], c[..., None]], 3)
+    _, exponent = np.frexp(np.abs(addends).max(3, keepdims=True))
+    step = np.ldexp(1.0, exponent - 1 - mantissa)
+    return (np.trunc(addends / step) * step).sum(3).astype(np.float32)
+
+
 def mma_m16n8k16(a: Array, b: Array, c: Array, kind: str) -> Array:
     """D (16×8) = A (16×16) · B (16×8) + C for each warp: `mma.m16n8k16`.
 

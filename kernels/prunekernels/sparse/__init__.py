@@ -21,6 +21,8 @@ from prunekernels.sparse.two_four.quantized.format import (
     quantized24_parts,
     quantized24_round,
 )
+from prunekernels.sparse.two_four.quantized.fp8.linear import quantized24_fp8_linear
+from prunekernels.sparse.two_four.quantized.fp8.tokens import quantize_tokens
 from prunekernels.sparse.two_four.quantized.linear import (
     quantized24_expected,
     quantized24_gate_up,
@@ -39,7 +41,9 @@ __all__ = [
     "bitmap_linear",
     "bitmap_pack",
     "bitmap_split",
+    "quantize_tokens",
     "quantized24_expected",
+    "quantized24_fp8_linear",
     "quantized24_gate_up",
     "quantized24_linear",
     "quantized24_pack",

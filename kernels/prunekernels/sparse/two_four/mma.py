@@ -45,8 +45,9 @@ CAPABILITIES = ((8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0
 
 @gluon.constexpr_function
 def _mma_text(kind, selector):
+    columns = 64 if kind == "e4m3" else 32
     return (
-        "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32."
+        f"mma.sp::ordered_metadata.sync.aligned.m16n8k{columns}.row.col.f32."
         f"{kind}.{kind}.f32 {{$0,$1,$2,$3}}, {{$4,$5,$6,$7}}, {{$8,$9,$10,$11}}, "
         f"{{$12,$13,$14,$15}}, $16, {selector};"
     )
@@ -67,6 +68,12 @@ def multiply_fragments(acc, a, b, e, SELECTOR: gl.constexpr, KIND: gl.constexpr,
     PER_LANE: gl.constexpr = e.shape[1] // 32
     b = x_registers(b, acc.shape[2], ACC)
     e = gl.convert_layout(gl.reshape(e, [NW, MT, 1, 32, PER_LANE]), ACC)
+    return multiply_registers(acc, a, b, e, SELECTOR, KIND, ACC)
+
+
+@gluon.jit
+def multiply_registers(acc, a, b, e, SELECTOR: gl.constexpr, KIND: gl.constexpr, ACC: gl.constexpr):
+    """acc + A·B of what the lanes hold, (warps, row tiles, token tiles, 32, registers) in ACC."""
     return gl.inline_asm_elementwise(
         _mma_text(KIND, SELECTOR),
         "=f,=f,=f,=f,r,r,r,r,r,r,r,r,0,1,2,3,r,r,r,r",

@@ -33,6 +33,13 @@ def quantized24_order(
     return [("eager", "expand, then dense: mma_sp has not run on hardware, ask for it by name")]
 
 
+def fp8_tokens_order(
+    tokens: int, rows: int, columns: int, capability: tuple[int, int], itemsize: int = 2
+) -> list[tuple[str, str]]:
+    """`quantized24_order` of layers whose activations are rounded to e4m3."""
+    return [("eager", "expands in float32: mma_sp has not run on hardware, ask for it by name")]
+
+
 def quantized24_mma(
     tokens: int,
     rows: int,
@@ -76,3 +83,31 @@ def quantized24_mma(
     resident = 2 if capability[0] in (9, 10) else 1
     splits = max(1, min(resident * processors // blocks, columns // 512))
     return MmaConfig(row_tiles, token_tiles, base.stages, splits)
+
+
+def fp8_tokens_mma(
+    tokens: int,
+    rows: int,
+    columns: int,
+    processors: int,
+    capability: tuple[int, int],
+    native: bool,
+) -> MmaConfig:
+    """Tile of the mma.sp kernel for activations rounded to e4m3.
+
+    Args:
+        tokens: M.
+        rows: N.
+        columns: K.
+        processors: Multiprocessors of the device.
+        capability: Its compute capability.
+        native: Whether its tensor cores multiply e4m3 values.
+
+    Returns:
+        That of 8-bit values with 16-bit activations; native, where each sum has a second one in
+        float32 beside it, at most 32 tokens, as more does not fit the registers.
+    """
+    config = quantized24_mma(tokens, rows, columns, False, 8, 0, False, processors, capability)
+    if native and config.token_tiles > 4:
+        return quantized24_mma(32, rows, columns, False, 8, 0, False, processors, capability)
+    return config
