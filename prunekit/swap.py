@@ -349,7 +349,7 @@ def fitting(
     """The first format that holds a matrix and pays.
 
     Args:
-        module: The layer that it is of, which may hold integers that pruning chose.
+        module: The layer that it is of, which may hold numbers that pruning chose.
         dense: (out, in).
         formats: Names of the formats to try.
         least: Smallest expected speed-up.
@@ -376,18 +376,18 @@ def fitting(
 
 
 def _as_rounded(module: nn.Module) -> list[str]:
-    """The format that holds exactly the integers that pruning chose for a layer, if it did."""
+    """The format that holds exactly the numbers that pruning chose for a layer, if it did."""
     rounded = attached(module)
-    return [] if rounded is None else [f"2:4-int{rounded.bits}"]
+    return [] if rounded is None else [rounded.format]
 
 
 def _packed(format_: str, module: nn.Module, dense: torch.Tensor) -> PackedWeight:
-    """`dense` in a format: with the integers that pruning chose, where they are of this format."""
+    """`dense` in a format: with the numbers that pruning chose, where they are of this format."""
     rounded = attached(module)
     if rounded is None or format_ not in _as_rounded(module):
         return FORMATS[format_].pack(dense)
-    integers, scales = rounded.integers, rounded.scales
-    return quantized24_pack(integers, integers != 0, scales, kind=format_, dtype=dense.dtype)
+    codes, kept = rounded.codes, rounded.codes.float() != 0
+    return quantized24_pack(codes, kept, rounded.scales, kind=format_, dtype=dense.dtype)
 
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:
