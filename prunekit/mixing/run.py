@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from prunekernels.sparse.two_four.quantized.layout import GROUPS
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,7 +28,7 @@ from prunekit.files.locks import locked
 from prunekit.mixing.copies import DENSE, DROP, Mixture
 from prunekit.mixing.fitness import Record
 from prunekit.mixing.measuring import HELD_OUT, Measured
-from prunekit.mixing.mixes import Costs, Mix, evolve, frontier, least_damage
+from prunekit.mixing.mixes import Costs, Mix, evolve, frontier, least_damage, undominated
 from prunekit.mixing.result import Point, SearchResult
 from prunekit.models.causal import check_measured
 from prunekit.models.saveable import check_saveable
@@ -76,10 +77,12 @@ def search(
 
     Args:
         model: The dense model. It becomes the mix that was found, dropped sublayers gone, masked
-            weights not packed (`swap_` packs them). If the search fails it is dense again.
+            weights not packed (`swap_` packs them, rounded ones as the numbers they were measured
+            with). If the search fails it is dense again.
         tokenizer: Its tokenizer.
         choices: What a sublayer may become, by name: a method that prunes a copy of the model, a
-            checkpoint of a copy, or None to drop it. "dense" is always there.
+            checkpoint of a copy, or None to drop it. "dense" is always there. Values of a method
+            with `bits`, or of a copy that is packed so, keep their 8 or 4 bits.
         output: Folder of copies, measurements and result.
         bytes: Budget: the model's size over the dense model's, between 0 and 1.
         speed: Budget: decoding speed over the dense model's, expected from the bytes that are read
@@ -147,7 +150,7 @@ def search(
         named[found] = named[found] if found in named and found != start else "found"
         result = _result(mixture, measured, named, found, limits, model, windows, seed)
         result.save(folder)
-        mixture.drop_(found)
+        mixture.keep_(found)
         return result
 
 
@@ -198,8 +201,22 @@ def _check(
     for name, choice in choices.items():
         if (choice is None) != (name == DROP):
             raise PrunekitError(f"{name!r}: None, and only None, is called 'drop'")
-        if getattr(choice, "bits", None) is not None:
-            raise PrunekitError(f"{name!r}: a mix keeps no rounded values: leave bits out")
+        if isinstance(choice, Method) and choice.bits is not None:
+            _check_packable(name, choice)
+
+
+def _check_packable(name: str, method: Method) -> None:
+    """Raise a PrunekitError unless a packed format holds the values that a method rounds."""
+    if method.pattern != "2:4":
+        raise PrunekitError(
+            f"{name!r}: no packed format holds rounded values of pattern {method.pattern}, so that "
+            "they would take 16 bits each: use pattern 2:4, or leave bits out"
+        )
+    if method.group not in (None, *GROUPS):
+        raise PrunekitError(
+            f"{name!r}: no packed format has a scale for each {method.group} columns: use "
+            f"{GROUPS[0]} or {GROUPS[1]}, or leave group out"
+        )
 
 
 def _windows(
@@ -300,10 +317,17 @@ def _offer(
             mixture.restore_()
             journal.remove(record)
     mixture.add(name)
+    sizes = mixture.costs("bytes").parts
+    if isinstance(choice, str | Path) and not (sizes[:, -1] < sizes[:, 0]).any():
+        raise PrunekitError(
+            f"{name} is nowhere smaller than the dense model, so that nothing speaks for it: only "
+            "zeros save bytes here, and 8- or 4-bit values behind 2:4 (dense ones have no packed "
+            "format); name a pruned copy"
+        )
 
 
 def _copied(mixture: Mixture, name: str, source: str | Path, made_of: str) -> None:
-    copy, _ = checkpoint.load(str(source))
+    copy, _ = checkpoint.load(str(source), device=mixture.arch.model.device)
     mixture.write(name, copy, made_of)
 
 
@@ -319,14 +343,17 @@ def _result(
 ) -> SearchResult:
     size, read = mixture.costs("bytes"), mixture.costs("read")
     dense = read.of((0,) * len(mixture.parts))
+    known = measured.all_whole()
+    best = undominated([(size.of(mix), kl) for mix, kl in known.items()])
+    shown = named.keys() | {list(known)[index] for index in best}
 
     def point(mix: Mix, kl: float) -> Point:
-        held_out = measured.held_out(mix) if mix in named else None
+        held_out = measured.held_out(mix) if mix in shown else None
         speed = dense / read.of(mix)
         within = limits.costs.of(mix) <= limits.limit
         return Point(mix, named.get(mix, ""), int(size.of(mix)), speed, kl, within, held_out)
 
-    points = {mix: point(mix, kl) for mix, kl in measured.all_whole().items()}
+    points = {mix: point(mix, kl) for mix, kl in known.items()}
     facts = {
         "prunekit": prunekit.__version__,
         "model": model.config.name_or_path,

@@ -184,6 +184,11 @@ def fill_(module: nn.Module, rounded: Rounded) -> None:
     room.scales.copy_(rounded.scales)
 
 
+def forget_(module: nn.Module) -> None:
+    """Let go of what `attach_` remembered."""
+    vars(module).pop(_ATTRIBUTE, None)
+
+
 def attached(module: nn.Module) -> Rounded | None:
     """What `attach_` remembered, if the layer's weight still has exactly these values."""
     rounded: Rounded | None = vars(module).get(_ATTRIBUTE)
