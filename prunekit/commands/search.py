@@ -80,6 +80,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
 
     from prunekit import checkpoint
     from prunekit.mixing.run import search
+    from prunekit.process import distributed
     from prunekit.swap import swap_
 
     model, tokenizer = options.load(source, args)
@@ -101,6 +102,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         seed=args.seed,
         progress=not args.quiet,
     )
+    if not distributed.is_main():
+        return
     if not args.no_pack:
         least = 0.0 if args.speed is None else 1.0
         swap_(model, min_speedup=least, tokens=args.tokens, progress=not args.quiet)

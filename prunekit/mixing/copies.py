@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.divergence.capture import save_tensors
+from prunekit.divergence.processes import by_main, together
 from prunekit.errors import PrunekitError
 from prunekit.mixing.mixes import Costs, Mix
 from prunekit.models.architectures import Architecture
@@ -169,7 +170,10 @@ class Mixture:
         self._open(DENSE)
 
     def has(self, name: str, made_of: str) -> bool:
-        """Whether the copy is on disk, made of just that."""
+        """Whether the copy is on disk, made of just that, for all processes."""
+        return together(lambda: self._has(name, made_of))
+
+    def _has(self, name: str, made_of: str) -> bool:
         try:
             with safe_open(self._path(name), framework="pt") as held:
                 told = json.loads(held.metadata()["copy"])
@@ -178,7 +182,7 @@ class Mixture:
             return False
 
     def write(self, name: str, model: PreTrainedModel, made_of: str) -> None:
-        """Put a copy on disk.
+        """Put a copy on disk; under several processes each has the copy, and the main one writes.
 
         Args:
             name: The choice that it becomes.
@@ -331,7 +335,7 @@ class Mixture:
         made_of: str,
     ) -> None:
         packed = {
-            f"{path}{_PACKED}{key}": tensor.cpu().contiguous()
+            f"{path}{_PACKED}{key}": tensor
             for path, weight in rounded.items()
             for key, tensor in weight.state_dict().items()
         }
@@ -340,7 +344,8 @@ class Mixture:
             "costs": [[cost.bytes, cost.read] for cost in costs],
             "rounded": {path: weight.format for path, weight in rounded.items()},
         }
-        save_tensors(self._path(name), {**tensors, **packed}, {"copy": json.dumps(told)})
+        facts = {"copy": json.dumps(told)}
+        by_main(lambda: save_tensors(self._path(name), {**tensors, **packed}, facts))
 
     def _open(self, name: str) -> None:
         held = self._files.enter_context(safe_open(self._path(name), framework="pt"))

