@@ -1,9 +1,11 @@
-"""Tables of what pruning leaves of a model: by recipe, with joint rounding, and after gradients."""
+"""Tables of what pruning leaves of a model: by recipe, jointly rounded, after gradients, mixed."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+
+from bench.bounds import RESULTS
 
 Rows = Callable[[str], list[dict[str, str]]]
 Table = Callable[[list[str], list[list[str]]], str]
@@ -93,6 +95,50 @@ def recovery(rows: Rows, table: Table) -> str:
     return "\n".join([table(head, body), *([""] if notes else []), *notes])
 
 
+def searched(rows: Rows, table: Table) -> str:
+    """Each choice for all sublayers beside the mix that errs least of those no larger."""
+    if not (RESULTS / "cpu" / "search.csv").is_file():
+        return "Not measured on this version yet."
+    found = rows("search.csv")
+    dense = max(int(row["bytes"]) for row in found)
+
+    def cells(row: dict[str, str]) -> list[str]:
+        kls = (f"{float(row[name]):.3f}" for name in ("kl", "kl_held_out"))
+        return [f"{int(row['bytes']) / dense:.1%}", *kls]
+
+    body, notes = [], []
+    for row in reversed(found):
+        if not row["name"].startswith("all ") and row["name"] != "found":
+            continue
+        no_larger = [other for other in found if int(other["bytes"]) <= int(row["bytes"])]
+        rival = min(no_larger, key=lambda other: float(other["kl"]))
+        label = row["name"]
+        if label == "found":
+            uniform = [other for other in no_larger if other["name"].startswith("all ")]
+            rival, row = row, min(uniform, key=lambda other: float(other["kl"]))
+            label = f"{row['name']}, the best within the budget"
+        mixed = ["itself", "", ""] if rival is row else cells(rival)
+        body.append([label, *cells(row), *mixed])
+        if rival is not row:
+            less = 1 - float(rival["kl_held_out"]) / float(row["kl_held_out"])
+            verdict = f"{less:.0%} less" if less > 0 else f"{-less:.0%} more"
+            at = f"{int(rival['bytes']) / dense:.1%} of the bytes"
+            notes.append(
+                f"- {row['name']} beside a mix at {at}: {verdict} KL on the text held out."
+            )
+    facts = found[0]
+    windows, context = facts["windows"].split("x")
+    generations, offspring = facts["generations"].split("x")
+    notes.append(
+        f"- {facts['searched_windows']} of {windows} windows of {context} tokens are searched on, "
+        f"the others held out; {generations} generations of {offspring} mixes; "
+        f"{float(facts['processor_s']) / 60:.1f} minutes of one core."
+    )
+    head = ["all sublayers alike", "bytes", "KL", "KL held out"]
+    head += ["mix that is no larger: bytes", "KL", "KL held out"]
+    return "\n".join([table(head, body), "", *notes])
+
+
 def blocks(rows: Rows, table: Table) -> dict[str, Callable[[], str]]:
     """The measured blocks by name.
 
@@ -100,5 +146,5 @@ def blocks(rows: Rows, table: Table) -> dict[str, Callable[[], str]]:
         rows: Reads a file of results.
         table: Draws a table from its head and its lines.
     """
-    drawn = (quality, recipes, joint_rounding, recovery)
+    drawn = (quality, recipes, joint_rounding, recovery, searched)
     return {each.__name__: functools.partial(each, rows, table) for each in drawn}

@@ -22,7 +22,7 @@ from bench import quality_tables, summary, sweep_tables
 from bench.bounds import RESULTS
 
 ROOT = Path(__file__).parent.parent
-DOCS = ("benchmarks", "pruning", "metrics", "kld", "sweep", "retrieval", "sparse")
+DOCS = ("benchmarks", "pruning", "metrics", "kld", "sweep", "search", "retrieval", "sparse")
 PAGES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCS))
 CPU = RESULTS / "cpu"
 H200 = RESULTS / "NVIDIA_H200"

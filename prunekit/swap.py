@@ -2,7 +2,8 @@
 
 `swap_` replaces linear layers of one model instance whose weight already fits a sparse format;
 nothing is pruned, no class is patched. It keeps a layer dense where packing would not pay, and says
-why for each. `unswap_` restores ordinary dense layers, equal bit for bit (−0.0 becomes 0.0).
+why for each. `unswap_` restores ordinary dense layers, equal bit for bit (−0.0 becomes 0.0); those
+of 8 and 4 bits remember their numbers, and are packed with them again.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from prunekit.packed.modules import (
     packed_layers,
     share_hooks_,
 )
+from prunekit.packed.remembered import remembered
 from prunekit.packed.warming import warm_up_
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
@@ -206,7 +208,8 @@ def swap_(
         tokens: Tokens per call (batch × new tokens) to decide for: 1 is decoding one sequence.
         formats: Names of the formats to try, in order; None: all that keep every value. "2:4-int8",
             "2:4-fp8" and "2:4-int4" round to nearest, and only run when they are named, or keep
-            every value because pruning in this process rounded the layer (`bits`).
+            every value because pruning in this process rounded the layer (`bits`), or because it
+            was unpacked from such a format.
         merge: Whether to compute q/k/v together, and gate/up with their SiLU, where the
             architecture allows it.
         warm_up: Numbers of tokens a call for which kernels are compiled and tested at once (see
@@ -222,7 +225,7 @@ def swap_(
     check_causal(model)
     if merge:
         Architecture(model)  # what `merge_` asks for is known before anything is packed
-    chosen = _checked_formats(formats)
+    chosen = None if formats is None else _checked_formats(formats)
     if tokens < 1 or min(warm_up, default=1) < 1:
         given = min((tokens, *warm_up))
         raise PrunekitError(f"tokens is {given}: give the tokens per call, from 1")
@@ -244,7 +247,7 @@ def swap_(
             if blocker is not None:
                 decisions[name] = _left(name, module, blocker)
             else:
-                tried = [*_as_rounded(module), *chosen] if formats is None else chosen
+                tried = keeping_formats(module) if chosen is None else chosen
                 decisions[name] = _pack_(model, name, module, tried, least, tokens)
         fused = merge_(model) if merge else {}
         save_packed_(model)
@@ -257,13 +260,19 @@ def swap_(
     return SwapReport(tuple(done), device.type, tokens, least)
 
 
-def exact_formats() -> list[str]:
-    """Names of the formats that hold weights as they are, unrounded."""
-    return [name for name, kind in FORMATS.items() if kind.exact]
+def keeping_formats(module: nn.Module) -> list[str]:
+    """Names of the formats that hold a layer's weight as it is, in the order to try them.
+
+    The first is that of the numbers that pruning chose, or that the layer was unpacked from.
+    """
+    chosen = (remembered(module), attached(module))
+    rounded = next((held.format for held in chosen if held is not None), None)
+    exact = [name for name, kind in FORMATS.items() if kind.exact]
+    return exact if rounded is None else [rounded, *exact]
 
 
-def _checked_formats(formats: Sequence[str] | None) -> list[str]:
-    chosen = exact_formats() if formats is None else list(formats)
+def _checked_formats(formats: Sequence[str]) -> list[str]:
+    chosen = list(formats)
     for name in chosen:
         if name not in FORMATS:
             raise PrunekitError(f"unknown format {name!r}: use one of {', '.join(FORMATS)}")
@@ -349,7 +358,7 @@ def fitting(
     """The first format that holds a matrix and pays.
 
     Args:
-        module: The layer that it is of, which may hold integers that pruning chose.
+        module: The layer that it is of, which may hold numbers that pruning chose.
         dense: (out, in).
         formats: Names of the formats to try.
         least: Smallest expected speed-up.
@@ -375,19 +384,16 @@ def fitting(
     return Fit(None, 1.0, "; ".join(reasons))
 
 
-def _as_rounded(module: nn.Module) -> list[str]:
-    """The format that holds exactly the integers that pruning chose for a layer, if it did."""
-    rounded = attached(module)
-    return [] if rounded is None else [f"2:4-int{rounded.bits}"]
-
-
 def _packed(format_: str, module: nn.Module, dense: torch.Tensor) -> PackedWeight:
-    """`dense` in a format: with the integers that pruning chose, where they are of this format."""
+    """`dense` in a format: with the numbers that were chosen, where they are of this format."""
+    held = remembered(module)
+    if held is not None and held.format == format_:
+        return held
     rounded = attached(module)
-    if rounded is None or format_ not in _as_rounded(module):
+    if rounded is None or rounded.format != format_:
         return FORMATS[format_].pack(dense)
-    integers, scales = rounded.integers, rounded.scales
-    return quantized24_pack(integers, integers != 0, scales, kind=format_, dtype=dense.dtype)
+    codes, kept = rounded.codes, rounded.codes.float() != 0
+    return quantized24_pack(codes, kept, rounded.scales, kind=format_, dtype=dense.dtype)
 
 
 def _replace_(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -163,7 +163,10 @@ def _read_config(folder: Path, dtype: torch.dtype | None) -> tuple[PretrainedCon
     if quantization.get("quant_method") == QUANT_METHOD:
         quantization = {}  # our own, which the configuration's class says itself
     if quantization and layout_of(quantization) is None:
-        raise PrunekitError(f"{folder} is quantised: load the model it was made from")
+        raise PrunekitError(
+            f"{folder} is quantised in a way that has no packed format here: load the model it was "
+            "made from"
+        )
     name = str(raw.get("model_type", "")).removeprefix(MODEL_TYPE_PREFIX)
     if name not in SUPPORTED:
         check_supported(SimpleNamespace(model_type=name))

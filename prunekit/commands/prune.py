@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--update", choices=("admm",), help="refit the kept weights of any method's mask"
     )
     parser.add_argument(
-        "--bits", type=options.positive, help="round the kept weights to 8 or 4 bits, jointly"
+        "--bits", type=bits, help="round the kept weights to 8 or 4 bits, or to fp8, jointly"
     )
     parser.add_argument(
         "--group", type=options.positive, help="columns that share a scale (a row; at 4 bits 128)"
@@ -195,6 +195,11 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             f"--{next(iter(given))} contradicts 'rules' of the configuration: put it into a rule"
         )
     return Recipe.from_dict({"rules": args.rules, **shared})
+
+
+def bits(text: str) -> int | str:
+    """A number of bits, or "fp8"."""
+    return text if text == "fp8" else options.positive(text)
 
 
 def _reconstruct(args: argparse.Namespace) -> Reconstruction | None:

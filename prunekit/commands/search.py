@@ -18,11 +18,16 @@ DESCRIPTION = """\
 Choose for every attention and MLP how it is compressed, so that the whole model keeps a budget and
 stays as close to the dense one as possible: exact KL divergence over a text.
 
-Choices are made here (--choices: N:M patterns, percentages of zeros, drop) or are checkpoints of
-copies that you have. A killed search goes on where it stopped, and another budget in the same
-folder begins with all that was measured. The model that was found is saved, packed, in DIR/best.
+Choices are made here (--choices: N:M patterns, percentages of zeros, 2:4 with values of 8 or 4 bits
+as 2:4-int8, 2:4-int4 or 2:4-fp8, drop) or are checkpoints of copies that you have. A killed search
+goes on where it stopped, and another budget in the same folder begins with all that was measured.
+The model that was found is saved, packed, in DIR/best.
 """
-EXAMPLE = "prunekit search demo --bytes 75% --choices 2:4,50%,drop --output out/search"
+EXAMPLE = "prunekit search demo --bytes 75% --choices 2:4,50%,2:4-int8,drop --output out/search"
+
+
+#: `bits` of a method by how a choice ends.
+_BITS = {"": None, "int8": 8, "int4": 4, "fp8": "fp8"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     choices = parser.add_argument_group("choices")
     choices.add_argument(
-        "--choices", metavar="LIST", help="made here: 2:4, 4:8, 50%%, drop (2:4,50%%,drop)"
+        "--choices",
+        metavar="LIST",
+        help="made here: 2:4, 4:8, 50%%, 2:4-int8, 2:4-int4, 2:4-fp8, drop (2:4,50%%,drop)",
     )
     choices.add_argument("--method", default="sparsegpt", help="of --choices (sparsegpt)")
     text = parser.add_argument_group("text that KL is measured on")
@@ -68,11 +75,12 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     words = args.choices
     if words is None:
         words = "" if copies else "2:4,50%,drop"
-    choices = {**_made(words, args.method), **copies}
+    choices = {**made(words, args.method), **copies}
     calibration = options.calibration(args)
 
     from prunekit import checkpoint
     from prunekit.mixing.run import search
+    from prunekit.process import distributed
     from prunekit.swap import swap_
 
     model, tokenizer = options.load(source, args)
@@ -94,6 +102,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
         seed=args.seed,
         progress=not args.quiet,
     )
+    if not distributed.is_main():
+        return
     if not args.no_pack:
         least = 0.0 if args.speed is None else 1.0
         swap_(model, min_speedup=least, tokens=args.tokens, progress=not args.quiet)
@@ -104,21 +114,28 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     options.emit(args, answer, lambda: found, lambda: _shown(result, folder, best))
 
 
-def _made(words: str, method: str) -> dict[str, Method | None]:
-    """The choices that are made here, by the words that name them."""
+def made(words: str, method: str) -> dict[str, Method | None]:
+    """The choices that are made here, by the words that name them.
+
+    Raises:
+        PrunekitError: A word is none.
+    """
     from prunekit.pruning.recipes import method_from_dict
 
-    made: dict[str, Method | None] = {}
+    found: dict[str, Method | None] = {}
     for word in filter(None, (word.strip() for word in words.split(","))):
+        zeros, _, values = word.partition("-")
         if word == "drop":
-            made[word] = None
-        elif ":" in word:
-            made[word] = method_from_dict({"method": method, "pattern": word})
-        elif word.endswith("%"):
-            made[word] = method_from_dict({"method": method, "sparsity": _percent(word)})
-        else:
-            raise PrunekitError(f"--choices: '{word}' is no choice: use for example 2:4,50%,drop")
-    return made
+            found[word] = None
+            continue
+        if values not in _BITS or not (":" in zeros or zeros.endswith("%")):
+            dense = " (without zeros they have no packed format)" if zeros in _BITS else ""
+            raise PrunekitError(
+                f"--choices: '{word}' is no choice{dense}: use for example 2:4, 50%, 2:4-int8, drop"
+            )
+        chosen = {"pattern": zeros} if ":" in zeros else {"sparsity": _percent(zeros)}
+        found[word] = method_from_dict({"method": method, **chosen, "bits": _BITS[values]})
+    return found
 
 
 def _folder(args: argparse.Namespace) -> Path:

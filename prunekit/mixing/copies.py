@@ -1,9 +1,10 @@
 """Compressed copies of a model on disk, part by part, and the model made of any mix of them.
 
 A part is one sublayer of a decoder layer: its modules and its norms. A copy's file holds the
-tensors of its parts that differ from the dense model's, and what each part costs. The mixed model
-is the dense one with some parts' tensors overwritten; a dropped part is silenced by zeros in the
-matrices that write into the residual stream, which computes what a model without it does.
+tensors of its parts that differ from the dense model's, and what each part costs; of matrices with
+8- or 4-bit values the packed weights, too. The mixed model is the dense one with some parts'
+tensors overwritten; a dropped part is silenced by zeros in the matrices that write into the
+residual stream, which computes what a model without it does.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prunekit.divergence.capture import save_tensors
+from prunekit.divergence.processes import by_main, together
 from prunekit.errors import PrunekitError
 from prunekit.mixing.mixes import Costs, Mix
 from prunekit.models.architectures import Architecture
 from prunekit.models.dropped import drop_sublayers_
 from prunekit.models.layouts import SUBLAYERS
-from prunekit.swap import exact_formats, fitting, unswap_
+from prunekit.models.weight_refs import WeightRef
+from prunekit.packed import FORMATS, PackedWeight
+from prunekit.packed.remembered import remember_
+from prunekit.pruning.rounding import forget_
+from prunekit.swap import fitting, keeping_formats, unswap_
 
 DENSE, DROP = "dense", "drop"
+_PACKED = (
+    ".packed:"  # in a copy's file, between a matrix's name and a tensor's of its packed weight
+)
 
 
 @dataclass(frozen=True)
@@ -90,26 +99,36 @@ def cost_of(arch: Architecture, part: Part, tokens: int) -> Cost:
         part: One of its parts.
         tokens: Tokens per call that the speed is for.
     """
+    return _held(arch, part, tokens)[0]
+
+
+def _held(arch: Architecture, part: Part, tokens: int) -> tuple[Cost, dict[str, PackedWeight]]:
+    """What a part costs, and by name the packed weights of its matrices whose values round."""
     total = Cost(0, 0.0)
+    rounded: dict[str, PackedWeight] = {}
     matrices = set()
-    for ref in arch.weights(part.layer):
-        if ref.sublayer != part.sublayer:
-            continue
+    for ref in _refs(arch, part):
         matrix = ref.matrix
         matrices.add(id(getattr(ref.module, ref.parameter)))
         held = (
-            fitting(ref.module, matrix, exact_formats(), 0.0, tokens)
+            fitting(ref.module, matrix, keeping_formats(ref.module), 0.0, tokens)
             if ref.expert is None
             else None
         )
         if held is None or held.weight is None:
             total += Cost(matrix.nbytes, float(matrix.nbytes))
-        else:
-            total += Cost(held.weight.nbytes, matrix.nbytes / max(held.speedup, 1.0))
+            continue
+        total += Cost(held.weight.nbytes, matrix.nbytes / max(held.speedup, 1.0))
+        if not held.weight.exact:
+            rounded[ref.name] = held.weight
     for _, parameter in parameters_of(arch, part):
         if id(parameter) not in matrices:
             total += Cost(parameter.nbytes, float(parameter.nbytes))
-    return total
+    return total, rounded
+
+
+def _refs(arch: Architecture, part: Part) -> list[WeightRef]:
+    return [ref for ref in arch.weights(part.layer) if ref.sublayer == part.sublayer]
 
 
 def fixed_cost(arch: Architecture) -> Cost:
@@ -139,30 +158,37 @@ class Mixture:
         self._folder, self._tokens = folder, tokens
         self._files = ExitStack()
         self._tensors: list[Any] = []  # open files of choices, None for "drop"
-        self._costs: list[list[Cost | None]] = []
+        self._costs: list[list[Cost]] = []
+        self._rounded: list[dict[str, str]] = []  # per choice: formats of rounded matrices
         self._now: Mix = (0,) * len(self.parts)
         self._fixed = fixed_cost(self.arch)
         folder.mkdir(parents=True, exist_ok=True)
         if not self.has(DENSE, made_of):
             tensors = {n: p.data for part in self.parts for n, p in parameters_of(self.arch, part)}
-            self._write(DENSE, tensors, self._part_costs(self.arch), made_of)
+            costs = [cost_of(self.arch, part, tokens) for part in self.parts]
+            self._write(DENSE, tensors, costs, {}, made_of)
         self._open(DENSE)
 
     def has(self, name: str, made_of: str) -> bool:
-        """Whether the copy is on disk, made of just that."""
+        """Whether the copy is on disk, made of just that, for all processes."""
+        return together(lambda: self._has(name, made_of))
+
+    def _has(self, name: str, made_of: str) -> bool:
         try:
             with safe_open(self._path(name), framework="pt") as held:
-                return bool(json.loads(held.metadata()["copy"])["made_of"] == made_of)
+                told = json.loads(held.metadata()["copy"])
+                return bool(told["made_of"] == made_of) and "rounded" in told
         except (OSError, SafetensorError, KeyError, ValueError, TypeError):
             return False
 
     def write(self, name: str, model: PreTrainedModel, made_of: str) -> None:
-        """Put a copy on disk.
+        """Put a copy on disk; under several processes each has the copy, and the main one writes.
 
         Args:
             name: The choice that it becomes.
-            model: The copy: masked, packed or changed, but of the same shapes. Packed layers are
-                unpacked. May be this mixture's own model, which `restore_` makes dense again.
+            model: The copy: masked, packed or changed, but of the same shapes. It is converted to
+                the dense model's type and unpacked; 8- and 4-bit values are kept beside. May be
+                this mixture's own model, which `restore_` makes dense again.
             made_of: What it was made of: see `has`.
 
         Raises:
@@ -175,11 +201,17 @@ class Mixture:
                 f"{name} lacks sublayers of the dense model: name only copies that have all, the "
                 "search drops sublayers itself (--choices drop)"
             )
+        if model.dtype != self.arch.model.dtype:
+            model.to(self.arch.model.dtype)
         unswap_(model)
-        costs = self._part_costs(arch)
+        costs: list[Cost] = []
+        rounded: dict[str, PackedWeight] = {}
         changed = {}
         dense = self._tensors[0]
         for part in self.parts:
+            cost, weights = _held(arch, part, self._tokens)
+            costs.append(cost)
+            rounded |= weights
             for path, parameter in parameters_of(arch, part):
                 original = dense.get_tensor(path)
                 if parameter.shape != original.shape:
@@ -192,7 +224,7 @@ class Mixture:
                     changed[path] = tensor.contiguous()
         if model is not self.arch.model:
             self._check_rest(name, model)
-        self._write(name, changed, costs, made_of)
+        self._write(name, changed, costs, rounded, made_of)
 
     def add(self, name: str) -> None:
         """Offer a choice: "drop", or a copy that is on disk."""
@@ -200,6 +232,7 @@ class Mixture:
         if name == DROP:
             self._tensors.append(None)
             self._costs.append([Cost(0, 0.0)] * len(self.parts))
+            self._rounded.append({})
         else:
             self._open(name)
 
@@ -224,11 +257,17 @@ class Mixture:
         for part in self.parts:
             for path, parameter in parameters_of(self.arch, part):
                 parameter.data.copy_(self._tensors[0].get_tensor(path))
+            for ref in _refs(self.arch, part):
+                forget_(ref.module)
         self._now = (0,) * len(self.parts)
 
-    def drop_(self, mix: Mix) -> None:
-        """Make the model this mix, for good: dropped parts are gone."""
+    def keep_(self, mix: Mix) -> None:
+        """Make the model this mix, for good: dropped parts are gone, `swap_` packs rounded ones."""
         self.apply_(mix)
+        for part, choice in zip(self.parts, mix, strict=True):
+            for ref in _refs(self.arch, part):
+                if ref.name in self._rounded[choice]:
+                    remember_(ref.module, self._packed(choice, ref.name))
         gone = {sublayer: self.dropped(mix, sublayer) for sublayer in SUBLAYERS}
         if any(gone.values()):
             drop_sublayers_(self.arch.model, **gone)
@@ -273,21 +312,44 @@ class Mixture:
                     "be mixed"
                 )
 
-    def _part_costs(self, arch: Architecture) -> list[Cost]:
-        return [cost_of(arch, part, self._tokens) for part in self.parts]
+    def _packed(self, choice: int, name: str) -> PackedWeight:
+        """The rounded matrix of this name in a choice's copy."""
+        held, prefix = self._tensors[choice], f"{name}{_PACKED}"
+        state = {
+            key.removeprefix(prefix): held.get_tensor(key)
+            for key in held.keys()  # noqa: SIM118 (a file, which is no mapping)
+            if key.startswith(prefix)
+        }
+        return FORMATS[self._rounded[choice][name]].from_state_dict(state)
 
     def _path(self, name: str) -> Path:
         safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in name)
         return self._folder / f"{safe}.safetensors"
 
     def _write(
-        self, name: str, tensors: Mapping[str, Tensor], costs: Sequence[Cost], made_of: str
+        self,
+        name: str,
+        tensors: Mapping[str, Tensor],
+        costs: Sequence[Cost],
+        rounded: Mapping[str, PackedWeight],
+        made_of: str,
     ) -> None:
-        told = {"made_of": made_of, "costs": [[cost.bytes, cost.read] for cost in costs]}
-        save_tensors(self._path(name), tensors, {"copy": json.dumps(told)})
+        packed = {
+            f"{path}{_PACKED}{key}": tensor
+            for path, weight in rounded.items()
+            for key, tensor in weight.state_dict().items()
+        }
+        told = {
+            "made_of": made_of,
+            "costs": [[cost.bytes, cost.read] for cost in costs],
+            "rounded": {path: weight.format for path, weight in rounded.items()},
+        }
+        facts = {"copy": json.dumps(told)}
+        by_main(lambda: save_tensors(self._path(name), {**tensors, **packed}, facts))
 
     def _open(self, name: str) -> None:
         held = self._files.enter_context(safe_open(self._path(name), framework="pt"))
         told = json.loads(held.metadata()["copy"])
         self._costs.append([Cost(int(size), float(read)) for size, read in told["costs"]])
+        self._rounded.append(told["rounded"])
         self._tensors.append(held)

@@ -14,6 +14,7 @@ from prunekit.divergence.rows import Readout, Rows, compare, states_of
 from prunekit.divergence.windows import Windows
 from prunekit.errors import PrunekitError
 from prunekit.mixing.mixes import Mix
+from prunekit.process import distributed
 
 
 class Fitness:
@@ -64,6 +65,8 @@ class Fitness:
 class Record:
     """What was measured, in a file: a search that is run again measures nothing twice.
 
+    Under several processes the main one writes.
+
     Args:
         path: JSON lines; created with the first one.
     """
@@ -91,6 +94,8 @@ class Record:
     def add(self, mix: Mix, data: str, kl: float) -> None:
         """Keep a measurement."""
         self._known[mix, data] = kl
+        if not distributed.is_main():
+            return
         with self._path.open("a", encoding="utf-8") as file:
             file.write(self._before + json.dumps({"mix": mix, "data": data, "kl": kl}) + "\n")
         self._before = ""

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Mix = tuple[int, ...]
-#: (mix, stage) -> loss on the stage's data.
-Measure = Callable[[Mix, int], float]
+#: (mixes, stage) -> their losses on the stage's data.
+Measure = Callable[[Sequence[Mix], int], list[float]]
 Floats = NDArray[np.float64]
 
 
@@ -133,14 +133,14 @@ def evolve(
         damage: (parts, choices) of each choice alone: which changes are for the better.
         costs: Of the choices.
         limit: Largest cost; every mix that is measured keeps it.
-        measure: The loss of a mix on the data of a stage.
+        measure: The losses of mixes on the data of a stage.
         stages: Rounds of selection, the cheapest first; the last one's loss decides.
         generations: Numbers of the generations, each with draws of its own.
         offspring: Mutants per generation.
         seed: Of all draws.
     """
     best = start
-    loss = measure(best, stages[-1].number)
+    (loss,) = measure([best], stages[-1].number)
     for generation in generations:
         draw = np.random.default_rng([seed, generation])
         pool: list[Mix] = []
@@ -152,7 +152,7 @@ def evolve(
                 break
         scored: list[tuple[float, Mix]] = []
         for stage in stages:
-            scored = sorted((measure(child, stage.number), child) for child in pool)
+            scored = sorted(zip(measure(pool, stage.number), pool, strict=True))
             pool = [child for _, child in scored[: stage.survivors]]
         if scored and scored[0][0] < loss:
             loss, best = scored[0]

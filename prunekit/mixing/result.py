@@ -36,7 +36,8 @@ class Point:
             same time.
         kl: Mean KL(dense ‖ mix) on the text that is searched on, in nats.
         within: Whether it keeps the budget.
-        held_out: The same on the windows that the search never saw; None where not measured.
+        held_out: The same on the windows that the search never saw, of what has a name or is on
+            the front; None of the others.
     """
 
     mix: Mix
@@ -107,8 +108,12 @@ class SearchResult:
             "points": [self._told(point) for point in self.points],
         }
 
+    def word(self, point: Point) -> str:
+        """A mix as one letter per sublayer, by the index of its choice."""
+        return "".join(_LETTERS[choice] for choice in point.mix)
+
     def _told(self, point: Point) -> dict[str, Any]:
-        return {**vars(point), "mix": "".join(_LETTERS[choice] for choice in point.mix)}
+        return {**vars(point), "mix": self.word(point)}
 
     def csv(self) -> str:
         """One line per point."""
@@ -122,7 +127,7 @@ class SearchResult:
                     "speed": point.speed,
                     "kl": point.kl,
                     "kl_held_out": point.held_out,
-                    "mix": self._told(point)["mix"],
+                    "mix": self.word(point),
                 }
                 for point in sorted(self.points, key=lambda point: point.bytes)
             ]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from prunekernels.sparse.two_four.quantized.layout import GROUPS
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +20,7 @@ from prunekit import checkpoint
 from prunekit.checkpoint.sources import located
 from prunekit.data.calibration import Calibration, facts, sequences
 from prunekit.divergence.capture import recorded_tensors
+from prunekit.divergence.processes import by_main
 from prunekit.divergence.run import documents
 from prunekit.divergence.windows import Windows, of_text
 from prunekit.errors import PrunekitError
@@ -27,11 +29,10 @@ from prunekit.files.locks import locked
 from prunekit.mixing.copies import DENSE, DROP, Mixture
 from prunekit.mixing.fitness import Record
 from prunekit.mixing.measuring import HELD_OUT, Measured
-from prunekit.mixing.mixes import Costs, Mix, evolve, frontier, least_damage
+from prunekit.mixing.mixes import Costs, Mix, evolve, frontier, least_damage, undominated
 from prunekit.mixing.result import Point, SearchResult
 from prunekit.models.causal import check_measured
 from prunekit.models.saveable import check_saveable
-from prunekit.process import distributed
 from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import track
 from prunekit.pruning import journal, prune_
@@ -71,15 +72,21 @@ def search(
     KL is exact, over the whole vocabulary, on the same tokens for all. Every fourth window of the
     text is never searched on: what is reported as held out comes from there.
 
+    Under `torchrun` or `accelerate launch` the processes share the mixes that are measured (on one
+    file system); all return the whole. Only what is pruned here can differ from one process's, by
+    the rounding of the calibration's sums.
+
     Nothing in `output` is computed again: a killed search goes on, and one with another budget or
     more generations begins with all that was measured.
 
     Args:
         model: The dense model. It becomes the mix that was found, dropped sublayers gone, masked
-            weights not packed (`swap_` packs them). If the search fails it is dense again.
+            weights not packed (`swap_` packs them, rounded ones as the numbers they were measured
+            with). If the search fails it is dense again.
         tokenizer: Its tokenizer.
         choices: What a sublayer may become, by name: a method that prunes a copy of the model, a
-            checkpoint of a copy, or None to drop it. "dense" is always there.
+            checkpoint of a copy, or None to drop it. "dense" is always there. Values of a method
+            with `bits`, or of a copy that is packed so, keep their 8 or 4 bits.
         output: Folder of copies, measurements and result.
         bytes: Budget: the model's size over the dense model's, between 0 and 1.
         speed: Budget: decoding speed over the dense model's, expected from the bytes that are read
@@ -106,7 +113,8 @@ def search(
     windows = _windows(text, text_field, tokenizer, context, limit)
     folder = Path(output).expanduser()
     calibration = calibration or Calibration()
-    with locked(folder), contextlib.ExitStack() as closing:
+    with contextlib.ExitStack() as closing:
+        by_main(lambda: closing.enter_context(locked(folder)))
         made = _begun(folder, model, windows, choices, calibration, tokens)
         mixture = Mixture(model, folder / _COPIES, made[DENSE], tokens)
         closing.callback(mixture.close)
@@ -131,8 +139,7 @@ def search(
             exists = np.isfinite(limits.costs.parts[:, number])
             named.setdefault(tuple(np.where(exists, number, 0).tolist()), f"all {name}")
         whole = frontier(damage, limits.costs, _BELOW * limits.limit, _FRONT)
-        for mix in track([*named, *whole], "front", enabled=progress):
-            measured.whole(mix)
+        measured.whole([*named, *whole])
         found = evolve(
             start,
             damage,
@@ -146,8 +153,8 @@ def search(
         )
         named[found] = named[found] if found in named and found != start else "found"
         result = _result(mixture, measured, named, found, limits, model, windows, seed)
-        result.save(folder)
-        mixture.drop_(found)
+        by_main(lambda: result.save(folder))
+        mixture.keep_(found)
         return result
 
 
@@ -183,8 +190,6 @@ def _check(
 ) -> None:
     check_measured(model)
     check_saveable(model)
-    if distributed.world_size() > 1:
-        raise PrunekitError("the search runs in one process: start it without torchrun")
     if (bytes is None) == (speed is None):
         raise PrunekitError("give one budget: bytes (--bytes 60%) or speed (--speed 1.3x)")
     if bytes is not None and not 0 < bytes < 1:
@@ -198,8 +203,22 @@ def _check(
     for name, choice in choices.items():
         if (choice is None) != (name == DROP):
             raise PrunekitError(f"{name!r}: None, and only None, is called 'drop'")
-        if getattr(choice, "bits", None) is not None:
-            raise PrunekitError(f"{name!r}: a mix keeps no rounded values: leave bits out")
+        if isinstance(choice, Method) and choice.bits is not None:
+            _check_packable(name, choice)
+
+
+def _check_packable(name: str, method: Method) -> None:
+    """Raise a PrunekitError unless a packed format holds the values that a method rounds."""
+    if method.pattern != "2:4":
+        raise PrunekitError(
+            f"{name!r}: no packed format holds rounded values of pattern {method.pattern}, so that "
+            "they would take 16 bits each: use pattern 2:4, or leave bits out"
+        )
+    if method.group not in (None, *GROUPS):
+        raise PrunekitError(
+            f"{name!r}: no packed format has a scale for each {method.group} columns: use "
+            f"{GROUPS[0]} or {GROUPS[1]}, or leave group out"
+        )
 
 
 def _windows(
@@ -241,6 +260,12 @@ def _begun(
         "choices": {name: hashlib.sha256(of.encode()).hexdigest() for name, of in made.items()},
         "torch": torch.__version__,
     }
+    by_main(lambda: _tell(folder, told))
+    return made | {DENSE: own}
+
+
+def _tell(folder: Path, told: dict[str, Any]) -> None:
+    """Write what a search is, or compare it with what its folder says."""
     path = folder / _FACTS
     if path.is_file():
         try:
@@ -253,11 +278,10 @@ def _begun(
                     f"{folder} holds a search with another {name}: choose another --output, or "
                     "delete it"
                 )
-        return made | {DENSE: own}
+        return
     folder.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as written:
         written.write_text(json.dumps(told, indent=2), encoding="utf-8")
-    return made | {DENSE: own}
 
 
 def _made_of(choice: Method | str | Path | None, calibration: Calibration) -> Any:
@@ -300,10 +324,17 @@ def _offer(
             mixture.restore_()
             journal.remove(record)
     mixture.add(name)
+    sizes = mixture.costs("bytes").parts
+    if isinstance(choice, str | Path) and not (sizes[:, -1] < sizes[:, 0]).any():
+        raise PrunekitError(
+            f"{name} is nowhere smaller than the dense model, so that nothing speaks for it: only "
+            "zeros save bytes here, and 8- or 4-bit values behind 2:4 (dense ones have no packed "
+            "format); name a pruned copy"
+        )
 
 
 def _copied(mixture: Mixture, name: str, source: str | Path, made_of: str) -> None:
-    copy, _ = checkpoint.load(str(source))
+    copy, _ = checkpoint.load(str(source), device=mixture.arch.model.device)
     mixture.write(name, copy, made_of)
 
 
@@ -319,14 +350,20 @@ def _result(
 ) -> SearchResult:
     size, read = mixture.costs("bytes"), mixture.costs("read")
     dense = read.of((0,) * len(mixture.parts))
+    known = measured.all_whole()
+    best = undominated([(size.of(mix), kl) for mix, kl in known.items()])
+    shown = list(dict.fromkeys([*named, *(list(known)[index] for index in best)]))
+
+    held_out = dict(zip(shown, measured.held_out(shown), strict=True))
 
     def point(mix: Mix, kl: float) -> Point:
-        held_out = measured.held_out(mix) if mix in named else None
         speed = dense / read.of(mix)
         within = limits.costs.of(mix) <= limits.limit
-        return Point(mix, named.get(mix, ""), int(size.of(mix)), speed, kl, within, held_out)
+        return Point(
+            mix, named.get(mix, ""), int(size.of(mix)), speed, kl, within, held_out.get(mix)
+        )
 
-    points = {mix: point(mix, kl) for mix, kl in measured.all_whole().items()}
+    points = {mix: point(mix, kl) for mix, kl in known.items()}
     facts = {
         "prunekit": prunekit.__version__,
         "model": model.config.name_or_path,

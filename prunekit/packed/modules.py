@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
 from prunekit.packed.formats import FORMATS, VALUE_TYPES, PackedWeight, Shape
+from prunekit.packed.remembered import remember_
 
 _WORDS = {2: torch.int16, 4: torch.int32}  # integers of their sizes
 
@@ -126,8 +127,9 @@ class PackedLinear(nn.Module):
             return y.to(result)
 
     def to_dense(self) -> nn.Module:
-        """The dense nn.Linear or Conv1D that this stands for."""
-        weight = self.weight.to_dense().to(self.dtype)
+        """The dense nn.Linear or Conv1D that this stands for; it remembers values that round."""
+        packed = self.weight
+        weight = packed.to_dense().to(self.dtype)
         # on meta: nothing is allocated or initialised only to be replaced
         with torch.device("meta"):
             dense: Any
@@ -140,6 +142,8 @@ class PackedLinear(nn.Module):
         dense.weight = nn.Parameter(weight, requires_grad=self.trainable)
         dense.bias = self.bias
         share_hooks_(dense, self)
+        if not packed.exact:
+            remember_(dense, packed)
         return dense.train(self.training)
 
     def train(self, mode: bool = True) -> Self:

@@ -31,7 +31,7 @@ from prunekit.pruning.patterns import Pattern
 DEFAULT_IGNORE = ("lm_head", "*.router", "*.gate", "*.shared_expert_gate")
 
 UPDATES = ("admm",)
-BITS = (8, 4)
+BITS = (8, 4, "fp8")
 
 # What a method's mask needs to know of a matrix's inputs.
 NOTHING, MEAN_SQUARES, HESSIAN = "nothing", "mean squares", "hessian"
@@ -47,15 +47,16 @@ class _Method:
         pattern: "unstructured", or "N:M": N kept of every M in a row.
         update: "admm": once the mask is chosen, give the kept weights the values whose outputs come
             closest to the dense ones' (`prunekit.pruning.admm`). None: what the method leaves.
-        bits: 8 or 4: round the kept weights to so many bits and make up for the errors of pruning
-            and rounding together (`prunekit.pruning.rounding`). None: no rounding.
-        group: Columns that share a scale; None: a whole row at 8 bits, 128 columns at 4.
+        bits: 8 or 4: round the kept weights to integers of so many bits and make up for the errors
+            of pruning and rounding together (`prunekit.pruning.rounding`); "fp8": to numbers of
+            float8_e4m3fn. None: no rounding.
+        group: Columns that share a scale; None: a whole row of 8 bits, 128 columns of 4.
     """
 
     sparsity: float | None = None
     pattern: str = patterns.UNSTRUCTURED
     update: str | None = field(default=None, kw_only=True)
-    bits: int | None = field(default=None, kw_only=True)
+    bits: int | str | None = field(default=None, kw_only=True)
     group: int | None = field(default=None, kw_only=True)
 
     name: ClassVar[str]
@@ -68,11 +69,17 @@ class _Method:
                 f"update '{self.update}' is unknown: use {', '.join(UPDATES)}, or leave it out"
             )
         if self.bits not in (None, *BITS):
-            raise PrunekitError(f"{self.bits} bits are not supported: use {BITS[0]} or {BITS[1]}")
+            raise PrunekitError(
+                f"{self.bits} bits are not supported: use {BITS[0]}, {BITS[1]} or {BITS[2]}"
+            )
         if self.group is not None and (self.bits is None or self.group < 1):
             raise PrunekitError(
                 f"group {self.group} with bits {self.bits}: give bits 8 or 4 and a group from 1, "
                 "such as 128"
+            )
+        if self.group is not None and self.bits == "fp8":
+            raise PrunekitError(
+                f"group {self.group} with bits fp8: a row has one scale, leave it out"
             )
 
     @property
@@ -256,7 +263,8 @@ def _fits(key: str, value: Any) -> bool:
     if key in ("sparsity", "damping", "power"):
         return _is_number(value) or (key == "sparsity" and value is None)
     if key in ("update", "bits", "group"):
-        return value is None or type(value) is (str if key == "update" else int)
+        kind = str if key == "update" or (key, value) == ("bits", "fp8") else int
+        return value is None or type(value) is kind
     kinds: dict[str, type] = {
         "pattern": str,
         "variant": bool,

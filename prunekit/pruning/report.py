@@ -26,7 +26,7 @@ class MatrixReport:
             inputs X that reach the matrix when all earlier layers are pruned; None without
             calibration, or when no token reached it.
         note: What was unusual, or "".
-        bits: To how many bits the kept weights were rounded, or None.
+        bits: To how many bits the kept weights were rounded, or "fp8", or None.
     """
 
     name: str
@@ -38,7 +38,7 @@ class MatrixReport:
     zeros: int
     relative_error: float | None
     note: str = ""
-    bits: int | None = None
+    bits: int | str | None = None
 
     @property
     def size(self) -> int:
@@ -149,7 +149,8 @@ class PruneReport:
         groups: dict[Any, list[MatrixReport]] = {}
         for matrix in self.matrices:
             kind = matrix.name if verbose else matrix.kind
-            pattern = matrix.pattern + ("" if matrix.bits is None else f", {matrix.bits} bits")
+            held = f"{matrix.bits} bits" if isinstance(matrix.bits, int) else matrix.bits
+            pattern = matrix.pattern + ("" if held is None else f", {held}")
             groups.setdefault((kind, matrix.shape, matrix.method, pattern), []).append(matrix)
         for (kind, shape, method, pattern), members in groups.items():
             sparsity = sum(m.zeros for m in members) / sum(m.size for m in members)

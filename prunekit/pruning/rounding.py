@@ -1,10 +1,11 @@
 """Round the weights that a mask keeps to 8 or 4 bits, and make up for it. No model here.
 
-Columns are visited from left to right as SparseGPT does: with (H + λI)⁻¹ = UᵀU, rounding the weight
-w of column i to v changes the columns j > i of its row by -((w - v) / U_ii)·U_ij; a weight that the
-mask leaves out is rounded to 0. Afterwards each row's scales are fitted to its integers by least
-squares. docs/pruning.md, "Mathematics", derives both, and why the walk may start from weights that
-are updated already. Sources: GPTQ (arXiv 2210.17323); SparseGPT (arXiv 2301.00774), section 3.5.
+A weight becomes a code times a scale: an integer, or a number of float8_e4m3fn. Columns are visited
+from left to right as SparseGPT does: with (H + λI)⁻¹ = UᵀU, rounding the weight w of column i to v
+changes the columns j > i of its row by -((w - v) / U_ii)·U_ij; a weight that the mask leaves out is
+rounded to 0. Afterwards each row's scales are fitted to its codes by least squares.
+docs/pruning.md, "Mathematics", derives both, and why the walk may start from weights that are
+updated already. Sources: GPTQ (arXiv 2210.17323); SparseGPT (arXiv 2301.00774), section 3.5.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+FP8 = "fp8"  # `bits` of float8_e4m3fn
+#: The largest code by `bits`.
+_LARGEST: dict[int | str, float] = {8: 127.0, 4: 7.0, FP8: 448.0}
 GROUP = 128  # columns that share a scale at 4 bits; at 8 bits a row has one scale
 _BLOCK = 128  # columns whose errors reach the columns behind them by one matrix product
 _SHRINKS = 16  # scales that are tried: the largest weight's, and smaller ones
@@ -27,51 +31,59 @@ _ATTRIBUTE = "_prunekit_rounded"
 
 @dataclass(frozen=True)
 class Rounded:
-    """A matrix as integers and scales.
+    """A matrix as codes and scales.
 
     Attributes:
-        integers: (out, in), int8: -127 to 127 or -7 to 7, 0 where masked.
+        codes: (out, in), 0 where masked. int8: -127 to 127 or -7 to 7; float8_e4m3fn of "fp8".
         scales: (out, ⌈in / group⌉), float32, above 0.
-        bits: 8 or 4.
+        bits: 8, 4 or "fp8".
         group: Columns that share a scale; the last group of a row may be shorter.
     """
 
-    integers: Tensor
+    codes: Tensor
     scales: Tensor
-    bits: int
+    bits: int | str
     group: int
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], bits: int, group: int | None, device: Any) -> Rounded:
+    def empty(
+        cls, shape: tuple[int, int], bits: int | str, group: int | None, device: Any
+    ) -> Rounded:
         """All zero, for a matrix (out, in); `group` None means `usual_group`."""
         rows, width = shape
         group = usual_group(bits, width) if group is None else min(group, width)
+        kind = torch.float8_e4m3fn if bits == FP8 else torch.int8
         return cls(
-            torch.zeros(shape, dtype=torch.int8, device=device),
+            torch.zeros(shape, dtype=kind, device=device),
             torch.ones(rows, -(-width // group), device=device),
             bits,
             group,
         )
 
+    @property
+    def format(self) -> str:
+        """The packed format that holds it, where its pattern is 2:4."""
+        return "2:4-fp8" if self.bits == FP8 else f"2:4-int{self.bits}"
+
     def to_dense(self) -> Tensor:
-        """integer · scale, (out, in), float32."""
-        return self.integers * self._per_column
+        """code · scale, (out, in), float32."""
+        return self.codes.float() * self._per_column
 
     @property
     def _per_column(self) -> Tensor:
-        width = self.integers.shape[1]
+        width = self.codes.shape[1]
         return self.scales.repeat_interleave(self.group, dim=1)[:, :width]
 
 
-def usual_group(bits: int, width: int) -> int:
+def usual_group(bits: int | str, width: int) -> int:
     """The columns that share a scale unless a method says otherwise."""
-    return width if bits == 8 else min(GROUP, width)
+    return min(GROUP, width) if bits == 4 else width
 
 
 def round_(
     found: Rounded, weights: Tensor, mask: Tensor, upper: Tensor, hessian: Tensor, dense: Tensor
 ) -> None:
-    """Fill in the integers and scales of a matrix.
+    """Fill in the codes and scales of a matrix.
 
     Args:
         found: What to fill in.
@@ -81,26 +93,25 @@ def round_(
         hessian: (in, in): XᵀX, damped like U's.
         dense: (out, in): the weights whose outputs the scales are fitted to.
     """
-    limit = 2 ** (found.bits - 1) - 1
     # Transposed: a visited column of all rows is contiguous.
     left = weights.t().float().clone(memory_format=torch.contiguous_format)
     keep = mask.t().contiguous()
-    integers, scales = torch.zeros_like(left), found.scales.t().contiguous()
+    codes, scales = torch.zeros_like(left), found.scales.t().contiguous()
     for start, stop, opens in _blocks(len(left), found.group):
         group = start // found.group
         if opens:
             end = min(start + found.group, len(left))
             importance = upper.diagonal()[start:end].square().reciprocal()
-            scales[group] = _scale(left[start:end] * keep[start:end], importance, limit)
+            scales[group] = _scale(left[start:end] * keep[start:end], importance, found.bits)
         scale, errors = scales[group], torch.empty_like(left[start:stop])
         for column in range(start, stop):
-            value = (left[column] / scale).round_().clamp_(-limit, limit) * keep[column]
-            integers[column] = value
+            value = _nearest_(left[column] / scale, found.bits) * keep[column]
+            codes[column] = value
             error = (left[column] - value * scale) / upper[column, column]
             left[column + 1 : stop].addr_(upper[column, column + 1 : stop], error, alpha=-1)
             errors[column - start] = error
         left[stop:].addmm_(upper[start:stop, stop:].t(), errors, alpha=-1)
-    found.integers.copy_(integers.t())
+    found.codes.copy_(codes.t())
     found.scales.copy_(scales.t())
     _fit_scales_(found, hessian.float(), dense.float())
 
@@ -113,14 +124,22 @@ def _blocks(width: int, group: int) -> Iterator[tuple[int, int, bool]]:
             yield start, min(start + _BLOCK, last), start == first
 
 
-def _scale(columns: Tensor, importance: Tensor, limit: int) -> Tensor:
+def _nearest_(values: Tensor, bits: int | str) -> Tensor:
+    """The nearest codes, float32; `values` are used up."""
+    limit = _LARGEST[bits]
+    if bits == FP8:
+        return values.clamp_(-limit, limit).to(torch.float8_e4m3fn).float()
+    return values.round_().clamp_(-limit, limit)
+
+
+def _scale(columns: Tensor, importance: Tensor, bits: int | str) -> Tensor:
     """The scale of each row that rounds (columns, rows) best, of `_SHRINKS` candidates: (rows,)."""
-    largest = columns.abs().amax(0) / limit
+    largest = columns.abs().amax(0) / _LARGEST[bits]
     largest.masked_fill_(largest == 0, 1.0)
     best, least = largest, torch.full_like(largest, float("inf"))
     for part in torch.linspace(1.0, _SMALLEST, _SHRINKS).tolist():
         scale = largest * part
-        missed = columns - (columns / scale).round_().clamp_(-limit, limit) * scale
+        missed = columns - _nearest_(columns / scale, bits) * scale
         error = importance @ missed.square_()
         better = error < least
         best, least = torch.where(better, scale, best), torch.where(better, error, least)
@@ -130,17 +149,17 @@ def _scale(columns: Tensor, importance: Tensor, limit: int) -> Tensor:
 def _fit_scales_(found: Rounded, hessian: Tensor, dense: Tensor) -> None:
     """Give each row the scales s that minimise (Σ_g s_g·q_g - w)·H·(Σ_g s_g·q_g - w)ᵀ.
 
-    q_g are the row's integers of group g, zero elsewhere. Rows whose normal equations have no
+    q_g are the row's codes of group g, zero elsewhere. Rows whose normal equations have no
     usable answer (a scale that is not positive) keep the walk's scales.
     """
-    rows, width = found.integers.shape
+    rows, width = found.codes.shape
     groups = found.scales.shape[1]
     member = torch.zeros(groups, width, device=hessian.device)
     member[torch.arange(width, device=hessian.device) // found.group, torch.arange(width)] = 1
     step = max(1, _FITTED_TOGETHER // (groups * width))
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        split = found.integers[part].float()[:, None] * member  # (rows, groups, in)
+        split = found.codes[part].float()[:, None] * member  # (rows, groups, in)
         product = split @ hessian
         normal = product @ split.mT
         empty = split.abs().sum(-1) == 0
@@ -154,15 +173,20 @@ def _fit_scales_(found: Rounded, hessian: Tensor, dense: Tensor) -> None:
 
 
 def attach_(module: nn.Module, rounded: Rounded) -> None:
-    """Remember a linear layer's integers and scales beside its weight, for packing."""
+    """Remember a linear layer's codes and scales beside its weight, for packing."""
     vars(module)[_ATTRIBUTE] = rounded
 
 
 def fill_(module: nn.Module, rounded: Rounded) -> None:
-    """Copy integers and scales into what `attach_` put there."""
+    """Copy codes and scales into what `attach_` put there."""
     room: Rounded = vars(module)[_ATTRIBUTE]
-    room.integers.copy_(rounded.integers)
+    room.codes.copy_(rounded.codes)
     room.scales.copy_(rounded.scales)
+
+
+def forget_(module: nn.Module) -> None:
+    """Let go of what `attach_` remembered."""
+    vars(module).pop(_ATTRIBUTE, None)
 
 
 def attached(module: nn.Module) -> Rounded | None:

@@ -275,14 +275,14 @@ def _observe(
 def _prepare_roundings_(
     refs: Sequence[WeightRef], assigned: Mapping[str, Method]
 ) -> dict[str, Tensor]:
-    """Room beside the linear layers for integers and scales, by name: a journal holds them, too."""
+    """Room beside the linear layers for codes and scales, by name: a journal holds them, too."""
     room: dict[str, Tensor] = {}
     for ref in refs:
         method, (rows, width) = assigned[ref.name], ref.matrix.shape
         if method.bits is not None and ref.expert is None:
             empty = Rounded.empty((rows, width), method.bits, method.group, ref.matrix.device)
             rounding.attach_(ref.module, empty)
-            room |= {f"{ref.name}.integers": empty.integers, f"{ref.name}.scales": empty.scales}
+            room |= {f"{ref.name}.integers": empty.codes, f"{ref.name}.scales": empty.scales}
     return room
 
 

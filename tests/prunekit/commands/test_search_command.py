@@ -8,7 +8,7 @@ import pytest
 
 import prunekit as pk
 from prunekit.cli import main
-from prunekit.packed.modules import packed_layers
+from prunekit.packed import packed_layers, weight_bytes
 
 WORK = ["--context", "16", "--limit", "8", "--generations", "1", "--offspring", "2", "--quiet"]
 MADE = ["--method", "magnitude", "--choices", "2:4, 50%, drop"]
@@ -26,9 +26,7 @@ def test_the_saved_model_is_the_found_mix_packed(place, tmp_path, capsys):
     told = _run(place, out, "--bytes", "80%", capsys=capsys)
     assert told["found"]["within"] and told["choices"] == ["dense", "2:4", "50%", "drop"]
     best, _ = pk.load(out / "best")
-    size = sum(p.nbytes for p in best.parameters())
-    size += sum(layer.weight.nbytes for _, layer in packed_layers(best))
-    assert size == told["found"]["bytes"]
+    assert weight_bytes(best) == told["found"]["bytes"]
     measured = (out / "measured.jsonl").read_text()
     again = _run(place, out, "--bytes", "0.8", capsys=capsys)
     assert again["found"] == told["found"] and (out / "measured.jsonl").read_text() == measured
@@ -36,7 +34,22 @@ def test_the_saved_model_is_the_found_mix_packed(place, tmp_path, capsys):
     assert other["found"]["speed"] >= 1.2 and other["budget"].startswith("speed")
 
 
+def test_choices_of_few_bits_are_saved_packed_so(place, tmp_path, capsys):
+    text, out = str(place / "long.txt"), tmp_path / "out"
+    given = ["search", str(place / "dense"), "--choices", "2:4-int8, 2:4-fp8", "--text", text]
+    given += ["--calibration", text, "--samples", "8", "--length", "32", *WORK]
+    assert main([*given, "--bytes", "70%", "--output", str(out), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["choices"] == ["dense", "2:4-int8", "2:4-fp8"] and told["found"]["within"]
+    best, _ = pk.load(out / "best")
+    held = {layer.format for _, layer in packed_layers(best)}
+    assert held and held <= {"2:4-int8", "2:4-fp8"} and weight_bytes(best) == told["found"]["bytes"]
+
+
 REFUSED = {
+    "dense values": (["--bytes", "50%", "--choices", "int8"], "without zeros they have no packed"),
+    "unknown values": (["--bytes", "50%", "--choices", "2:4-int5"], "'2:4-int5' is no choice"),
+    "unstructured values": (["--bytes", "50%", "--choices", "50%-int4"], "use pattern 2:4"),
     "no budget": (["--choices", "drop"], "one budget"),
     "a word": (["--bytes", "50%", "--choices", "half"], "'half' is no choice"),
     "a percentage": (["--bytes", "50%", "--choices", "x%"], "'x%' is not a percentage"),

@@ -82,7 +82,7 @@ def test_evolution_finds_what_the_additive_model_cannot_see(seed):
     damage, costs = _problem(parts=7, choices=3, seed=seed)
     pairs = np.random.default_rng(seed).uniform(0, 6, 6)
 
-    def loss(mix, stage=0):
+    def loss(mix):
         both = sum(pairs[i] for i in range(6) if mix[i] and mix[i + 1])
         return _summed(damage, mix) + both
 
@@ -90,9 +90,9 @@ def test_evolution_finds_what_the_additive_model_cannot_see(seed):
     start = least_damage(damage, costs, limit)
     measured = []
 
-    def measure(mix, stage):
-        measured.append(mix)
-        return loss(mix)
+    def measure(mixes, stage):
+        measured.extend(mixes)
+        return [loss(mix) for mix in mixes]
 
     found = evolve(
         start,
@@ -113,7 +113,7 @@ def test_evolution_finds_what_the_additive_model_cannot_see(seed):
         damage,
         costs,
         limit,
-        lambda mix, stage: loss(mix),
+        lambda mixes, stage: [loss(mix) for mix in mixes],
         [Stage(0, 4), Stage(1, 1)],
         generations=range(60),
         offspring=12,

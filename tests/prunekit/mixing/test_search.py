@@ -115,6 +115,7 @@ def test_the_found_model_keeps_the_budget_and_is_what_was_measured(word_tokenize
     start = next(p for p in result.points if p.name in ("additive model", "found"))
     assert result.found.kl <= start.kl
     assert all(p.kl > 0 or set(p.mix) == {0} for p in result.points)
+    assert all(p.held_out is not None for p in result.front)
     # the model in memory is the mix: dropped sublayers gone, the others masked
     for layer, sublayer in ((p.layer, p.sublayer) for p in result.parts):
         part = next(p for p in result.parts if (p.layer, p.sublayer) == (layer, sublayer))
@@ -197,7 +198,11 @@ REFUSED = {
     "slower": ({"bytes": None, "speed": 0.5}, "more than 1"),
     "nothing": ({"choices": {}}, "nothing to choose"),
     "dense": ({"choices": {"dense": pk.Magnitude(sparsity=0.5)}}, "another name"),
-    "rounded": ({"choices": {"int4": pk.Wanda(pattern="2:4", bits=4)}}, "bits"),
+    "rounded": (
+        {"choices": {"a": pk.Wanda(sparsity=0.5, bits=4)}},
+        "unstructured.*use pattern 2:4",
+    ),
+    "groups": ({"choices": {"a": pk.Wanda(pattern="2:4", bits=4, group=16)}}, "use 64 or 128"),
     "a nameless drop": ({"choices": {"gone": None}}, "'drop'"),
     "too small": ({"bytes": 0.1, "choices": {"2:4": CHOICES["2:4"]}}, "or allow dropping"),
     "short text": ({"text": ["w3 w4 w5"]}, "longer text"),

@@ -40,6 +40,29 @@ def test_a_model_is_swapped_saved_and_loaded_bit_for_bit(
         assert torch.allclose(model(input_ids=token_ids).logits, want, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_what_was_unpacked_is_packed_as_it_was(name: str, kind: str, tiny: Any) -> None:
+    model = tiny(kind).bfloat16()
+    pk.prune_(model, pk.Magnitude(pattern="2:4"))
+    pk.swap_(model, formats=[name])
+    before = {path: layer.weight.state_dict() for path, layer in packed_layers(model)}
+    pk.unswap_(model)
+    model.float().bfloat16()
+    report = pk.swap_(model, min_speedup=0.0)  # asks for no format
+    assert before and {module.format for module in report.swapped} == {name}
+    for path, layer in packed_layers(model):
+        for key, tensor in layer.weight.state_dict().items():
+            assert torch.equal(tensor, before[path][key]), (path, key)
+    pk.unswap_(model)
+    for path in before:
+        weight = model.get_submodule(path).weight
+        with torch.no_grad():
+            weight[weight == weight.max()] *= 2
+    report = pk.swap_(model, min_speedup=0.0)  # they are other values now
+    assert {module.format for module in report.swapped} <= {"2:4", "bitmap"} and report.swapped
+
+
 def test_nothing_is_rounded_unasked(tiny: Any) -> None:
     model = tiny("llama")
     pk.prune_(model, pk.Magnitude(pattern="2:4"))

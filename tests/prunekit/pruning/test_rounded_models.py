@@ -27,8 +27,8 @@ def test_weights_are_integers_times_scales(tiny, many_tokens, method, bits, limi
     for ref, matrix in zip(refs_of(model), report.matrices, strict=True):
         held = rounding.attached(ref.module)
         assert held is not None and torch.equal(held.to_dense(), ref.matrix)
-        assert int(held.integers.abs().max()) <= limit
-        assert int((held.integers.view(-1, 4) != 0).sum(1).max()) <= 2
+        assert int(held.codes.abs().max()) <= limit
+        assert int((held.codes.view(-1, 4) != 0).sum(1).max()) <= 2
         assert matrix.bits == bits and matrix.kept == matrix.size // 2 <= matrix.zeros
         assert matrix.relative_error < 1
 
@@ -53,23 +53,26 @@ def test_experts_are_rounded_whatever_reaches_them(tiny, many_tokens):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_packing_takes_the_integers_that_pruning_chose(tiny, many_tokens, dtype):
+@pytest.mark.parametrize(("bits", "group"), [(4, 64), (8, None), ("fp8", None)])
+def test_packing_takes_the_numbers_that_pruning_chose(tiny, many_tokens, dtype, bits, group):
     model = tiny("llama").to(dtype)
-    prune(model, SparseGPT(pattern="2:4", bits=4, group=64), many_tokens)
+    report = prune(model, SparseGPT(pattern="2:4", bits=bits, group=group), many_tokens)
+    assert ("2:4, fp8" if bits == "fp8" else f"2:4, {bits} bits") in report.table()
     before = {ref.name: ref.matrix.clone() for ref in refs_of(model)}
     held = {ref.name: rounding.attached(ref.module) for ref in refs_of(model)}
     report = pk.swap_(model, merge=False)
-    assert {module.format for module in report.swapped} == {"2:4-int4"}
+    name = "2:4-fp8" if bits == "fp8" else f"2:4-int{bits}"
+    assert {module.format for module in report.swapped} == {name}
     assert len(report.swapped) == len(before)
     for ref in refs_of(model):
         packed = ref.module.weight
         assert torch.equal(packed.to_dense(), before[ref.name])
-        integers = held[ref.name].integers
-        assert torch.equal(packed.to_dense() == 0, integers == 0)
+        assert torch.equal(packed.to_dense() == 0, held[ref.name].codes.float() == 0)
 
 
-def test_a_killed_run_goes_on_to_the_same_integers(tiny, many_tokens, tmp_path):
-    recipe = Wanda(pattern="2:4", bits=4, group=16)
+@pytest.mark.parametrize("bits", [4, "fp8"])
+def test_a_killed_run_goes_on_to_the_same_codes(tiny, many_tokens, tmp_path, bits):
+    recipe = Wanda(pattern="2:4", bits=bits)
     dense = tiny("llama")
     whole = copy.deepcopy(dense)
     prune(whole, recipe, many_tokens, journal=tmp_path / "journal")
@@ -78,13 +81,15 @@ def test_a_killed_run_goes_on_to_the_same_integers(tiny, many_tokens, tmp_path):
     for first, second in zip(refs_of(whole), refs_of(dense), strict=True):
         assert torch.equal(first.matrix, second.matrix)
         held, again = rounding.attached(first.module), rounding.attached(second.module)
-        assert torch.equal(held.integers, again.integers) and torch.equal(held.scales, again.scales)
+        assert torch.equal(held.codes.float(), again.codes.float())
+        assert torch.equal(held.scales, again.scales)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": 3}, "3 bits are not supported: use 8 or 4"),
+        ({"bits": 3}, "3 bits are not supported: use 8, 4 or fp8"),
+        ({"bits": "fp8", "group": 64}, "group 64 with bits fp8: a row has one scale"),
         ({"group": 64}, "group 64 with bits None: give bits"),
         ({"bits": 4, "group": 0}, "group 0 with bits 4"),
     ],
