@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import bench_block, bench_metrics, bench_sparse
+from bench import bench_block, bench_metrics, bench_select, bench_sparse
 from bench.harness import Case, Contender, Session, add_options, say
 
 #: The matrices of Llama-3-8B that take most of its time.
@@ -93,6 +93,7 @@ DRAWS = (
         "prunekernels warp",
         ("torch cosine fp32",),
     ),
+    Draw("rowwise_mask", "0.5", ("prunekernels",), "prunekernels words", ("torch kthvalue",)),
 )
 
 
@@ -106,6 +107,7 @@ def plan(session: Session) -> list[Case]:
             *bench_block.plan(session),
             Case("pair_stats", "statistics", "float32", {"N": 4, "V": 1000}),
             Case("vector_stats", "statistics", "float32", {"N": 4, "D": 64}),
+            Case("rowwise_mask", "0.5", "bfloat16", small),
         ]
     cases = []
     for N, K in SHAPES:
@@ -125,6 +127,8 @@ def plan(session: Session) -> list[Case]:
         cases.append(Case("pair_stats", "statistics", dtype, {"N": N, "V": V}))
     for N in (2048, 60):
         cases.append(Case("vector_stats", "statistics", "bfloat16", {"N": N, "D": 4096}))
+    for N, K in SHAPES:
+        cases.append(Case("rowwise_mask", "0.5", "bfloat16", {"N": N, "K": K}))
     return cases
 
 
@@ -144,6 +148,8 @@ def maker(options: argparse.Namespace, session: Session) -> Callable[[Case], Seq
             found = linear(case)
         elif case.op == "block":
             found = bench_block.make(session, case)
+        elif case.op == "rowwise_mask":
+            found = bench_select.contenders(case, session)
         else:
             found = bench_metrics.make(case, options, session)
         return [contender for contender in found if contender.provider in names]

@@ -20,7 +20,7 @@ from prunekernels import nm_mask, rowwise_mask, sparsegpt_update
 from torch import Tensor
 
 from bench import bounds
-from bench.harness import Case, Contender, Prepared, Session, Verdict, add_options
+from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
 
 Select = Callable[[Tensor], Tensor]
 
@@ -50,6 +50,14 @@ def threshold_rows(sparsity: float, scores: Tensor) -> Tensor:
     """Row-wise selection by a threshold per row, which removes too many where scores tie."""
     gone = int(sparsity * scores.shape[-1] + 1e-9)
     return scores > scores.kthvalue(gone, -1, keepdim=True).values
+
+
+def rows_by_words(sparsity: float, scores: Tensor) -> Tensor:
+    """Row-wise selection by the kernel that takes two 16-bit scores at a time."""
+    try:
+        return rowwise_mask(scores, sparsity, impl="triton_words")
+    except ValueError as error:
+        raise Absent(str(error)) from error
 
 
 class Block(NamedTuple):
@@ -132,11 +140,14 @@ def ways(case: Case) -> dict[str, Select]:
             "torch topk": functools.partial(topk_groups, keep, of),
         }
     sparsity = float(case.mode)
-    return {
+    found: dict[str, Select] = {
         "torch sort": functools.partial(sorted_rows, sparsity),
         "prunekernels": lambda scores: rowwise_mask(scores, sparsity),
         "torch kthvalue": functools.partial(threshold_rows, sparsity),
     }
+    if case.dtype != "float32":
+        found["prunekernels words"] = functools.partial(rows_by_words, sparsity)
+    return found
 
 
 def contenders(case: Case, session: Session) -> list[Contender]:
@@ -144,11 +155,12 @@ def contenders(case: Case, session: Session) -> list[Contender]:
     if case.op == "sparsegpt_update":
         return updates(case, session)
     rows, columns = (int(case.sizes[name]) for name in "NK")
-    count = session.copies(4 * rows * columns)
-    sets = [torch.rand(rows, columns, device=session.device) for _ in range(count)]
+    dtype = getattr(torch, case.dtype)
+    count = session.copies(dtype.itemsize * rows * columns)
+    sets = [torch.rand(rows, columns, device=session.device).to(dtype) for _ in range(count)]
     providers = ways(case)
     exact = next(iter(providers.values()))(sets[0])
-    cost = [bounds.Cost(5.0 * rows * columns)]  # a float32 score in, a byte of mask out
+    cost = [bounds.Cost((dtype.itemsize + 1.0) * rows * columns)]  # a score in, a byte of mask out
 
     def check(found: Tensor) -> Verdict:
         wrong = int((found != exact).sum())

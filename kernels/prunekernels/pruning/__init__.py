@@ -4,12 +4,21 @@ from prunekernels.pruning.masks import nm_mask, nm_prune_, rowwise_mask, rowwise
 from prunekernels.pruning.update import UpdatedColumns, sparsegpt_update
 from prunekernels.runtime import Kernel, Op, register
 
-for _name, _module in (
-    ("nm_mask", "masks_triton"),
-    ("rowwise_mask", "masks_triton"),
-    ("sparsegpt_update", "update_triton"),
+for _name, _modules in (
+    ("nm_mask", {"triton": "masks_triton"}),
+    # two scores to a word: by name until it has run on hardware
+    ("rowwise_mask", {"triton": "masks_triton", "triton_words": "masks_words_triton"}),
+    ("sparsegpt_update", {"triton": "update_triton"}),
 ):
-    register(Op(_name, {"triton": Kernel(f"prunekernels.pruning.{_module}", _name)}))
+    register(
+        Op(
+            _name,
+            {
+                impl: Kernel(f"prunekernels.pruning.{module}", _name)
+                for impl, module in _modules.items()
+            },
+        )
+    )
 
 __all__ = [
     "UpdatedColumns",

@@ -117,7 +117,8 @@ def rowwise_mask(
         sparsity: share of each row to drop, in [0, 1]: floor(sparsity·K + 1e-9) of K scores, so
             never more than asked (the 1e-9 forgives 0.7·10 = 6.999…).
         norms: `(K,)` float32. If given, `scores` are weights, and |weight|·norm is what counts.
-        impl: "auto", "triton" or "eager".
+        impl: "auto", "triton", "triton_words" (the kernel that takes two 16-bit scores at a time,
+            for even K up to 16384 without norms; else the same as "triton") or "eager".
 
     Returns:
         Bool, the shape of `scores`, True = keep. Among equal scores (±0 are equal) the lower
@@ -127,7 +128,7 @@ def rowwise_mask(
         ValueError: if sparsity is outside [0, 1], a score is NaN or infinite, or `impl` cannot
             run here.
     """
-    _check("rowwise_mask", scores, norms, impl)
+    _check("rowwise_mask", scores, norms, impl, "triton_words")
     prune = _count("rowwise_mask", scores, sparsity)
     return _rowwise_mask_op(scores, norms, prune, impl)
 
@@ -151,7 +152,7 @@ def rowwise_prune_(
     Raises:
         ValueError: see `rowwise_mask`.
     """
-    _check("rowwise_prune_", weight, norms, impl)
+    _check("rowwise_prune_", weight, norms, impl, "triton_words")
     prune = _count("rowwise_prune_", weight, sparsity)
     return _rowwise_prune_op(weight, norms, prune, impl)
 
@@ -172,9 +173,9 @@ def group_impl(op: str, of: int, impl: str) -> str:
     return "eager"
 
 
-def _check(op: str, scores: Tensor, norms: Tensor | None, impl: str) -> None:
+def _check(op: str, scores: Tensor, norms: Tensor | None, impl: str, *more: str) -> None:
     checks.floats(op, scores=scores, norms=norms)
-    runtime.check_impl(impl)
+    runtime.check_impl(impl, *more)
     if norms is None:
         return
     checks.same_device(op, scores, norms=norms)

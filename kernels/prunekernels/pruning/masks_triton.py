@@ -312,7 +312,7 @@ def nm_mask(
     if mask.numel() == 0:
         return mask
     bad = torch.zeros((), dtype=torch.int32, device=scores.device)
-    parts = _rows(scores, inplace), norms, mask.view(torch.int8), bad
+    parts = rows_of(scores, inplace), norms, mask.view(torch.int8), bad
     _groups_call(*parts, keep, of, absolute, inplace).run()
     checks.no_flag("nm_mask", bad, scores, norms)
     return mask
@@ -358,7 +358,7 @@ def rowwise_mask(
     if prune == 0:
         checks.finite("rowwise_mask", scores, norms)
         return mask.fill_(True)
-    rows = _rows(scores, inplace)
+    rows = rows_of(scores, inplace)
     bad = torch.zeros((), dtype=torch.int32, device=scores.device)
     if rows.shape[1] <= tuning.ROW_ON_CHIP:
         calls = [_row_call(rows, norms, mask.view(torch.int8), bad, prune, absolute, inplace)]
@@ -426,7 +426,7 @@ def _long_calls(
     ]
 
 
-def _rows(scores: Tensor, inplace: bool) -> Tensor:
+def rows_of(scores: Tensor, inplace: bool) -> Tensor:
     """(rows, K) of the scores: a view where strides allow, and always if it will be written."""
     if inplace:
         return scores.view(-1, scores.shape[-1])

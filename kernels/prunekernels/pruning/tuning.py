@@ -32,6 +32,31 @@ def row_tile(width: int) -> RowConfig:
 LONG_ROW = RowConfig(4096, 16)
 
 
+class WordsConfig(NamedTuple):
+    """Tile of the selection by words: parts of a row, words of a part, warps."""
+
+    parts: int
+    words: int
+    num_warps: int
+
+
+#: Most registers of a thread of that kernel: none are spilled, and 12 warps share a processor.
+WORDS_REGISTERS = 168
+
+
+def words_tile(words: int) -> WordsConfig:
+    """A row's words in up to 8 parts of 8 per thread, by up to 4 warps (predicted)."""
+    warps = 1
+    while warps < 4 and words > 2048 * warps:
+        warps *= 2
+    return WordsConfig(-(-words // (256 * warps)), 256 * warps, warps)
+
+
+def rows_each(rows: int, warps: int, processors: int) -> int:
+    """Rows that a program visits: 12 warps to a processor, so that guesses are handed on."""
+    return -(-rows // (12 // warps * processors))
+
+
 class NmConfig(NamedTuple):
     """Tile of the N:M kernel: log2 of the padded group, groups per program, warps."""
 

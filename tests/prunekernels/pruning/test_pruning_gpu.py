@@ -38,14 +38,31 @@ def test_groups(keep, of, dtype):
         same(nm_mask(scores, keep, of), reference.nm_mask(scores.double().cpu(), keep, of))
 
 
+@pytest.mark.parametrize("impl", ["auto", "triton_words"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", [1, 63, 130, 4096, 14336, 16384, 16385, 70001])
-def test_rows(width, dtype):
+def test_rows(width, dtype, impl):
     for scores in (torch.randn(17, width, device="cuda").to(dtype), awkward(5, width, dtype=dtype)):
         for sparsity in (0.01, 0.5, 0.97, 1.0):
-            found = rowwise_mask(scores, sparsity)
+            found = rowwise_mask(scores, sparsity, impl=impl)
             same(found, reference.rowwise_mask(scores.double().cpu(), sparsity))
-            assert torch.equal(found, rowwise_mask(scores, sparsity))
+            assert torch.equal(found, rowwise_mask(scores, sparsity, impl=impl))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [130, 5120, 14336])
+def test_many_rows_by_words(width, dtype):
+    """A program visits several rows, each unlike the one before."""
+    scale = torch.rand(4500, 1, device="cuda") * 4 + 0.01
+    scores = (torch.randn(4500, width, device="cuda") * scale).to(dtype)
+    scores[::7] = awkward(1, width, dtype=dtype)
+    for sparsity in (0.3, 0.5):
+        found = rowwise_mask(scores, sparsity, impl="triton_words")
+        assert torch.equal(found, rowwise_mask(scores, sparsity, impl="eager"))
+        pruned = scores.clone()
+        mask = rowwise_prune_(pruned, sparsity, impl="triton_words")
+        assert torch.equal(mask, rowwise_mask(scores.abs(), sparsity, impl="eager"))
+        assert torch.equal(pruned, scores.masked_fill(~mask, 0))
 
 
 def test_a_whole_matrix_as_one_row():

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 from prunekernels.compilation import compile_case, format_report
-from prunekernels.pruning import masks_triton, update_triton
+from prunekernels.pruning import masks_triton, masks_words_triton, update_triton
 from prunekernels.runtime import interpreting
 
 pytestmark = pytest.mark.skipif(interpreting(), reason="kernels are being interpreted")
@@ -17,10 +17,15 @@ FEW = (
     "rowwise_mask/4096/bf16",
     "rowwise_mask/14336/bf16/no norms",
     "rowwise_mask/long/mask",
+    "rowwise_mask/words/14336/sizes",
     "sparsegpt_update/2:4",
     "sparsegpt_update/unstructured",
 )
-CASES = [*masks_triton.compile_cases(), *update_triton.compile_cases()]
+CASES = [
+    *masks_triton.compile_cases(),
+    *masks_words_triton.compile_cases(),
+    *update_triton.compile_cases(),
+]
 
 
 def check(case, arch):

@@ -76,22 +76,70 @@ def test_rows(sparsity):
 
 @interpreted
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("sparsity", [0.03, 0.6])
-def test_rows_of_16_bits(dtype, sparsity):
+@pytest.mark.parametrize(
+    ("sparsity", "impl"),
+    [
+        (0.03, "triton"),
+        (0.6, "triton"),
+        (0.6, "triton_words"),
+        pytest.param(0.03, "triton_words", marks=pytest.mark.slow),
+    ],
+)
+def test_rows_of_16_bits(sparsity, dtype, impl):
     """Their keys are searched without the low bits of float32, which are 0."""
     subnormal = torch.tensor(torch.finfo(dtype).smallest_normal / 4)
     for scores in (
-        torch.randn(4, 700).mul(2).exp() * torch.randn(4, 1).sign(),
-        torch.randn(4, 700),
-        subnormal * torch.randint(-3, 4, (4, 300)),
-        torch.finfo(dtype).max * torch.randint(-1, 2, (4, 300)),
+        torch.randn(2, 700).mul(2).exp() * torch.tensor([[1.0], [-1.0]]),
+        torch.randn(2, 700),
+        subnormal * torch.randint(-3, 4, (2, 300)),
+        torch.finfo(dtype).max * torch.randint(-1, 2, (2, 300)),
     ):
-        scores = scores.to(dtype)
-        found = rowwise_mask(scores, sparsity, impl="triton")
-        assert torch.equal(found, reference.rowwise_mask(scores.double(), sparsity))
-        weight = scores.clone()
-        mask = rowwise_prune_(weight, sparsity, impl="triton")
-        assert torch.equal(mask, reference.rowwise_mask(scores.double().abs(), sparsity))
+        check_16_bits(scores.to(dtype), sparsity, impl)
+
+
+def check_16_bits(scores, sparsity, impl="triton_words"):
+    found = rowwise_mask(scores, sparsity, impl=impl)
+    assert torch.equal(found, reference.rowwise_mask(scores.double(), sparsity))
+    weight = scores.clone()
+    mask = rowwise_prune_(weight, sparsity, impl=impl)
+    assert torch.equal(mask, reference.rowwise_mask(scores.double().abs(), sparsity))
+    assert torch.equal(weight, scores.masked_fill(~mask, 0))
+
+
+@pytest.fixture
+def _narrow_parts(monkeypatch):
+    """Have rows of words read in parts of 32, and all rows visited by one program."""
+    monkeypatch.setattr(
+        tuning, "words_tile", lambda words: tuning.WordsConfig(-(-words // 32), 32, 1)
+    )
+    monkeypatch.setattr(tuning, "rows_each", lambda rows, warps, processors: rows)
+
+
+@interpreted
+@pytest.mark.usefixtures("_narrow_parts")
+@pytest.mark.parametrize("sparsity", [0.2, 0.6, 1.0])
+def test_words_in_parts(sparsity):
+    """Ties that end within a part, between two and in the last; rows unlike the one before."""
+    scale = torch.tensor([1.0, 1e-30, -1e30])[:, None]
+    for scores in (
+        torch.randn(3, 66).abs() * scale,
+        torch.randint(-1, 2, (3, 158)) * 1.0,
+        torch.zeros(1, 130),
+        torch.tensor([[0.0, -0.0, 1e-40, -1e-40, -1e-40, -2e-40]]).repeat(1, 12),
+    ):
+        check_16_bits(scores.bfloat16(), sparsity)
+
+
+@interpreted
+def test_words_leave_what_they_cannot_read_to_the_other_kernel():
+    half = torch.randn(6, 40).bfloat16()
+    for scores in (half[:, 1:], half[:, :39], half.t(), half[:, ::2], half.float(), half[:, 1:39]):
+        check_16_bits(scores, 0.5)
+    norms = torch.rand(40)
+    found = rowwise_mask(half, 0.5, norms=norms, impl="triton_words")
+    assert torch.equal(found, rowwise_mask(half.float().abs() * norms, 0.5))
+    assert rowwise_mask(half[:0], 0.5, impl="triton_words").shape == (0, 40)
+    assert bool(rowwise_mask(half, 0.0, impl="triton_words").all())
 
 
 @interpreted
@@ -159,6 +207,8 @@ def test_scores_without_an_order_are_refused(value, monkeypatch):
     for call in (nm_mask, rowwise_mask):
         with pytest.raises(ValueError, match=r"at index \(1, 5\)"):
             call(scores, *((2, 4) if call is nm_mask else (0.5,)), impl="triton")
+    with pytest.raises(ValueError, match=r"at index \(1, 5\)"):
+        rowwise_mask(scores.half(), 0.5, impl="triton_words")
     with pytest.raises(ValueError, match="overflows float32"):
         rowwise_mask(torch.full((1, 2), 3e38), 0.5, norms=torch.ones(2) * 2, impl="triton")
     monkeypatch.setattr(tuning, "ROW_ON_CHIP", 32)
