@@ -260,6 +260,11 @@ def swap_(
     return SwapReport(tuple(done), device.type, tokens, least)
 
 
+def exact_formats() -> list[str]:
+    """Names of the formats that hold weights as they are, unrounded."""
+    return [name for name, kind in FORMATS.items() if kind.exact]
+
+
 def keeping_formats(module: nn.Module) -> list[str]:
     """Names of the formats that hold a layer's weight as it is, in the order to try them.
 
@@ -267,8 +272,7 @@ def keeping_formats(module: nn.Module) -> list[str]:
     """
     chosen = (remembered(module), attached(module))
     rounded = next((held.format for held in chosen if held is not None), None)
-    exact = [name for name, kind in FORMATS.items() if kind.exact]
-    return exact if rounded is None else [rounded, *exact]
+    return exact_formats() if rounded is None else [rounded, *exact_formats()]
 
 
 def _checked_formats(formats: Sequence[str]) -> list[str]:
