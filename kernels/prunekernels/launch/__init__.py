@@ -26,11 +26,10 @@ from prunekernels.launch.calls import (
     Bound,
     Launch,
     UnalignedError,
-    allocate,
+    allocator,
     current_device,
     current_stream,
     meta,
-    pattern,
     record,
 )
 from prunekernels.launch.warming import warm_up
@@ -39,11 +38,10 @@ __all__ = [
     "Bound",
     "Launch",
     "UnalignedError",
-    "allocate",
+    "allocator",
     "current_device",
     "current_stream",
     "meta",
-    "pattern",
     "record",
     "warm_up",
 ]

@@ -291,17 +291,20 @@ class Bound:
         )
 
 
-def pattern(shape: Sequence[int], like: Tensor) -> Tensor:
-    """A tensor of one element that looks like one of the shape, with the type and device of `like`.
+def allocator(shape: Sequence[int], like: Tensor) -> Callable[[], Tensor]:
+    """What makes a new contiguous tensor of the shape, with the type and device of `like`.
 
-    `allocate(pattern)` makes one.
+    The device has to be the current one when it is called. What torch's compiled graphs allocate
+    with takes half the time of `torch.empty`, as it passes no dispatcher: it is there on CPUs and
+    CUDA devices.
     """
-    return like.new_empty(1).expand(shape)
-
-
-#: A new contiguous tensor that looks like a pattern: `empty_like` reads its arguments in a third of
-#: the time that `empty` takes.
-allocate = functools.partial(torch.empty_like, memory_format=torch.contiguous_format)
+    quick = getattr(torch._C._dynamo.guards, f"_empty_strided_{like.device.type}", None)
+    if quick is None:
+        # reads its arguments in a third of the time that `empty` takes
+        seen = like.new_empty(1).expand(shape)
+        return functools.partial(torch.empty_like, seen, memory_format=torch.contiguous_format)
+    strides = meta(shape, like.dtype).stride()
+    return functools.partial(quick, tuple(shape), strides, like.dtype)
 
 
 def meta(shape: Sequence[int], dtype: torch.dtype, *, aligned: bool = True) -> Tensor:

@@ -73,7 +73,10 @@ def pair_fields(
 
     if wants("kl_base_other", "kl_other_base", "estimate_valid"):
         c = torch.log(v0 / w0)
-        kl_pq, kl_qp = c - sums["W1"] / w0 / t, sums["V1"] / v0 / t - c
+        mean_p, mean_q = sums["W1"] / w0, sums["V1"] / v0
+        if t != 1.0:
+            mean_p, mean_q = mean_p / t, mean_q / t
+        kl_pq, kl_qp = c - mean_p, mean_q - c
         if "A" in sums:
             mean = sums["A"] / w0
             bend = torch.log1p(mean)
@@ -216,17 +219,21 @@ def label_fields(
     return dict(zip(LABEL_FLOATS, (nll_base, nll_other, prob_delta), strict=True))
 
 
-def angle_fields(z2: Tensor, zd: Tensor, d2: Tensor, zz: Tensor, b2: Tensor) -> dict[str, Tensor]:
+def angle_fields(
+    z2: Tensor, zd: Tensor | None, d2: Tensor, zz: Tensor, b2: Tensor
+) -> dict[str, Tensor]:
     """Cosine, 1−cosine and the split of d along a, from ‖a‖², ⟨a, d⟩, ‖d‖², ⟨a, b⟩ and ‖b‖².
 
     ‖d⊥‖² = ‖d‖²−⟨a,d⟩²/‖a‖² and 1−cos = ‖d⊥‖²/[‖b‖²(1+cos)], which does not cancel where the
     two vectors nearly agree; where d is longer than b, the plain difference cancels less. Two
     equal vectors have cosine 1, zero vectors too; one zero vector has cosine 0 and, as a base,
-    no defined alpha or ratios (NaN).
+    no defined alpha or ratios (NaN). Without ⟨a, d⟩ there are the cosine and the norms alone.
     """
     same = d2 == 0
     cosine = (zz / torch.sqrt(z2 * b2)).clamp(-1.0, 1.0)
     cosine = torch.where((z2 == 0) | (b2 == 0), 0.0, cosine).masked_fill(same, 1.0)
+    if zd is None:
+        return {"cosine": cosine, "norm_base": torch.sqrt(z2), "norm_other": torch.sqrt(b2)}
     alpha = (zd / z2).masked_fill(same, 0.0)
     across2 = (d2 - alpha * zd).clamp_min(0.0)
     one_minus = torch.where(d2 < b2, across2 / (b2 * (1.0 + cosine)), 1.0 - cosine)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from prunekernels import runtime
-from prunekernels.launch import Launch, UnalignedError, allocate, pattern
+from prunekernels.launch import Launch, UnalignedError, allocator, current_device
 from prunekernels.metrics.fields import Layout, PairStats, VectorStats
 
 _address = Tensor.data_ptr
@@ -34,7 +34,7 @@ class Prepared:
         kind: Of the result.
     """
 
-    __slots__ = ("_blocks", "_kind", "_launches", "_layout", "_places", "_scratch")
+    __slots__ = ("_blocks", "_device", "_kind", "_launches", "_layout", "_places", "_scratch")
 
     def __init__(
         self,
@@ -45,8 +45,9 @@ class Prepared:
         kind: type[PairStats] | type[VectorStats],
     ) -> None:
         self._layout, self._kind = layout, kind
-        lead = inputs[0].shape[:-1]
-        self._blocks = tuple(pattern(block.shape[:1] + lead, block) for block in blocks)
+        index, lead = inputs[0].device.index, inputs[0].shape[:-1]
+        self._device = current_device() if index is None else index
+        self._blocks = tuple(allocator(block.shape[:1] + lead, block) for block in blocks)
         # where the address of each tensor is among those that `run` lists
         order = {id(None): 0, **{id(x): i for i, x in enumerate((*inputs, *blocks), 1)}}
         size, places = 0, []
@@ -58,7 +59,7 @@ class Prepared:
                     # so that each is as aligned as an allocation
                     size += -(-math.prod(value.shape) * value.itemsize // 16) * 16
         self._places = tuple(places)
-        self._scratch = pattern((size,), inputs[0].new_empty(0, dtype=torch.uint8))
+        self._scratch = allocator((size,), inputs[0].new_empty(0, dtype=torch.uint8))
         self._launches = tuple(
             (
                 call.bind().launch,
@@ -76,12 +77,15 @@ class Prepared:
             base: Its address.
             other: Its address.
         """
+        if current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self.run(base, other)
         # one per type: torch.save refuses tensors of several types that share memory
-        blocks = list(map(allocate, self._blocks))
+        blocks = [allocate() for allocate in self._blocks]
         addresses = [None, base, other, *map(_address, blocks)]
         if self._places:
             # freed on return: what is allocated later on this stream comes after the launches
-            scratch = allocate(self._scratch)
+            scratch = self._scratch()
             start = scratch.data_ptr()
             addresses += [start + place for place in self._places]
         try:

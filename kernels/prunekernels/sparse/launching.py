@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunekernels.launch import Launch, allocate, current_device, current_stream, pattern
+from prunekernels.launch import Launch, allocator, current_device, current_stream
 
 _ARENA, _PER_STREAM, _PARTS = 1 << 20, 1 << 12, 1 << 20
 
@@ -69,14 +69,16 @@ class Prepared:
         shape: Shape of the result.
     """
 
-    __slots__ = ("_counters", "_device", "_parts", "_pattern", "_start")
+    __slots__ = ("_allocate", "_counters", "_device", "_parts", "_place", "_rooms", "_start")
 
     def __init__(self, call: Launch, shape: Sequence[int]) -> None:
         tensors = [value for value in call.arguments if isinstance(value, Tensor)]
         *_, y, parts, _ = tensors
-        self._pattern = pattern(shape, y)
-        self._device = _index(y.device)
+        self._allocate = allocator(shape, y)
+        self._place, self._device = y.device, _index(y.device)
         self._parts = 0 if parts is y else parts.numel()
+        # by stream, outside graph capture: rooms stay
+        self._rooms: dict[int, tuple[int, int]] = {}
         self._counters = call.grid[0] * call.grid[1]
         self._start = call.bind().start
 
@@ -96,12 +98,18 @@ class Prepared:
         if current_device() != device:
             with torch.cuda.device(device):
                 return self.run(x, weight, bias)
-        y = allocate(self._pattern)
+        y = self._allocate()
         at = y.data_ptr()
         stream = current_stream(device)
         parts_at = counters_at = at
         if self._parts:
-            parts_at, counters_at = _room(self._parts, self._counters, y.device, stream)
+            capturing = torch.cuda.is_current_stream_capturing()
+            room = None if capturing else self._rooms.get(stream)
+            if room is None:
+                room = _room(self._parts, self._counters, self._place, stream)
+                if not capturing:
+                    self._rooms[stream] = room
+            parts_at, counters_at = room
         self._start(stream, x_at, *weight_at, bias_at or at, at, parts_at, counters_at)
         return y
 

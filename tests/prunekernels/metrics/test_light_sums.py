@@ -84,6 +84,33 @@ def test_long_rows_and_one_alone_give_the_same() -> None:
             assert torch.equal(value[row], alone[name]), name
 
 
+@pytest.mark.parametrize(
+    ("level", "moved", "way"),
+    [
+        (0.0, 0.0, 0),
+        (30.0, 1.9, 0),
+        (30.0, 3.0, 1),
+        (70.0, 0.0, 1),
+        (-40.0, 0.0, 1),
+        (-95.0, 0.0, 1),
+    ],
+)
+def test_rows_are_exponentiated_as_they_are_where_float32_can(
+    level: float, moved: float, way: int
+) -> None:
+    """Elsewhere below their maxima; both hold a small divergence beside a peaked row's masses."""
+    base = 2.5 * torch.randn(5, 33001) + level
+    base[:, 7:27] += torch.linspace(14, 4, 20)
+    other = base + 1e-3 * torch.randn_like(base) + moved
+    options = PairOptions(fields=",".join(FIELDS))
+    sums = light.LightSums(5, 33001, torch.float32, None, options)
+    sums.add(0, base, other)
+    assert sums.way == way
+    found = dict(zip(FIELDS, sums.result()[0], strict=True))
+    wrong = mismatches(found, reference.pair_stats(base.double(), other.double()))
+    assert not wrong, "\n".join(wrong)
+
+
 def test_it_is_taken_where_it_can_be_and_only_there() -> None:
     cpu = torch.device("cpu")
 
