@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunekit.errors import PrunekitError
+from prunekit.packed.autocast import computed_in
 from prunekit.packed.formats import FORMATS, VALUE_TYPES, PackedWeight, Shape
 from prunekit.packed.remembered import remember_
 
@@ -114,10 +115,10 @@ class PackedLinear(nn.Module):
 
     def _product(self, x: Tensor, weight: Any, bias: Tensor | None) -> Tensor:
         """x·Wᵀ + bias in the type that nn.Linear would return, `weight` being held here."""
-        plan = _plan(x, self.dtype, weight.dtype)
-        if plan is None:
+        types = computed_in(x, self.dtype, weight.dtype)
+        if types is None:
             return F.linear(x, weight.to_dense().to(self.dtype), bias)
-        compute, result = plan
+        compute, result = types
         if compute == result == x.dtype:
             direct: Tensor = weight.linear(x, bias)
             return direct
@@ -450,10 +451,11 @@ class FusedGatedMLP(nn.Module):
     def gated(self, x: Tensor) -> Tensor:
         """SiLU(gate(x))·up(x), in one kernel unless hooks want to see the two layers called."""
         gate, up = self.projections
-        plan = None if _hooked(gate) or _hooked(up) else _plan(x, gate.dtype, gate.weight.dtype)
-        if plan is None:
+        hooked = _hooked(gate) or _hooked(up)
+        types = None if hooked else computed_in(x, gate.dtype, gate.weight.dtype)
+        if types is None:
             return F.silu(gate(x)) * up(x)
-        compute, result = plan
+        compute, result = types
         fused = FORMATS[gate.format].gate_up
         assert fused is not None
         if compute == result == x.dtype:
@@ -465,37 +467,6 @@ class FusedGatedMLP(nn.Module):
     def original(self) -> nn.Module:
         """The module that this replaced, which shares its projections."""
         return self._original[0]
-
-
-def _plan(
-    x: Tensor, dtype: torch.dtype, held: torch.dtype
-) -> tuple[torch.dtype, torch.dtype] | None:
-    """How a packed layer multiplies x: the type to multiply in and the type of the result.
-
-    Args:
-        x: The layer's input.
-        dtype: Type of the layer.
-        held: Type of its values.
-
-    Returns:
-        None where no kernel multiplies such values: nn.Linear on the dense weight does.
-    """
-    if _autocasts(x):
-        result = torch.get_autocast_dtype(x.device.type)
-        if dtype == held and x.dtype in VALUE_TYPES and held in (torch.float32, result):
-            return held, result
-        return None
-    return (x.dtype, x.dtype) if dtype == held else None
-
-
-def _autocasts(x: Tensor) -> bool:
-    """Whether autocast is on where x is."""
-    # one question instead of three; it is not about every kind of device, and cannot be traced
-    known = not torch.compiler.is_dynamo_compiling() and (x.is_cuda or x.is_cpu)
-    if known and not torch._C._is_any_autocast_enabled():
-        return False
-    device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _state_of(x: Tensor) -> object:
