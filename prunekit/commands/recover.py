@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--steps", type=options.positive, help="updates (120)")
     group.add_argument("--tokens", type=options.positive, help="tokens per update (4096)")
     group.add_argument(
-        "--lr", type=options.above_zero, help="most that an update changes of a weight (0.003)"
+        "--lr", type=options.above_zero, help="most that an update changes of a weight (0.001)"
     )
     group.add_argument(
         "--kind", help="loss: kl (KL(dense‖pruned), default), reverse_kl (KL(pruned‖dense)) or js"

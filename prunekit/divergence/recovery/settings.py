@@ -39,7 +39,7 @@ class Recovery:
 
     steps: int = 120
     tokens: int = 4096
-    lr: float = 0.003
+    lr: float = 0.001
     kind: str = "kl"
     cross_entropy: float = 0.0
     temperature: float = 1.0
