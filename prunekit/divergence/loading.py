@@ -32,6 +32,7 @@ from prunekit.models.dropped import DROP_LISTS
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED
 from prunekit.packed.described import PACKED_FIELD
 from prunekit.packed.sizes import plain_parts
+from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import quiet_transformers
 
 ADAPTER = "adapter_config.json"
@@ -74,6 +75,7 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
+@usual_torch()
 def load_any(
     source: str, *, dtype: str | None = None, device: str | None = None, base: str | None = None
 ) -> LoadedModel:
@@ -131,7 +133,7 @@ def fingerprint(source: str) -> str:
 def fingerprint_of(model: PreTrainedModel) -> str:
     """Digest of the tensors of a model that is in memory."""
     digest = hashlib.sha256(type(model).__name__.encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         for part in plain_parts(tensor):
             digest.update(f"{name}{part.dtype}{tuple(part.shape)}".encode())
             add_content(digest, part.cpu().contiguous().view(-1).view(torch.uint8).numpy())

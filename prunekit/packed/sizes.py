@@ -12,7 +12,8 @@ from prunekit.packed.modules import PackedLinear
 
 def plain_parts(tensor: Tensor) -> Iterator[Tensor]:
     """A tensor itself, or the tensors inside one of a class that can be flattened."""
-    inner: Any = getattr(tensor.detach(), "__tensor_flatten__", None)
+    # not of a detached one: such classes can't be detached in another mode than they were made in
+    inner: Any = getattr(tensor, "__tensor_flatten__", None)
     if inner is None:
         yield tensor.detach()
         return

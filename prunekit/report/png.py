@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 from prunekit.report.charts import COLORS, MARK_COLOR, Chart, Figure, Series
 
 _PANEL_INCHES = (5.2, 3.6)
+_COLUMNS = 3  # a page's width
 _STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,
@@ -34,13 +35,15 @@ _MARKERS = {"h": "o", "z": "s", "p": "^", "kl": "o", "reverse": "v", "estimate":
 def draw(figure: Figure, path: Path) -> None:
     """Write `figure` to `path` as PNG, 144 dots per inch."""
     width, height = _PANEL_INCHES
-    rows = 2 if len(figure.charts) in (4, 6) else 1
+    rows = -(-len(figure.charts) // _COLUMNS)
     columns = -(-len(figure.charts) // rows)
     with rc_context(_STYLE):
         canvas = Canvas(figsize=(width * columns, height * rows), layout="constrained")
         axes = canvas.subplots(rows, columns, squeeze=False, sharey=figure.share_y)
-        for axis, chart in zip(axes.flat, figure.charts, strict=True):
+        for axis, chart in zip(axes.flat, figure.charts, strict=False):
             _draw_chart(axis, chart)
+        for spare in axes.flat[len(figure.charts) :]:
+            spare.set_axis_off()
         canvas.savefig(
             path, format="png", dpi=144, metadata={"Software": None, "Title": figure.title}
         )

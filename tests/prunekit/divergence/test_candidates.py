@@ -12,7 +12,7 @@ from gguf_files import VOCABULARY, write_gguf
 
 import prunekit as pk
 from prunekit import checkpoint
-from prunekit.divergence.loading import PACKAGES, bytes_in_memory, load_any
+from prunekit.divergence.loading import PACKAGES, bytes_in_memory, fingerprint_of, load_any
 from prunekit.divergence.rows import Readout
 from prunekit.errors import PrunekitError
 
@@ -71,6 +71,16 @@ def test_a_quantised_reference_is_read_through_its_module(quantised, documents):
     assert forward["base"].values["kl"] == pytest.approx(
         reverse["int8"].values["kl_reverse"], rel=1e-4, abs=1e-7
     )
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_quantised_copy_is_looked_at_in_any_mode(quantised, mode):
+    _, make = quantised
+    with torch.inference_mode(mode):
+        model = load_any(make(8), dtype="bfloat16").model
+    for other in (True, False):
+        with torch.inference_mode(other):
+            assert bytes_in_memory(model) > 0 and fingerprint_of(model)
 
 
 @torch.inference_mode()
