@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
@@ -106,11 +107,10 @@ def reply_measures(dense: Sequence[Reply], other: Sequence[Reply]) -> dict[str, 
     for ours, theirs in zip(dense, other, strict=True):
         first = text_similarity.first_divergence(ours.ids, theirs.ids)
         prefix = text_similarity.exact_prefix(ours.ids, theirs.ids)
-        both_silent = ours.given is None and theirs.given is None
         rows.append(
             (
                 float(theirs.right),
-                float(both_silent or same_answer(ours.given, theirs.given)),
+                float(_agree(ours.given, theirs.given)),
                 float(first is None),
                 prefix / max(len(ours.ids), len(theirs.ids)),
                 text_similarity.chrf(theirs.text, ours.text),
@@ -120,6 +120,21 @@ def reply_measures(dense: Sequence[Reply], other: Sequence[Reply]) -> dict[str, 
         )
     columns = np.array(rows, np.float64).T
     return dict(zip(MEASURES, columns, strict=True))
+
+
+def expected_agreement(ours: Sequence[str | None], theirs: Sequence[str | None]) -> float:
+    """The share of same answers if each model gave its own answers to questions at random.
+
+    Σ p(a)·q(a) over the answers a, p and q being how often the models give them: the agreement by
+    chance of Cohen's κ (1960). Silence agrees with silence.
+    """
+    counts = Counter(ours), Counter(theirs)
+    pairs = ((m * n, _agree(a, b)) for a, m in counts[0].items() for b, n in counts[1].items())
+    return sum(times for times, same in pairs if same) / (len(ours) * len(theirs))
+
+
+def _agree(ours: str | None, theirs: str | None) -> bool:
+    return same_answer(ours, theirs) or (ours is None and theirs is None)
 
 
 def reply_scores(measures: Mapping[str, Array], *, seed: int = 0) -> Scores:

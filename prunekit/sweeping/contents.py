@@ -18,6 +18,8 @@ from prunekit.sweeping.rows import Row, dense_scores
 SIDES = {"accuracy": "accuracy", "exact_match": "exact match"}
 # An exact match below this can hardly lose anything.
 _NOTHING_TO_LOSE = 0.1
+# Same answers in a smaller share are few anyway.
+_MANY_SAME = 0.1
 # Mean absolute error, as a share, from which on the prediction is said to fail.
 _MISSES = 0.1
 HEAD = (
@@ -66,6 +68,7 @@ def sentences(found: SweepFindings) -> list[Sentence]:
         ]
         if one.left:
             said.append(Sentence(f"{one.name}: not measured, by the budget: {_listed(one.left)}."))
+    said += _by_chance(found)
     said += _power(found)
     said += _predicted(found)
     return said
@@ -112,6 +115,27 @@ def _change(change: Paired) -> str:
 
 def _flips(change: Paired) -> str:
     return f"{change.lost} lost and {change.gained} gained (McNemar's p = {number(change.p)})"
+
+
+def _by_chance(found: SweepFindings) -> list[Sentence]:
+    """Copies whose answers agree with the dense model's no more than by chance."""
+    told = []
+    for row in found.rows:
+        same = row.scores.get("same_answer")
+        if same is None or row.by_chance is None or float(same.mean) < _MANY_SAME:
+            continue
+        if row.by_chance >= float(same.low):
+            share, chance = (f"{100 * float(one):.0f} %" for one in (same.mean, row.by_chance))
+            told.append(f"{row.label} ({share}, by chance {chance})")
+    if not told:
+        return []
+    return [
+        Sentence(
+            "The share of answers that stay the same says nothing of copies that would agree as "
+            f"often if they gave their usual answers to any question: {_listed(told)}.",
+            warn=True,
+        )
+    ]
 
 
 def _power(found: SweepFindings) -> list[Sentence]:

@@ -82,6 +82,8 @@ class Sweep(SweepFindings):
                 for name in ("kl", "same_top", "ppl_ratio"):
                     line |= _ends(name, (row.kl or {}).get(name, {}))
                 line |= dict(row.sizes)
+                if row.by_chance is not None:
+                    line["same_answer_by_chance"] = row.by_chance
                 if row.prediction is not None:
                     for name in ("predicted_same", "observed_same", "predicted_exact_match"):
                         line[name] = row.prediction[name]

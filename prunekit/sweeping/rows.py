@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from prunekit.analysis.answers import reply_scores
+from prunekit.analysis.answers import expected_agreement, reply_scores
 from prunekit.analysis.grid import interval_to_dict
 from prunekit.analysis.quality import Scores
 from prunekit.evaluation.intervals import Interval, Paired, bootstrap_mean, paired, wilson
@@ -27,6 +27,7 @@ class Row:
         kl: `kld`'s means, each {mean, low, high}; None where it was left out.
         speed: How many times as fast as the dense model it decodes, over the rounds.
         sizes: parameters, bytes_in_memory, bytes_on_disk (None where there are no files).
+        by_chance: `expected_agreement` of the answers with the dense model's; None without any.
         prediction: See `prediction.predicted`; None without KL or questions.
         facts: What was done to it.
         seconds: How long measuring it took.
@@ -40,6 +41,7 @@ class Row:
     kl: dict[str, Any] | None
     speed: Interval | None
     sizes: dict[str, int | None]
+    by_chance: float | None
     prediction: dict[str, Any] | None
     facts: dict[str, Any]
     seconds: float
@@ -59,6 +61,7 @@ class Row:
             "kl": self.kl,
             "speed": None if self.speed is None else interval_to_dict(self.speed),
             **self.sizes,
+            "same_answer_by_chance": self.by_chance,
             "prediction": self.prediction,
             "facts": self.facts,
             "seconds": self.seconds,
@@ -67,7 +70,7 @@ class Row:
 
 def failed(label: str, x: float, error: str) -> Row:
     """A point that could not be made or measured."""
-    return Row(label, x, {}, {}, None, None, {}, None, {}, 0.0, error)
+    return Row(label, x, {}, {}, None, None, {}, None, None, {}, 0.0, error)
 
 
 def row(
@@ -84,7 +87,9 @@ def row(
         changes["exact_match"] = paired(right, [bool(one) for one in measures["right"]], seed=seed)
     scores = choice_scores(found) | (reply_scores(measures, seed=seed) if measures else {})
     kl, speed = found["kl"], found["speed"]
-    prediction = None
+    by_chance = prediction = None
+    if measures:
+        by_chance = expected_agreement([one["given"] for one in dense["replies"]], found["given"])
     if kl and measures:
         paths = [reply["entropies"] for reply in dense["replies"]]
         first = found["answers"]["first_divergence"]
@@ -100,6 +105,7 @@ def row(
         kl["means"] if kl else None,
         ratio,
         {name: found[name] for name in ("parameters", "bytes_in_memory", "bytes_on_disk")},
+        by_chance,
         prediction,
         found["facts"],
         found["seconds"],

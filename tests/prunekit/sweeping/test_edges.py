@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from prunekit.analysis.answers import expected_agreement
 from prunekit.evaluation.intervals import Paired, paired
 from prunekit.sweeping.edges import Edge, bounds, edge, is_lost
 from prunekit.sweeping.prediction import BINS, calibration, flips_by_entropy, predicted
@@ -34,6 +35,14 @@ def test_few_changes_rule_out_only_what_the_questions_could_show():
     # where many changed, both ways give nearly the same
     many = change(60, 90)
     assert bounds(many) == pytest.approx((many.difference.low, many.difference.high), abs=0.006)
+
+
+def test_agreement_by_chance():
+    ours, theirs = ["10", "10.0", None, "7"], [None, "7", "10", "10", "10", "1"]
+    pairs = [(a, b) for a in ours for b in theirs]
+    same = [(a is None) == (b is None) and (a is None or float(a) == float(b)) for a, b in pairs]
+    assert expected_agreement(ours, theirs) == pytest.approx(np.mean(same))
+    assert expected_agreement(["1"] * 5, ["1"] * 3) == 1.0
 
 
 def test_flips_are_counted_by_entropy():

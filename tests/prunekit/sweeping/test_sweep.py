@@ -104,6 +104,17 @@ def test_a_copy_that_is_the_same_loses_nothing(asked, tiny):
     assert any("twin: accuracy changes by 0 points" in said for said in found.sentences())
 
 
+@pytest.mark.parametrize("by_chance", [0.2, 1.0])
+def test_agreement_by_chance_is_told(asked, tiny, by_chance):
+    found = asked({"twin": tiny("llama")}, choices=(), kl=False)
+    (one,) = found.series
+    assert found.to_dict()["series"][0]["rows"][0]["same_answer_by_chance"] == one.rows[0].by_chance
+    row = replace(one.rows[0], by_chance=by_chance)
+    said = replace(found, series=(replace(one, rows=(row,)),)).sentences()
+    told = any("usual answers to any question: twin (100 %, by chance 100 %)." in s for s in said)
+    assert told == (by_chance == 1)
+
+
 def test_it_goes_on_where_it_stopped(asked, tmp_path, monkeypatch):
     plans, measure = [Drop("mlp", 2)], Asked.of_copy
 
