@@ -94,6 +94,10 @@ DRAWS = (
         ("torch cosine fp32",),
     ),
     Draw("rowwise_mask", "0.5", ("prunekernels",), "prunekernels words", ("torch kthvalue",)),
+    *(
+        Draw("sparsegpt_update", mode, ("prunekernels",), "prunekernels thread", ("torch columns",))
+        for mode in ("mask", "2:4")
+    ),
 )
 
 
@@ -108,6 +112,10 @@ def plan(session: Session) -> list[Case]:
             Case("pair_stats", "statistics", "float32", {"N": 4, "V": 1000}),
             Case("vector_stats", "statistics", "float32", {"N": 4, "D": 64}),
             Case("rowwise_mask", "0.5", "bfloat16", small),
+            *(
+                Case("sparsegpt_update", mode, "float32", {"R": 64, "C": 32})
+                for mode in ("mask", "2:4")
+            ),
         ]
     cases = []
     for N, K in SHAPES:
@@ -129,6 +137,9 @@ def plan(session: Session) -> list[Case]:
         cases.append(Case("vector_stats", "statistics", "bfloat16", {"N": N, "D": 4096}))
     for N, K in SHAPES:
         cases.append(Case("rowwise_mask", "0.5", "bfloat16", {"N": N, "K": K}))
+    for mode in ("mask", "2:4"):
+        for rows in (6144, 28672):
+            cases.append(Case("sparsegpt_update", mode, "float32", {"R": rows, "C": 128}))
     return cases
 
 
@@ -148,7 +159,7 @@ def maker(options: argparse.Namespace, session: Session) -> Callable[[Case], Seq
             found = linear(case)
         elif case.op == "block":
             found = bench_block.make(session, case)
-        elif case.op == "rowwise_mask":
+        elif case.op in ("rowwise_mask", "sparsegpt_update"):
             found = bench_select.contenders(case, session)
         else:
             found = bench_metrics.make(case, options, session)

@@ -97,8 +97,16 @@ def column_by_column(keep: int, of: int, block: Block) -> tuple[Tensor, Tensor, 
     return torch.where(kept, left, 0.0), errors, kept
 
 
+def update_by_threads(keep: int, of: int, block: Block) -> tuple[Tensor, ...]:
+    """The update by the kernel that has a thread for each row."""
+    try:
+        return sparsegpt_update(*block, keep=keep, of=of, impl="triton_thread")
+    except ValueError as error:
+        raise Absent(str(error)) from error
+
+
 def updates(case: Case, session: Session) -> list[Contender]:
-    """The update by the kernel or its torch twin, and by the plain loop."""
+    """The update by the kernel or its torch twin, by the plain loop, and a row per thread."""
     rows, columns = (int(case.sizes[name]) for name in "RC")
     masked = case.mode == "mask"
     keep, of = (0, 0) if masked else (int(part) for part in case.mode.split(":"))
@@ -126,6 +134,7 @@ def updates(case: Case, session: Session) -> list[Contender]:
     providers = {
         "prunekernels": lambda block: sparsegpt_update(*block, keep=keep, of=of),
         "torch columns": functools.partial(column_by_column, keep, of),
+        "prunekernels thread": functools.partial(update_by_threads, keep, of),
     }
     return [Contender(name, functools.partial(prepare, way)) for name, way in providers.items()]
 

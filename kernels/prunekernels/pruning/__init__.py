@@ -8,7 +8,11 @@ for _name, _modules in (
     ("nm_mask", {"triton": "masks_triton"}),
     # two scores to a word: by name until it has run on hardware
     ("rowwise_mask", {"triton": "masks_triton", "triton_words": "masks_words_triton"}),
-    ("sparsegpt_update", {"triton": "update_triton"}),
+    # a row per thread: by name until it has run on hardware
+    (
+        "sparsegpt_update",
+        {"triton": "update_triton", "triton_thread": "update_thread_triton"},
+    ),
 ):
     register(
         Op(

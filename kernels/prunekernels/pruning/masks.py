@@ -161,13 +161,13 @@ def group_impl(op: str, of: int, impl: str) -> str:
     """The implementation for groups of `of`: above 32, a selection by torch.
 
     Raises:
-        ValueError: "triton" was asked for and has no kernel for such groups.
+        ValueError: a kernel was asked for, and there is none for such groups.
     """
     if of <= LARGEST_GROUP:
         return impl
-    if impl == "triton":
+    if impl not in ("auto", "eager"):
         raise ValueError(
-            f"{op}: impl='triton' cannot run: its groups hold at most {LARGEST_GROUP}, got "
+            f"{op}: impl={impl!r} cannot run: its groups hold at most {LARGEST_GROUP}, got "
             f"of={of}; use impl='auto'"
         )
     return "eager"

@@ -89,3 +89,8 @@ def update_tile(rows: int, columns: int) -> UpdateConfig:
     while block < columns:
         block *= 2
     return UpdateConfig(16, block, 4)
+
+
+#: Tile of the kernel with a row per thread: 16 columns, so that no register is spilled and the
+#: unrolled code stays short; one warp, so that few rows reach every processor (predicted).
+UPDATE_THREAD = UpdateConfig(32, 16, 1)

@@ -71,7 +71,8 @@ def sparsegpt_update(
             walk, by (w / U_ii)² when a group is reached; of equals the lower index stays.
         keep: N, without a mask.
         of: M, without a mask; a divisor of C.
-        impl: "auto", "triton" (M ≤ 32) or "eager".
+        impl: "auto", "triton" (M ≤ 32), "triton_thread" (a row per thread, where C is a multiple of
+            16 and M divides 16; else the same as "triton") or "eager".
 
     Returns:
         `UpdatedColumns`; float32 sums, which differ between implementations by rounding.
@@ -83,7 +84,7 @@ def sparsegpt_update(
     op = "sparsegpt_update"
     checks.floats(op, weight=weight, upper=upper)
     checks.same_device(op, weight, upper=upper, mask=mask)
-    runtime.check_impl(impl)
+    runtime.check_impl(impl, "triton_thread")
     if weight.dtype != torch.float32 or upper.dtype != torch.float32:
         raise ValueError(
             f"{op}: weight and upper must be float32, got {weight.dtype} and {upper.dtype}; "

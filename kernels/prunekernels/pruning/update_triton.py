@@ -10,6 +10,9 @@ cache. Derived in docs/pruning.md, "Mathematics"; source: SparseGPT (arXiv 2301.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -81,6 +84,18 @@ def sparsegpt_update(
     weight: Tensor, upper: Tensor, mask: Tensor | None, keep: int, of: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`update_eager.sparsegpt_update` by Triton, at most 128 columns per launch."""
+    return by_blocks(_call, weight, upper, mask, keep, of)
+
+
+def by_blocks(
+    call: Callable[..., Launch],
+    weight: Tensor,
+    upper: Tensor,
+    mask: Tensor | None,
+    keep: int,
+    of: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The update by launches that `call` makes of inputs and outputs of a block of columns."""
     rows, width = weight.shape
     pruned = torch.empty(width, rows, dtype=torch.float32, device=weight.device)
     errors = torch.empty_like(pruned)
@@ -96,7 +111,7 @@ def sparsegpt_update(
         chosen = None if mask is None else mask[:, part]
         inputs = weight[:, part], upper[part, part], chosen, keep, of
         if weight.numel():
-            _call(inputs, (pruned[part], errors[part], kept[part])).run()
+            call(inputs, (pruned[part], errors[part], kept[part])).run()
         if stop < width:
             weight[:, stop:].addmm_(errors[part].t(), upper[part, stop:], alpha=-1)
     return pruned.t(), errors.t(), kept.t()
@@ -106,11 +121,20 @@ def _call(
     inputs: tuple[Tensor, Tensor, Tensor | None, int, int], outputs: tuple[Tensor, Tensor, Tensor]
 ) -> Launch:
     """The update of one block of columns, real or on the meta device."""
+    return launch(_update_kernel, tuning.update_tile(*inputs[0].shape), inputs, outputs)
+
+
+def launch(
+    kernel: Any,
+    tile: tuning.UpdateConfig,
+    inputs: tuple[Tensor, Tensor, Tensor | None, int, int],
+    outputs: tuple[Tensor, Tensor, Tensor],
+) -> Launch:
+    """The call of a kernel with these parameters."""
     weight, upper, mask, keep, of = inputs
     pruned, errors, kept = outputs
-    tile = tuning.update_tile(*weight.shape)
     return Launch(
-        _update_kernel,
+        kernel,
         (triton.cdiv(weight.shape[0], tile.rows),),
         (
             weight,
@@ -136,14 +160,19 @@ def _call(
 
 def compile_cases() -> list[KernelCase]:
     """A whole block of 128 columns: the mask given, and 2:4 and 16:32 chosen inside."""
+    return cases(_call, "sparsegpt_update", (2, 4), (16, 32))
+
+
+def cases(call: Callable[..., Launch], name: str, *patterns: tuple[int, int]) -> list[KernelCase]:
+    """What `call` compiles to for a whole block: the mask given, and these patterns chosen."""
     rows, width = 4096, tuning.UPDATE_COLUMNS
     out = meta((width, rows), torch.float32)
     # weight and mask are column-major, as pruning has them
     weight, upper = out.t(), meta((width, width), torch.float32)
     mask = meta((width, rows), torch.bool)
-    cases = []
-    for name, keep, of in (("unstructured", 0, 0), ("2:4", 2, 4), ("16:32", 16, 32)):
+    found = []
+    for keep, of in ((0, 0), *patterns):
         inputs = weight, upper, None if of else mask.t(), keep, of
-        call = _call(inputs, (out, out, mask))
-        cases.append(call.case(f"sparsegpt_update/{name}", opcodes=("FFMA",)))
-    return cases
+        pattern = f"{keep}:{of}" if of else "unstructured"
+        found.append(call(inputs, (out, out, mask)).case(f"{name}/{pattern}", opcodes=("FFMA",)))
+    return found

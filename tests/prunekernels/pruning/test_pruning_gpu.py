@@ -112,8 +112,9 @@ def test_graphs_capture_and_replay():
 
 
 @pytest.mark.parametrize(("keep", "of"), [(0, 0), (2, 4), (4, 8), (16, 32), (7, 24)])
-@pytest.mark.parametrize(("rows", "width"), [(1, 96), (333, 128), (64, 408)])
-def test_the_update(rows, width, keep, of):
+@pytest.mark.parametrize(("rows", "width"), [(1, 96), (333, 128), (64, 400), (64, 408)])
+@pytest.mark.parametrize("impl", ["auto", "triton_thread"])
+def test_the_update(impl, rows, width, keep, of):
     width -= width % (of or 1)
     inputs = torch.randn(3 * width, width) @ (torch.eye(width) + torch.randn(width, width) / 8)
     hessian = inputs.double().t() @ inputs.double()
@@ -122,9 +123,9 @@ def test_the_update(rows, width, keep, of):
     mask = None if of else torch.rand(rows, width) < 0.5
     exact = reference.sparsegpt_update(weight.double(), upper.double(), mask, keep, of)
     on_gpu = (weight.cuda(), upper.cuda(), None if mask is None else mask.cuda())
-    found = sparsegpt_update(*on_gpu, keep=keep, of=of)
+    found = sparsegpt_update(*on_gpu, keep=keep, of=of, impl=impl)
     same(found.mask, exact[2])
     for got, want in zip(found[:2], exact[:2], strict=True):
         assert (got.cpu() - want).norm() <= 1e-4 * want.norm()
-    again = sparsegpt_update(*on_gpu, keep=keep, of=of)
+    again = sparsegpt_update(*on_gpu, keep=keep, of=of, impl=impl)
     assert all(torch.equal(left, right) for left, right in zip(found, again, strict=True))

@@ -92,6 +92,16 @@ MASK = torch.ones(2, 8, dtype=torch.bool)
         (lambda: sparsegpt_update(W, U), "got 0:0"),
         (lambda: sparsegpt_update(W, U, keep=2, of=3), "divide the 8 columns, got 2:3"),
         (lambda: sparsegpt_update(W, U, MASK, impl="triton"), "impl='triton' cannot run"),
+        (
+            lambda: sparsegpt_update(W, U, MASK, impl="thread"),
+            "impl must be one of .*triton_thread",
+        ),
+        (
+            lambda: sparsegpt_update(
+                torch.zeros(2, 64), torch.eye(64), keep=32, of=64, impl="triton_thread"
+            ),
+            "impl='triton_thread' cannot run: its groups hold at most 32, got of=64",
+        ),
     ],
 )
 def test_bad_input(call: object, message: str) -> None:

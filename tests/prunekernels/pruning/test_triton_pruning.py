@@ -216,39 +216,74 @@ def test_scores_without_an_order_are_refused(value, monkeypatch):
         rowwise_mask(scores, 0.5, impl="triton")
 
 
-def check_update(rows, width, mask, keep=0, of=0):
+#: A program for some rows, and a thread for a row.
+UPDATES = ("triton", "triton_thread")
+
+
+def check_update(rows, width, mask, keep=0, of=0, impl="triton"):
     inputs = torch.randn(3 * width, width) @ (torch.eye(width) + torch.randn(width, width) / 8)
     hessian = inputs.double().t() @ inputs.double()
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True).float()
     weight = torch.randn(width, rows).t()
     exact = reference.sparsegpt_update(weight.double(), upper.double(), mask, keep, of)
-    found = sparsegpt_update(weight, upper, mask, keep=keep, of=of, impl="triton")
+    found = sparsegpt_update(weight, upper, mask, keep=keep, of=of, impl=impl)
     assert torch.equal(found.mask, exact[2])
     for got, want in zip(found[:2], exact[:2], strict=True):
         assert (got - want).norm() <= 1e-4 * want.norm()
     assert bool((found.pruned[~found.mask] == 0).all())
+    assert bool((found.errors[found.mask] == 0).all())
 
 
 @interpreted
+@pytest.mark.parametrize("impl", UPDATES)
 @pytest.mark.parametrize(("keep", "of"), [(2, 4), (5, 16)])
-def test_update_chooses_groups(keep, of):
-    check_update(19, 48, None, keep, of)
+def test_update_chooses_groups(keep, of, impl):
+    check_update(5, 48, None, keep, of, impl)
 
 
 @interpreted
-def test_update_with_a_mask():
-    check_update(19, 21, torch.rand(21, 19).t() < 0.5)
+@pytest.mark.parametrize(
+    ("impl", "rows", "width"),
+    [("triton", 19, 21), ("triton_thread", 19, 21), ("triton_thread", 37, 32)],
+)
+def test_update_with_a_mask(rows, width, impl):
+    check_update(rows, width, torch.rand(width, rows).t() < 0.5, impl=impl)
 
 
 @interpreted
 @pytest.mark.slow
-@pytest.mark.parametrize(("keep", "of"), [(0, 0), (1, 2), (4, 8), (16, 32), (7, 24)])
-def test_update_of_more_columns_than_a_program_visits(keep, of):
+@pytest.mark.parametrize("impl", UPDATES)
+@pytest.mark.parametrize(("keep", "of"), [(0, 0), (1, 2), (1, 1), (4, 8), (16, 32), (7, 24)])
+def test_update_of_more_columns_than_a_program_visits(keep, of, impl):
     width = 168 if of == 24 else 160
-    check_update(7, width, None if of else torch.rand(7, width) < 0.5, keep, of)
+    check_update(7, width, None if of else torch.rand(7, width) < 0.5, keep, of, impl)
 
 
 @interpreted
-def test_ties_in_the_update_keep_the_lower_index():
-    found = sparsegpt_update(torch.ones(2, 4), torch.eye(4), keep=2, of=4, impl="triton")
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("impl", UPDATES)
+def test_ties_in_the_update_keep_the_lower_index(impl):
+    found = sparsegpt_update(torch.ones(2, 4), torch.eye(4), keep=2, of=4, impl=impl)
     assert found.mask.tolist() == [[True, True, False, False]] * 2
+    # of either sign, zeros of both, and scores that overflow, vanish or differ by one rounding
+    near = 1 + torch.finfo(torch.float32).eps * torch.randint(0, 2, (5, 16))
+    for weight in (AWKWARD[torch.randint(len(AWKWARD), (5, 16))], near, torch.zeros(5, 16)):
+        for keep, of in ((1, 2), (5, 8)):
+            found = sparsegpt_update(weight, torch.eye(16), keep=keep, of=of, impl=impl)
+            exact = sparsegpt_update(weight, torch.eye(16), keep=keep, of=of, impl="eager")
+            for got, want in zip(found, exact, strict=True):
+                assert torch.equal(got, want)
+
+
+@interpreted
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+@pytest.mark.parametrize("chosen", ["mask", "groups"])
+def test_both_updates_take_the_same_sums(chosen):
+    """In the same order: of any strides, to the last bit."""
+    upper = (torch.eye(33) + torch.randn(33, 33) / 8).triu()[:32, :32]
+    weight = torch.randn(5, 64)[:, ::2] * torch.tensor([1e-38, 1e-30, 1, 1e10, 1e30])[:, None]
+    pattern = {"mask": torch.rand(5, 32) < 0.5} if chosen == "mask" else {"keep": 3, "of": 8}
+    for factor in (upper, upper.t().contiguous().t()):
+        plain, thread = (sparsegpt_update(weight, factor, **pattern, impl=i) for i in UPDATES)
+        for left, right in zip(plain, thread, strict=True):
+            assert torch.equal(left, right)
