@@ -31,7 +31,8 @@ DIRECTIONS: dict[str, Callable[[int, Any], Any]] = {
 
 
 @compiled
-@pytest.mark.parametrize("impl", ["triton", pytest.param("triton_warp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", ["triton", "triton_warp"])
 def test_in_the_interpreter(impl: str) -> None:
     run_interpreted(__file__, impl=impl)
 

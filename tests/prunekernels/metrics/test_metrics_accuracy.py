@@ -33,12 +33,6 @@ def test_in_the_interpreter():
 
 
 @compiled
-def test_by_warps_in_the_interpreter():
-    pytest.importorskip("triton")
-    run_interpreted(__file__, "-k", "splits_of", impl="triton_warp")
-
-
-@compiled
 @pytest.mark.slow
 def test_slow_ones_in_the_interpreter():
     pytest.importorskip("triton")
@@ -102,7 +96,7 @@ def test_eager_of_shifted_and_of_half_precision_rows(dtype, offsets):
 
 @interpreted
 @pytest.mark.parametrize("level", ["core", "precise"])
-@pytest.mark.parametrize("vocab", [1, 17, 1000])
+@pytest.mark.parametrize("vocab", [1, 17, pytest.param(1000, marks=pytest.mark.slow)])
 def test_head(vocab, level):
     """The interpreter takes two minutes for 150,000 tokens: test_metrics_gpu.py has those."""
     assert tuning.head_fused(len(STEPS), True)
@@ -198,6 +192,7 @@ def test_splits_of_rows_that_are_odd_for_them(splits, name, small_tiles):
 
 
 @interpreted
+@pytest.mark.slow
 def test_splits_are_repeatable(small_tiles):
     name = "other's maximum far and late"
     base, other = (row[None] for row in for_splits(SIZE, TILE, 24)[name])

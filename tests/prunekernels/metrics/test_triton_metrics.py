@@ -142,6 +142,7 @@ def test_the_first_of_equals_may_lie_before_the_tiles():
 
 
 @interpreted
+@pytest.mark.slow
 def test_a_real_vocabulary():
     compare(*pair(1, 50257, torch.bfloat16))
 
@@ -191,7 +192,7 @@ def test_broad_against_certain():
 
 
 @interpreted
-@pytest.mark.parametrize("level", ["core", "full"])
+@pytest.mark.parametrize("level", ["core", pytest.param("full", marks=pytest.mark.slow)])
 def test_excluded_and_broken_elements(level):
     base, other = pair(9, 4096 + 600)
     base[0, 5] = other[0, 5] = -INF

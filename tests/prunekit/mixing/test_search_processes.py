@@ -6,6 +6,7 @@ import json
 import sys
 
 import processes as together
+import pytest
 from command_line import tiny_model, tiny_tokenizer
 
 from prunekit import checkpoint
@@ -18,6 +19,7 @@ def run(arguments: list[str], processes: int) -> list[int]:
     return together.run(lambda rank: command, processes, OMP_NUM_THREADS="1")
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path):
     checkpoint.save(tiny_model(), tiny_tokenizer(), tmp_path / "dense")
     (tmp_path / "text.txt").write_text("A plain text about cats and mats. " * 12)
