@@ -21,7 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench import bounds, metric_peers
-from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
+from bench.harness import (
+    Absent,
+    Case,
+    Contender,
+    Prepared,
+    Session,
+    Verdict,
+    add_options,
+    refusable,
+)
 from bench.metric_peers import Inputs, MetricPeer
 
 VOCABULARIES = (32000, 50257, 128256, 152064, 262144)
@@ -67,14 +76,6 @@ def contender(peer: MetricPeer, sets: Sequence[Inputs], cost: list[bounds.Cost])
     return Contender(peer.name, prepare)
 
 
-def _cosine_by_warps(a: Tensor, b: Tensor) -> Tensor:
-    try:
-        found = prunekernels.vector_stats(a, b, fields=("cosine",), impl="triton_warp")
-    except ValueError as error:
-        raise Absent(str(error)) from error
-    return found.cosine
-
-
 def vectors(case: Case, dtype: torch.dtype, session: Session) -> list[Contender]:
     """Cosines of hidden states: ours against torch's."""
     N, D, device = int(case.sizes["N"]), int(case.sizes["D"]), session.device
@@ -90,7 +91,11 @@ def vectors(case: Case, dtype: torch.dtype, session: Session) -> list[Contender]
 
     ways = {
         "prunekernels": lambda a, b: prunekernels.vector_stats(a, b, fields=("cosine",)).cosine,
-        "prunekernels warp": _cosine_by_warps,
+        "prunekernels warp": refusable(
+            lambda a, b: (
+                prunekernels.vector_stats(a, b, fields=("cosine",), impl="triton_warp").cosine
+            )
+        ),
         "torch cosine": lambda a, b: F.cosine_similarity(a, b, dim=-1),
         "torch cosine fp32": lambda a, b: F.cosine_similarity(a.float(), b.float(), dim=-1),
     }

@@ -143,11 +143,17 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def first_rows(texts: list[str], work: Path) -> str:
+    """A file in the work folder of the texts that calibrate, the first 200."""
+    path = work / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, texts[:200])), encoding="utf-8")
+    return str(path)
+
+
 def tokens_of(options: argparse.Namespace, model: Any, tokenizer: Any) -> torch.Tensor:
     """(samples, length) token ids of the first 200 rows."""
-    path = options.work / "rows.jsonl"
-    path.write_text("\n".join(map(json.dumps, read_file(options.text)[:200])), encoding="utf-8")
-    chosen = calibration.Calibration(str(path), options.samples, LENGTH)
+    source = first_rows(read_file(options.text), options.work)
+    chosen = calibration.Calibration(source, options.samples, LENGTH)
     return calibration.tokens(chosen, model, tokenizer)
 
 

@@ -11,12 +11,12 @@ goes on from the work folder, and its time is then that of the last part.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
 import torch
 
+from bench.bench_recovery import first_rows
 from bench.harness import RESULTS
 from bench.result_rows import provenance, write_csv
 from prunekit import checkpoint
@@ -49,10 +49,9 @@ def arguments() -> argparse.Namespace:
 
 def found(options: argparse.Namespace) -> SearchResult:
     """What the search finds."""
-    texts = read_file(options.text)
     options.work.mkdir(parents=True, exist_ok=True)
-    calibrated = options.work / "rows.jsonl"
-    calibrated.write_text("\n".join(map(json.dumps, texts[:200])), encoding="utf-8")
+    texts = read_file(options.text)
+    calibrated = first_rows(texts, options.work)
     model, tokenizer = checkpoint.load(options.model, dtype=options.dtype)
     return search(
         model,
@@ -65,7 +64,7 @@ def found(options: argparse.Namespace) -> SearchResult:
         limit=options.limit,
         generations=options.generations,
         offspring=options.offspring,
-        calibration=Calibration(str(calibrated), options.samples, options.length),
+        calibration=Calibration(calibrated, options.samples, options.length),
     )
 
 

@@ -20,7 +20,16 @@ from prunekernels import nm_mask, rowwise_mask, sparsegpt_update
 from torch import Tensor
 
 from bench import bounds
-from bench.harness import Absent, Case, Contender, Prepared, Session, Verdict, add_options
+from bench.harness import (
+    Absent,
+    Case,
+    Contender,
+    Prepared,
+    Session,
+    Verdict,
+    add_options,
+    refusable,
+)
 
 Select = Callable[[Tensor], Tensor]
 
@@ -52,14 +61,6 @@ def threshold_rows(sparsity: float, scores: Tensor) -> Tensor:
         raise Absent("a threshold per row: scores of 16 bits tie, and it removes all that do")
     gone = int(sparsity * scores.shape[-1] + 1e-9)
     return scores > scores.kthvalue(gone, -1, keepdim=True).values
-
-
-def rows_by_words(sparsity: float, scores: Tensor) -> Tensor:
-    """Row-wise selection by the kernel that takes two 16-bit scores at a time."""
-    try:
-        return rowwise_mask(scores, sparsity, impl="triton_words")
-    except ValueError as error:
-        raise Absent(str(error)) from error
 
 
 class Block(NamedTuple):
@@ -99,14 +100,6 @@ def column_by_column(keep: int, of: int, block: Block) -> tuple[Tensor, Tensor, 
     return torch.where(kept, left, 0.0), errors, kept
 
 
-def update_by_threads(keep: int, of: int, block: Block) -> tuple[Tensor, ...]:
-    """The update by the kernel that has a thread for each row."""
-    try:
-        return sparsegpt_update(*block, keep=keep, of=of, impl="triton_thread")
-    except ValueError as error:
-        raise Absent(str(error)) from error
-
-
 def updates(case: Case, session: Session) -> list[Contender]:
     """The update by the kernel or its torch twin, by the plain loop, and a row per thread."""
     rows, columns = (int(case.sizes[name]) for name in "RC")
@@ -136,7 +129,9 @@ def updates(case: Case, session: Session) -> list[Contender]:
     providers = {
         "prunekernels": lambda block: sparsegpt_update(*block, keep=keep, of=of),
         "torch columns": functools.partial(column_by_column, keep, of),
-        "prunekernels thread": functools.partial(update_by_threads, keep, of),
+        "prunekernels thread": refusable(
+            lambda block: sparsegpt_update(*block, keep=keep, of=of, impl="triton_thread")
+        ),
     }
     return [Contender(name, functools.partial(prepare, way)) for name, way in providers.items()]
 
@@ -157,7 +152,9 @@ def ways(case: Case) -> dict[str, Select]:
         "torch kthvalue": functools.partial(threshold_rows, sparsity),
     }
     if case.dtype != "float32":
-        found["prunekernels words"] = functools.partial(rows_by_words, sparsity)
+        found["prunekernels words"] = refusable(
+            lambda scores: rowwise_mask(scores, sparsity, impl="triton_words")
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -31,8 +31,24 @@ RESULTS = bounds.RESULTS
 UNFINISHED = 75  # exit status: time is up, call again to go on
 
 
+Found = TypeVar("Found")
+
+
 class Absent(Exception):
     """A peer that cannot run here; the message says why and what would install it."""
+
+
+def refusable(function: Callable[..., Found]) -> Callable[..., Found]:
+    """The function, which is `Absent` where an implementation that was asked for cannot run."""
+
+    @functools.wraps(function)
+    def run(*inputs: Any) -> Found:
+        try:
+            return function(*inputs)
+        except ValueError as error:
+            raise Absent(str(error)) from error
+
+    return run
 
 
 class Broken(Exception):

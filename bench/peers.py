@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from prunekernels import runtime
 from torch import Tensor
 
-from bench.harness import Absent
+from bench.harness import Absent, refusable
 
 PATTERNS = ("2:4", "unstructured")
 
@@ -126,10 +126,7 @@ def _packed(form: str, impl: str, weight: Tensor, tokens: int) -> Layer:
         problem = runtime.Problem(weight.device, weight.dtype, (m, *weight.shape))
         return runtime.ops()[op].select(problem, impl).name
 
-    try:
-        chosen(min(tokens, 8))
-    except ValueError as error:
-        raise Absent(str(error)) from error
+    refusable(chosen)(min(tokens, 8))
     packed = pack(weight)
 
     def kind(x: Tensor) -> str:

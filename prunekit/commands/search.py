@@ -24,8 +24,6 @@ goes on where it stopped, and another budget in the same folder begins with all 
 The model that was found is saved, packed, in DIR/best.
 """
 EXAMPLE = "prunekit search demo --bytes 75% --choices 2:4,50%,2:4-int8,drop --output out/search"
-
-
 #: `bits` of a method by how a choice ends.
 _BITS = {"": None, "int8": 8, "int4": 4, "fp8": "fp8"}
 

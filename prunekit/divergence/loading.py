@@ -32,7 +32,6 @@ from prunekit.models.dropped import DROP_LISTS
 from prunekit.models.layouts import MODEL_TYPE_PREFIX, SUPPORTED
 from prunekit.packed.described import PACKED_FIELD
 from prunekit.packed.sizes import plain_parts
-from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import quiet_transformers
 
 ADAPTER = "adapter_config.json"
@@ -75,7 +74,6 @@ class LoadedModel:
     notes: tuple[str, ...] = ()
 
 
-@usual_torch()
 def load_any(
     source: str, *, dtype: str | None = None, device: str | None = None, base: str | None = None
 ) -> LoadedModel:
@@ -203,7 +201,7 @@ def _stand_for_(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """
     for module in model.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
-            quantised = hasattr(weight.detach(), "__tensor_flatten__")
+            quantised = hasattr(weight, "__tensor_flatten__")
             if quantised and weight.is_floating_point() and weight.dtype != dtype:
                 module.register_parameter(name, nn.Parameter(weight.detach().to(dtype), False))
 

@@ -36,9 +36,8 @@ from prunekit.pruning.rounding import forget_
 from prunekit.swap import fitting, keeping_formats, unswap_
 
 DENSE, DROP = "dense", "drop"
-_PACKED = (
-    ".packed:"  # in a copy's file, between a matrix's name and a tensor's of its packed weight
-)
+#: In a copy's file, between a matrix's name and that of a tensor of its packed weight.
+_PACKED = ".packed:"
 
 
 @dataclass(frozen=True)

@@ -353,7 +353,6 @@ def _result(
     known = measured.all_whole()
     best = undominated([(size.of(mix), kl) for mix, kl in known.items()])
     shown = list(dict.fromkeys([*named, *(list(known)[index] for index in best)]))
-
     held_out = dict(zip(shown, measured.held_out(shown), strict=True))
 
     def point(mix: Mix, kl: float) -> Point:
