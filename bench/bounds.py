@@ -436,7 +436,8 @@ def count_instructions(begins: str, arch: int = 90) -> None:
             rows.append((case.name, each, str(report.registers)))
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([("kernel", "per_element", "registers"), *rows])
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerows([("kernel", "per_element", "registers"), *rows])
     print(f"written: {path}")
 
 

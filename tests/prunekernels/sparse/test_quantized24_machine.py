@@ -35,7 +35,7 @@ def machine(monkeypatch):
         target.take_over(monkeypatch)
         parts = packed.packed, packed.scales, packed.zeros
         others = None if up is None else (up.packed, up.scales, up.zeros)
-        rest = packed.shape[0], packed.format, bias, activation, config
+        rest = packed.shape[0], packed.format, bias, activation, config, arch >= 89
         y = mma.launch(x, parts, others, *rest)
         assert len(target.launches) == 1
         assert not counter.any(), "the counter must be zero again"
@@ -115,8 +115,8 @@ def test_gate_up(machine, kind, group, zeros, tokens, config, arch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["2:4-int8", "2:4-fp8", "2:4-int4"])
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_every_code_at_every_place_and_scales_of_any_size(machine, kind, dtype):
+@pytest.mark.parametrize(("dtype", "arch"), [(BF16, 80), (F16, 80), (F16, 90)])
+def test_every_code_at_every_place_and_scales_of_any_size(machine, kind, dtype, arch):
     from prunekernels import quantized24_pack
 
     # one value a row and column, so that nothing else can stand in for it
@@ -140,7 +140,7 @@ def test_every_code_at_every_place_and_scales_of_any_size(machine, kind, dtype):
     scales = powers[torch.randint(0, 6, given.scales.shape)]
     packed = quantized24_pack(values, mask, scales, kind=kind, dtype=dtype)
     x = torch.eye(256)[::37].to(dtype)
-    got = machine(x, packed, None, None, "none", MmaConfig(2, 1, 2, 1))
+    got = machine(x, packed, None, None, "none", MmaConfig(2, 1, 2, 1), arch=arch)
     wide = packed.to(dtype=torch.float32).to_dense()
     want = (x.double() @ wide.double().T).to(dtype)
     assert torch.equal(got.nan_to_num(), want.nan_to_num())

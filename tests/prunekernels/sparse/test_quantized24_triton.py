@@ -114,10 +114,25 @@ MMA = [
     pytest.param(*p.values, id=p.id, marks=[] if p.id.endswith(QUICK) else [pytest.mark.slow])
     for p in _cases("mma")
 ]
-#: Most instructions for each weight of the dense matrix, at up to 8 tokens. Beyond what was asked
-#: (0.9 and 1.3): scales and zero points of small groups, and e4m3 values, whose sign and magnitude
-#: do not stand together in a bfloat16.
-MOST = {"int8": 0.9, "int4": 1.0, "int4g128": 1.1, "int8g128": 1.1, "fp8": 1.4, "int4g64z": 1.45}
+#: Most instructions for each weight of the dense matrix, at up to 8 tokens, by the form's name and
+#: the activations' type. More than was asked (0.9 and 1.3) take int8 in groups, whose sums are
+#: scaled, and e4m3 values where no instruction makes them what the tensor cores multiply: sign and
+#: magnitude do not stand together in a bfloat16.
+MOST = {
+    ("int8", "bf16"): 0.9,
+    ("int8", "f16"): 0.65,
+    ("int8g128", "bf16"): 0.95,
+    ("int8g128", "f16"): 0.72,
+    ("fp8", "bf16"): 1.4,
+    ("fp8", "f16"): 1.12,
+    ("fp8", "f16", "cvt"): 0.65,
+    ("int4", "bf16"): 0.95,
+    ("int4", "f16"): 0.85,
+    ("int4g128", "bf16"): 1.05,
+    ("int4g128", "f16"): 0.95,
+    ("int4g64z", "bf16"): 1.3,
+    ("int4g64z", "f16"): 1.3,
+}
 
 
 @compiled
@@ -126,7 +141,9 @@ def test_tensor_core_kernel_compiles_to_few_sparse_instructions(case, arch):
     report = compile_case(case, arch)
     assert (report.missing, report.spills, report.fault) == ([], 0, "")
     if "/t8" in case.name:
-        assert report.instructions_per_element <= MOST[case.name.split("/")[2]]
+        _, _, name, kind, _, *more = case.name.split("/")
+        form = (name, kind, "cvt") if "cvt" in more else (name, kind)
+        assert report.instructions_per_element <= MOST[form]
 
 
 @compiled

@@ -1,8 +1,10 @@
 """Codes of quantised values as operands of `mma.sp`, and what scales their sums.
 
 A code's bits go into the mantissas of pairs of 16-bit floats by one logical instruction, and one
-`fma` for each pair makes them numbers; both are exact. Tensors are (warps, row tiles, token tiles,
-32 lanes, registers) in the accumulators' layout. Format: `two_four.quantized.layout`.
+`fma` for each pair makes them numbers; both are exact. In float16 8-bit codes need no `fma`: as
+subnormal numbers they already are what the tensor cores multiply, and e4m3 values are converted by
+an instruction where there is one. Tensors are (warps, row tiles, token tiles, 32 lanes, registers)
+in the accumulators' layout. Format: `two_four.quantized.layout`.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-calls
@@ -42,11 +44,44 @@ def _placed(word, mask, offset):
 
 
 @gluon.jit
-def operand(w, minus, BITS: gl.constexpr, FP8: gl.constexpr, KIND: gl.constexpr,
-             ACC: gl.constexpr):  # fmt: skip
+def permuted(low, high, selector):
+    """Bytes of two words, chosen by the nibbles of the selector."""
+    return gl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, $3;",
+        "=r,r,r,r",
+        [low, high, selector],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def halves(words, WEIGHT: gl.constexpr):
+    """f16 registers of words of e4m3 values that stand twice each: low half, high half.
+
+    Of a weight's word bytes 1 and 3 are the first register, bytes 0 and 2 the second.
+    """
+    select: gl.constexpr = "prmt.b32 w, $2, $2, 0x2031;" if WEIGHT else "mov.b32 w, $2;"
+    return gl.inline_asm_elementwise(
+        "{ .reg .b32 w; .reg .b16 low, high;" + select + "mov.b32 {low, high}, w;"
+        "cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
+        "=r,=r,r,r",
+        [words],
+        dtype=gl.int32,
+        is_pure=True,
+        pack=2,
+    )
+
+
+@gluon.jit
+def operand(w, minus, BITS: gl.constexpr, FP8: gl.constexpr, CONVERTS: gl.constexpr,
+            KIND: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """The four registers of A in a lane (NW, MT, 1, 32, 4), of the words of one step.
 
-    w: one word or two, int32 (NW, MT, 1, 32, 1); minus: addend of 4-bit codes, or anything.
+    w: one word or two, int32 (NW, MT, 1, 32, 1); minus: addend of 4-bit codes, or anything;
+    CONVERTS: whether there is an instruction that makes e4m3 values f16. The numbers are `step`
+    times smaller than the codes.
     """
     register = axis(4, 4, ACC)
     odd = register % 2 == 1
@@ -66,32 +101,50 @@ def operand(w, minus, BITS: gl.constexpr, FP8: gl.constexpr, KIND: gl.constexpr,
         return _fma(held, factor, minus, KIND)
     word = gl.where(register < 2, w[0], w[1])
     if FP8:
+        if CONVERTS and KIND == "f16":
+            return halves(word, True)
         # exponent and mantissa to the lowest bits of the exponent: a power of two too small
         word = gl.where(odd, word << 8, word)
-        if KIND == "bf16":
-            held = (word >> 4) & 0x07F007F0 | word & -0x7FFF8000
-            factor = gl.full(all_four, 0x7B807B80, gl.int32, ACC)
-        else:
-            held = (word >> 1) & 0x3F803F80 | word & -0x7FFF8000
-            factor = gl.full(all_four, 0x5C005C00, gl.int32, ACC)
+        if KIND == "f16":
+            return (word >> 1) & 0x3F803F80 | word & -0x7FFF8000
+        held = (word >> 4) & 0x07F007F0 | word & -0x7FFF8000
+        factor = gl.full(all_four, 0x7B807B80, gl.int32, ACC)
     else:
         # sign and magnitude as a subnormal number, which counts in steps without an offset
         turned = (word >> 8) & 0xFFFFFF | word << 24
         held = gl.where(odd, turned, word) & -0x7F807F81
-        largest: gl.constexpr = 0x7F007F00 if KIND == "bf16" else 0x78007800
-        factor = gl.full(all_four, largest, gl.int32, ACC)
+        if KIND == "f16":
+            return held
+        # the largest power of two
+        factor = gl.full(all_four, 0x7F007F00, gl.int32, ACC)
     return _fma(held, factor, gl.zeros(all_four, gl.int32, ACC), KIND)
+
+
+@gluon.constexpr_function
+def step_of(bits, fp8, converts, kind):
+    """What `operand`'s numbers have to be multiplied by to be the codes: a power of two."""
+    if bits == 4:
+        return 1.0
+    if fp8:
+        return 1.0 if kind == "bf16" or converts else 2.0**8
+    return 2.0**6 if kind == "bf16" else 2.0**24
 
 
 @gluon.jit
 def minus_of(zero, KIND: gl.constexpr, ACC: gl.constexpr):
-    """−(offset + zero) in pairs: what `operand` adds to offset + code. zero: 0 … 15, int32."""
-    if KIND == "bf16":
-        # −128 − zero, whose bits are the lowest of the mantissa
-        return zero * 0x00010001 | -0x3CFF3D00
-    # −1024 − zero; in odd registers −64 − zero, four bits higher
-    even = zero * 0x00010001 | -0x1BFF1C00
-    return gl.where(axis(4, 4, ACC) % 2 == 1, zero * 0x00100010 | -0x2BFF2C00, even)
+    """−(offset + zero) in pairs: what `operand` adds to offset + code.
+
+    zero: zero points 0 … 15 of the operand's rows, int16 (NW, MT, 1, 32, 1): g, and g + 8 above it.
+    """
+    zero = gl.convert_layout(zero, ACC).to(gl.int32)
+    odd = axis(4, 4, ACC) % 2 == 1
+    # −128 − zero, whose bits are the lowest of the mantissa; −1024 − zero
+    upper = gl.full([1, 1, 1, 1, 4], -0x3CFF3D00 if KIND == "bf16" else -0x1BFF1C00, gl.int32, ACC)
+    if KIND == "f16":
+        # in odd registers −64 − zero, four bits higher
+        zero = gl.where(odd, zero << 4, zero)
+        upper = gl.where(odd, -0x2BFF2C00, upper)
+    return permuted(zero, upper, gl.where(odd, 0x7171, 0x7070))
 
 
 @gluon.jit
@@ -119,15 +172,6 @@ def scales_of_rows(pair, ACC: gl.constexpr):
 
 
 @gluon.jit
-def zeros_of_rows(pair, ACC: gl.constexpr):
-    """Zero points of the operand's rows, of int16 (NW, MT, 1, 32, 1): g, and g + 8 above it."""
-    pair = gl.convert_layout(pair, ACC).to(gl.int32)
-    return (pair >> axis(4, 4, ACC) % 2 * 8) & 0xFF
-
-
-@gluon.jit
-def add_scaled(acc, part, pair, STEP: gl.constexpr, ACC: gl.constexpr):
-    """acc + part·scale. STEP: what the operand's numbers have to be multiplied by beside it."""
-    if STEP != 1:
-        part = part * STEP
+def add_scaled(acc, part, pair, ACC: gl.constexpr):
+    """acc + part·scale."""
     return acc + part * scales_of_rows(pair, ACC)

@@ -6,10 +6,10 @@ As in `two_four.mma`, each warp loads units of 256 columns into registers, x goe
 shared memory, and columns may be split. As a unit has few bytes here, two are on their way while
 one is multiplied, in two sets of registers that take turns. Before a product, codes become pairs of
 16-bit floats (`codes`): a logical instruction puts them into mantissas, and one `fma` for each
-pair takes the offset away or multiplies the power of two back. So the operand holds whole numbers
-(e4m3 values, as they are) without any rounding; of int8 values it holds 1/64 (bfloat16) or 1/512.
-Where groups have scales, sums start anew in each group and are scaled in float32; a row's scale
-multiplies its sum at the end.
+pair takes the offset away or multiplies a power of two back. So the operand holds whole numbers
+(e4m3 values, as they are), or these divided by a power of two, without any rounding. Where groups
+have scales, sums start anew in each group and are scaled in float32; a row's scale multiplies its
+sum at the end, after that power of two.
 Format: `two_four.quantized.layout`.
 
 DENSE takes the sparsity out, for benchmarks: a register of the operand then holds two neighbours
@@ -45,86 +45,13 @@ from prunekernels.sparse.two_four.quantized.codes import (
     operand,
     quarters,
     scales_of_rows,
-    zeros_of_rows,
+    step_of,
 )
 from prunekernels.sparse.two_four.quantized.layout import KINDS, ROWS, Parts, filled, line_blocks
 from prunekernels.sparse.two_four.quantized.portable import case_parts, shared_options
 from prunekernels.sparse.two_four.quantized.tuning import quantized24_mma
+from prunekernels.sparse.two_four.quantized.unit import at_unit, load_unit, multiply_unit
 from prunekernels.sparse.two_four.tuning import MmaConfig
-
-
-@gluon.jit
-def _unit(
-    acc, held, minus, xs, w_ptrs, s_ptrs, z_ptrs, BITS: gl.constexpr, FP8: gl.constexpr,
-    HAS_ZEROS: gl.constexpr, GROUP: gl.constexpr, STEP: gl.constexpr, DENSE: gl.constexpr,
-    KIND: gl.constexpr, ACC: gl.constexpr, X: gl.constexpr,
-):  # fmt: skip
-    """Multiply one unit of eight steps held in registers, and load the next but one.
-
-    held: what `_load_unit` gave; minus: a row's `minus_of`, where its groups have none; xs:
-    (tokens, 128, or 64 if DENSE) words of x in shared memory; w_ptrs, s_ptrs, z_ptrs: pointers to
-    the words, scales and zeros of the unit after the next.
-    """
-    NW: gl.constexpr = acc.shape[0]
-    MT: gl.constexpr = acc.shape[1]
-    P: gl.constexpr = BITS // 4
-    STEP_K: gl.constexpr = 16 if DENSE else 32
-    a, meta, scales, zeros = held
-    if not DENSE:
-        even, odd = gl.split(gl.reshape(meta, [NW * MT, 32, 2, 2]))
-        e0, e2 = gl.split(even)
-        e1, e3 = gl.split(odd)
-        e = (e0, e1, e2, e3)
-    words = ()
-    for block in gl.static_range(2 * P):
-        words = words + quarters(a[block], NW, MT, ACC)
-    next_a, next_scales, next_zeros = (), (), ()
-    part = acc
-    for step in gl.static_range(8):
-        if GROUP and step * STEP_K % GROUP == 0:
-            part = gl.zeros_like(acc)
-            if HAS_ZEROS:
-                minus = minus_of(zeros_of_rows(zeros[step * STEP_K // GROUP], ACC), KIND, ACC)
-        if not DENSE or step % 2 == 0:
-            b = xs.slice(step * STEP_K // 2, 16, dim=1).load(X)
-        two = (words[step * P], words[step * P + P - 1])
-        values = operand(two, minus, BITS, FP8, KIND, ACC)
-        if DENSE:
-            part = multiply_dense(part, values, b, step % 2, KIND, ACC)
-        else:
-            part = multiply_fragments(part, values, b, e[step // 2], step % 2, KIND, ACC)
-        if (step + 1) * P % 4 == 0:
-            # a block is used up: its registers take the one that comes
-            next_at = w_ptrs + step * P // 4 * 128
-            next_a = next_a + (gl.load(next_at),)  # noqa: RUF005
-        if GROUP and (step + 1) * STEP_K % GROUP == 0:
-            acc = add_scaled(acc, part, scales[step * STEP_K // GROUP], STEP, ACC)
-            s_at = s_ptrs + step * STEP_K // GROUP * 16
-            next_scales = next_scales + (gl.load(s_at),)  # noqa: RUF005
-            if HAS_ZEROS:
-                z_at = z_ptrs + step * STEP_K // GROUP * 8
-                next_zeros = next_zeros + (gl.load(z_at),)  # noqa: RUF005
-    if not DENSE:
-        meta = gl.load(w_ptrs + 256 * P)
-    if not GROUP:
-        acc = part
-    return acc, (next_a, meta, next_scales, next_zeros)
-
-
-@gluon.jit
-def _load_unit(w_ptrs, s_ptrs, z_ptrs, P: gl.constexpr, PER_UNIT: gl.constexpr,
-               HAS_ZEROS: gl.constexpr, DENSE: gl.constexpr):  # fmt: skip
-    """A unit's blocks of words (tiles, 128), metadata (none if DENSE), scales and zeros."""
-    a, meta, scales, zeros = (), (), (), ()
-    for block in gl.static_range(2 * P):
-        a = a + (gl.load(w_ptrs + block * 128),)  # noqa: RUF005
-    for group in gl.static_range(PER_UNIT):
-        scales = scales + (gl.load(s_ptrs + group * 16),)  # noqa: RUF005
-        if HAS_ZEROS:
-            zeros = zeros + (gl.load(z_ptrs + group * 8),)  # noqa: RUF005
-    if not DENSE:
-        meta = gl.load(w_ptrs + 256 * P)
-    return a, meta, scales, zeros
 
 
 @gluon.jit(do_not_specialize=["M", "N", "lines", "units", "tails", "units_per_split", "groups"])
@@ -152,6 +79,7 @@ def _mma24q_fwd_kernel(
     KIND: gl.constexpr,  # "bf16" or "f16"
     BITS: gl.constexpr,  # of a value
     FP8: gl.constexpr,  # whether 8 bits are an e4m3 number, else an integer
+    CONVERTS: gl.constexpr,  # whether an instruction makes e4m3 values f16: compute capability 8.9
     HAS_ZEROS: gl.constexpr,
     GROUP: gl.constexpr,  # columns of a group: 0 (a row), 64 or 128
     DENSE: gl.constexpr,  # whether every value is kept
@@ -170,8 +98,7 @@ def _mma24q_fwd_kernel(
     META: gl.constexpr = 0 if DENSE else 16  # words of a step
     UNIT: gl.constexpr = 8 * (32 * P + META)
     X_WORDS: gl.constexpr = 4 * STEP_K  # of a token in a unit
-    # integers are subnormal in the operand: they count in these steps
-    STEP: gl.constexpr = 1 if BITS == 4 or FP8 else (64 if KIND == "bf16" else 512)
+    STEP: gl.constexpr = step_of(BITS, FP8, CONVERTS, KIND)
     PER_UNIT: gl.constexpr = 8 * STEP_K // GROUP if GROUP else 0
     W: gl.constexpr = gl.BlockedLayout([MT, 4], [1, 32], [NW, 1], [1, 0])
     COPY: gl.constexpr = gl.BlockedLayout([1, 4], [128 // X_WORDS, X_WORDS // 4], [NW, 1], [1, 0])
@@ -211,9 +138,9 @@ def _mma24q_fwd_kernel(
         z_ptrs = zeros_ptr + rows_at
         s_ptrs = scales_ptr + (rows_at * 2 + axis(2, 4, ROWS_OF))
     acc = gl.zeros([NW, MT, NT, 32, 4], gl.float32, ACC)
-    zero = gl.full([NW, MT, 1, 32, 4], 8, gl.int32, ACC)
+    zero = gl.full([NW, MT, 1, 32, 1], 0x0808, gl.int16, ROWS_OF)
     if HAS_ZEROS and GROUP == 0:
-        zero = zeros_of_rows(gl.load(z_ptrs), ACC)
+        zero = gl.load(z_ptrs)
     minus = minus_of(zero, KIND, ACC)
     if count > 0:
         token = token0 + gl.arange(0, 8 * NT, gl.SliceLayout(1, COPY))[:, None]
@@ -226,15 +153,10 @@ def _mma24q_fwd_kernel(
             x_at = gl.minimum(first + stage, units - 1) * X_WORDS
             async_copy.async_copy_global_to_shared(ring.index(stage), x_ptrs + x_at, mask=x_ok)
             async_copy.commit_group()
-        w_ptrs = line_ptrs + first * UNIT + word
-        s_unit = s_ptrs + first * (PER_UNIT * 16)
-        z_unit = z_ptrs + first * (PER_UNIT * 8)
-        one = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS, DENSE)
-        more = gl.minimum(count - 1, 1)
-        w_ptrs += more * UNIT
-        s_unit += more * (PER_UNIT * 16)
-        z_unit += more * (PER_UNIT * 8)
-        other = _load_unit(w_ptrs, s_unit, z_unit, P, PER_UNIT, HAS_ZEROS, DENSE)
+        begin = at_unit(first, line_ptrs + word, s_ptrs, z_ptrs, UNIT, PER_UNIT)
+        one = load_unit(begin, P, PER_UNIT, HAS_ZEROS, DENSE)
+        at = at_unit(gl.minimum(count - 1, 1), *begin, UNIT, PER_UNIT)
+        other = load_unit(at, P, PER_UNIT, HAS_ZEROS, DENSE)
         for pair_of_units in range(0, count // 2):
             for turn in gl.static_range(2):
                 unit = 2 * pair_of_units + turn
@@ -247,23 +169,20 @@ def _mma24q_fwd_kernel(
                 async_copy.async_copy_global_to_shared(slot, x_ptrs + x_at, mask=x_ok)
                 async_copy.commit_group()
                 # past the last unit the last again, which is in a cache and which nobody uses
-                more = gl.where(unit + 2 < count, 1, 0)
-                w_ptrs += more * UNIT
-                s_unit += more * (PER_UNIT * 16)
-                z_unit += more * (PER_UNIT * 8)
+                at = at_unit(gl.minimum(unit + 2, count - 1), *begin, UNIT, PER_UNIT)
                 slot = ring.index(unit & (STAGES - 1))
-                acc, held = _unit(
-                    acc, one, minus, slot, w_ptrs, s_unit, z_unit,
-                    BITS, FP8, HAS_ZEROS, GROUP, STEP, DENSE, KIND, ACC, X,
+                acc, held = multiply_unit(
+                    acc, one, minus, slot, at,
+                    BITS, FP8, CONVERTS, HAS_ZEROS, GROUP, DENSE, KIND, ACC, X,
                 )  # fmt: skip
                 one, other = other, held
         async_copy.wait_group(0)
         barrier()
         if count % 2 == 1:
             slot = ring.index((count - 1) & (STAGES - 1))
-            acc, one = _unit(
-                acc, one, minus, slot, w_ptrs, s_unit, z_unit,
-                BITS, FP8, HAS_ZEROS, GROUP, STEP, DENSE, KIND, ACC, X,
+            acc, one = multiply_unit(
+                acc, one, minus, slot, at,
+                BITS, FP8, CONVERTS, HAS_ZEROS, GROUP, DENSE, KIND, ACC, X,
             )  # fmt: skip
 
     if first + units_per_split >= units:
@@ -280,26 +199,26 @@ def _mma24q_fwd_kernel(
                 group = (units * 4 + tail) // (GROUP // (2 * STEP_K))
                 part = gl.zeros_like(acc)
                 if HAS_ZEROS:
-                    minus = minus_of(zeros_of_rows(gl.load(z_ptrs + group * 8), ACC), KIND, ACC)
+                    minus = minus_of(gl.load(z_ptrs + group * 8), KIND, ACC)
             held = quarters(gl.load(w_ptrs + word // 4 * (2 * P) + word % (2 * P)), NW, MT, ACC)
             for step in gl.static_range(2):
                 if not DENSE or step == 0:
                     b = gl.load(x_ptrs + step * 16, mask=token < M, other=0)
                 pair_of = (held[step * P], held[step * P + P - 1])
-                values = operand(pair_of, minus, BITS, FP8, KIND, ACC)
+                values = operand(pair_of, minus, BITS, FP8, CONVERTS, KIND, ACC)
                 if DENSE:
                     part = multiply_dense(part, values, b, step, KIND, ACC)
                 else:
                     part = multiply_fragments(part, values, b, meta, step, KIND, ACC)
             if GROUP:
-                part = add_scaled(acc, part, gl.load(s_ptrs + group * 16), STEP, ACC)
+                part = add_scaled(acc, part, gl.load(s_ptrs + group * 16), ACC)
             acc = part
             x_ptrs += STEP_K
             w_ptrs += 2 * (32 * P + META)
 
+    if STEP != 1:
+        acc = acc * STEP
     if GROUP == 0:
-        if STEP != 1:
-            acc = acc * STEP
         acc = acc * scales_of_rows(gl.load(s_ptrs), ACC)
     finish(acc, bias_ptr, y_ptr, parts_ptr, counter_ptr, block, token0, M, N,
            ACTIVATION, HAS_BIAS, GATED, SPLIT, ACC)  # fmt: skip
@@ -316,7 +235,12 @@ def forward(
 ) -> Tensor:
     """Launch for x (M, K) with M > 0; `up` selects the gated form."""
     config = configuration(x, parts, rows, kind, up is not None)
-    return launch(x, parts, up, rows, kind, bias, activation, config)
+    return launch(x, parts, up, rows, kind, bias, activation, config, _converts(x))
+
+
+def _converts(x: Tensor) -> bool:
+    """Whether the GPU that x is on has an instruction that makes e4m3 values f16."""
+    return capability(x.device) >= (8, 9)
 
 
 def configuration(x: Tensor, parts: Parts, rows: int, kind: str, gated: bool) -> MmaConfig:
@@ -339,7 +263,7 @@ def prepared(
     """`forward` as a call to keep, or None if x has to be copied first."""
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
     config = configuration(x, parts, rows, kind, up is not None)
-    call = product(x, parts, up, kind, bias, y, activation, config)
+    call = product(x, parts, up, kind, bias, y, activation, config, _converts(x))
     return call if call.arguments[0].data_ptr() == x.data_ptr() else None
 
 
@@ -352,10 +276,11 @@ def launch(
     bias: Tensor | None,
     activation: str,
     config: MmaConfig,
+    converts: bool = False,
 ) -> Tensor:
-    """`forward` with a given configuration."""
+    """`forward` with a given configuration, and e4m3 values made f16 by an instruction or not."""
     y = torch.empty((x.shape[0], rows), dtype=x.dtype, device=x.device)
-    product(x, parts, up, kind, bias, y, activation, config).run()
+    product(x, parts, up, kind, bias, y, activation, config, converts).run()
     return y
 
 
@@ -368,9 +293,12 @@ def product(
     y: Tensor,
     activation: str,
     config: MmaConfig,
+    converts: bool = False,
     dense: bool = False,
 ) -> Launch:
     """The kernel's call for x (M, K) and y (M, N), real or on the meta device.
+
+    If it `converts`, e4m3 values become f16 by an instruction of compute capability 8.9.
 
     A `dense` weight, for comparison, is packed as the 2:4 one of twice the columns that has its
     columns 2i and 2i + 1 at 4i and 4i + 1, without that one's metadata.
@@ -411,6 +339,7 @@ def product(
             "KIND": "bf16" if x.dtype == torch.bfloat16 else "f16",
             "BITS": KINDS[kind].bits,
             "FP8": kind == "2:4-fp8",
+            "CONVERTS": converts and kind == "2:4-fp8" and x.dtype == torch.float16,
             "HAS_ZEROS": options["HAS_ZEROS"],
             "GROUP": options["GROUP"],
             "DENSE": dense,
@@ -472,7 +401,7 @@ def self_test(device: torch.device) -> str | None:
         w = w.to(device)
         config = MmaConfig(2, 1 if tokens <= 8 else 4, 4, splits)
         parts = w.packed, w.scales, w.zeros
-        got = launch(x, parts, None, 200, kind, None, "none", config)
+        got = launch(x, parts, None, 200, kind, None, "none", config, _converts(x))
         if problem := difference(got, x, w.to(dtype=torch.float32).to_dense()):
             return problem
     return None
@@ -493,6 +422,7 @@ def compile_cases() -> list[KernelCase]:
         _case("int4g128", "bf16", 1, False, False, every),
         *(_case(name, "bf16", 1, True, True, every) for name in ("int8", "int4g128")),
         *(_case("int4g64z", "bf16", 16, gated, True, every) for gated in (False, True)),
+        *(_case("fp8", "f16", tokens, False, True, (89, 90), True) for tokens in (1, 64)),
         _case("int4g128", "bf16", 1, False, True, (120,)),
     ]
 
@@ -509,7 +439,13 @@ _CASES = {
 
 
 def _case(
-    name: str, kind: str, tokens: int, gated: bool, split: bool, archs: Sequence[Arch]
+    name: str,
+    kind: str,
+    tokens: int,
+    gated: bool,
+    split: bool,
+    archs: Sequence[Arch],
+    converts: bool = False,
 ) -> KernelCase:
     rows, columns = 14336, 4096
     values, group, zeros = _CASES[name]
@@ -525,9 +461,11 @@ def _case(
         meta((tokens, rows), dtype),
         "silu" if gated else "none",
         config._replace(splits=4 if split else 1),
+        converts,
     )
     return call.case(
         f"quantized24/mma_sp/{name}/{kind}/t{8 * config.token_tiles}"
+        + "/cvt" * converts
         + "/gated" * gated
         + "/split" * split,
         opcodes=("HMMA.SP.16832.F32" + (".BF16" if kind == "bf16" else ""), "LDSM", "LDGSTS"),

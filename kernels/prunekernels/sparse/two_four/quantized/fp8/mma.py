@@ -45,7 +45,12 @@ from prunekernels.sparse.fragments import axis, finish, x_layout, x_registers
 from prunekernels.sparse.gluon_compat import barrier
 from prunekernels.sparse.launching import difference, room_for_parts, split_columns
 from prunekernels.sparse.two_four.mma import multiply_registers
-from prunekernels.sparse.two_four.quantized.codes import quarters, scales_of_rows
+from prunekernels.sparse.two_four.quantized.codes import (
+    halves,
+    permuted,
+    quarters,
+    scales_of_rows,
+)
 from prunekernels.sparse.two_four.quantized.fp8.tokens import Tokens
 from prunekernels.sparse.two_four.quantized.fp8.tokens_triton import ordered_tokens
 from prunekernels.sparse.two_four.quantized.layout import ROWS, line_blocks
@@ -59,19 +64,6 @@ CAPABILITIES = (*NATIVE, (9, 0), (10, 0), (10, 3))
 
 
 @gluon.jit
-def _permuted(low, high, selector):
-    """Bytes of two words, chosen by the nibbles of the selector."""
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;",
-        "=r,r,r,r",
-        [low, high, selector],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@gluon.jit
 def _metadata(a, b, ACC: gl.constexpr):
     """Metadata of both instructions of 128 columns, of a lane's words for the first and last 64.
 
@@ -82,8 +74,8 @@ def _metadata(a, b, ACC: gl.constexpr):
     low = a & 0x0F0F0F0F | (b << 4) & -0x0F0F0F10
     high = (a >> 4) & 0x0F0F0F0F | b & -0x0F0F0F10
     even = axis(32, 3, ACC) % 2 == 0
-    kept = _permuted(low, high, gl.where(even, 0x6240, 0x7351))
-    sent = _permuted(low, high, gl.where(even, 0x7351, 0x6240))
+    kept = permuted(low, high, gl.where(even, 0x6240, 0x7351))
+    sent = permuted(low, high, gl.where(even, 0x7351, 0x6240))
     got = gl.inline_asm_elementwise(
         "shfl.sync.bfly.b32 $0, $1, 1, 31, -1;",
         "=r,r",
@@ -96,24 +88,6 @@ def _metadata(a, b, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _halves(words, WEIGHT: gl.constexpr):
-    """f16 registers of words of e4m3 values that stand twice each: low half, high half.
-
-    Of a weight's word bytes 1 and 3 are the first register, bytes 0 and 2 the second.
-    """
-    select: gl.constexpr = "prmt.b32 w, $2, $2, 0x2031;" if WEIGHT else "mov.b32 w, $2;"
-    return gl.inline_asm_elementwise(
-        "{ .reg .b32 w; .reg .b16 low, high;" + select + "mov.b32 {low, high}, w;"
-        "cvt.rn.f16x2.e4m3x2 $0, low; cvt.rn.f16x2.e4m3x2 $1, high; }",
-        "=r,=r,r,r",
-        [words],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=2,
-    )
-
-
-@gluon.jit
 def _halves_of_x(b, NT: gl.constexpr, ACC: gl.constexpr):
     """f16 operands of two steps, of (8·NT, 16) words of their columns."""
     # word = 8·step + 4·(half of its registers) + thread of the quad
@@ -123,7 +97,7 @@ def _halves_of_x(b, NT: gl.constexpr, ACC: gl.constexpr):
     second = gl.permute(gl.join(second, second), [0, 1, 3, 2, 4])
     first = gl.convert_layout(gl.reshape(first, [1, 1, NT, 32, 4]), ACC)
     second = gl.convert_layout(gl.reshape(second, [1, 1, NT, 32, 4]), ACC)
-    return _halves(first, False), _halves(second, False)
+    return halves(first, False), halves(second, False)
 
 
 @gluon.jit
@@ -142,14 +116,14 @@ def _multiply(acc, words, e, b, ORDER: gl.constexpr, ACC: gl.constexpr):
         for i in gl.static_range(2):
             low = gl.where(register < 2, words[i], words[2 + i])
             high = gl.where(register < 2, words[4 + i], words[6 + i])
-            a = _permuted(low, high, selector)
+            a = permuted(low, high, selector)
             acc = multiply_registers(acc, a, x_registers(b[i], NT, ACC), e[i], 0, ORDER, ACC)
     else:
         for i in gl.static_range(2):
             x = _halves_of_x(b[i], NT, ACC)
             for half in gl.static_range(2):
                 two = words[4 * i + 2 * half], words[4 * i + 2 * half + 1]
-                a = _halves(gl.where(register < 2, two[0], two[1]), True)
+                a = halves(gl.where(register < 2, two[0], two[1]), True)
                 acc = multiply_registers(acc, a, x[half], e[i], half, ORDER, ACC)
     return acc
 
