@@ -38,10 +38,25 @@ FEW_TOKENS, FEW_SHAPES = (1, 16, 4096), ((4096, 4096), (14336, 4096))
 
 
 class Weights:
-    """Copies of one pruned weight, and the layers that peers made of them."""
+    """Copies of one pruned weight, and the layers that peers made of them.
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device, count: int) -> None:
-        self.copies = [self._pruned(case, dtype, device) for _ in range(count)]
+    Args:
+        case: Shape, sparsity and pattern.
+        dtype: Of the weight.
+        device: Where it is.
+        count: How many layers of so many bytes rotate.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device,
+        count: Callable[[int], int],
+    ) -> None:
+        self._new = functools.partial(self._pruned, case, dtype, device)
+        self._count = count
+        self.copies = [self._new()]
         self._layers: dict[str, list[Layer]] = {}
 
     @staticmethod
@@ -54,13 +69,14 @@ class Weights:
         return (weight * keep).to(dtype)
 
     def layers(self, peer: LinearPeer, tokens: int) -> list[Layer]:
-        """The layer that `peer` makes of every copy; kept, because packing takes long."""
+        """The layer that `peer` makes of as many copies as it needs; kept: packing takes long."""
         if peer.name not in self._layers:
-            layers: list[Layer] = []
-            for copy in self.copies:
-                made = peer.build(copy, tokens)
+            layers = [peer.build(self.copies[0], tokens)]
+            for index in range(1, self._count(layers[0].held)):
+                if index == len(self.copies):
+                    self.copies.append(self._new())
                 # the first alone is checked
-                layers.append(made._replace(exact=None) if layers else made)
+                layers.append(peer.build(self.copies[index], tokens)._replace(exact=None))
             self._layers[peer.name] = layers
         return self._layers[peer.name]
 
@@ -141,11 +157,7 @@ def maker(session: Session) -> Callable[[Case], list[Contender]]:
         if key not in held:
             held.clear()  # one shape at a time: copies are large
             torch._dynamo.reset()  # dynamo compiles a function for eight shapes, then no more
-            # the smallest weight in the table must leave the cache before its turn comes again
-            two_four = case.mode == "2:4"
-            small = bounds.quantized24_bytes if two_four else bounds.dense_quantized_bytes
-            count = session.copies(small(N, K, 4))
-            held[key] = Weights(case, torch.bfloat16, session.device, count)
+            held[key] = Weights(case, torch.bfloat16, session.device, session.copies)
         return contenders(held[key], case, torch.bfloat16)
 
     return make

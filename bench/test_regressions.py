@@ -47,7 +47,7 @@ def timed(benchmark: Any) -> Callable[[Callable[[], Any]], Any]:
 def test_linear(timed, pattern, name, tokens):
     torch.manual_seed(0)
     case = Case("linear", pattern, "bfloat16", {"M": tokens, "N": 512, "K": 512, "sparsity": 0.5})
-    weights = bench_sparse.Weights(case, torch.bfloat16, DEVICE, 1)
+    weights = bench_sparse.Weights(case, torch.bfloat16, DEVICE, lambda held: 1)
     peer = next(peer for peer in peers.LINEAR if peer.name == name)
     try:
         layer = weights.layers(peer, tokens)[0]

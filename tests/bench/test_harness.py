@@ -324,7 +324,7 @@ def test_every_linear_peer_is_right_or_says_why_it_is_absent(session):
     session._roofs[torch.bfloat16] = (1e10, 1e12)
     for pattern in peers.PATTERNS:
         case = Case("linear", pattern, "bfloat16", sizes)
-        weights = bench_sparse.Weights(case, torch.bfloat16, CPU, 1)
+        weights = bench_sparse.Weights(case, torch.bfloat16, CPU, lambda held: 1)
         session.measure(case, bench_sparse.contenders(weights, case, torch.bfloat16))
     found = rows(session)
     assert {"ok", "absent"} <= {row["status"] for row in found}
@@ -332,6 +332,19 @@ def test_every_linear_peer_is_right_or_says_why_it_is_absent(session):
     assert all(row["note"] for row in found if row["status"] == "absent")
     fine = {(row["mode"], row["provider"]) for row in found if row["status"] == "ok"}
     assert {("2:4", "dense"), ("2:4", "2:4 auto"), ("unstructured", "bitmap auto")} <= fine
+
+
+def test_a_small_layer_has_more_copies_than_a_large_one():
+    case = Case("linear", "2:4", "bfloat16", {"M": 1, "N": 64, "K": 128, "sparsity": 0.5})
+    weights = bench_sparse.Weights(case, torch.bfloat16, CPU, lambda held: -(-20000 // held))
+    named = {peer.name: peer for peer in peers.LINEAR}
+    dense = weights.layers(named["dense"], 1)
+    packed = weights.layers(named["2:4-int4 auto"], 1)
+    assert len(dense) == 2 < len(packed) == -(-20000 // packed[0].held)
+    # each copy is another weight
+    x = torch.eye(128).bfloat16()
+    assert not torch.equal(packed[0].apply(x), packed[1].apply(x))
+    assert packed[1].exact is None
 
 
 def test_a_linear_layer_with_one_wrong_weight_is_wrong():

@@ -128,7 +128,7 @@ def test_macko_multiplies_float16_and_is_judged_by_its_own_weight(monkeypatch):
     case = bench_sparse.Case(
         "linear", "unstructured", "bfloat16", {"M": 1, "N": 32, "K": 64, "sparsity": 0.5}
     )
-    weights = bench_sparse.Weights(case, torch.bfloat16, torch.device("cpu"), 2)
+    weights = bench_sparse.Weights(case, torch.bfloat16, torch.device("cpu"), lambda held: 2)
     made = {c.provider: c for c in bench_sparse.contenders(weights, case, torch.bfloat16)}
     prepared = made["MACKO"].prepare()
     assert os.environ["MACKO_SPMV_BUILD_DIRECTORY"]
