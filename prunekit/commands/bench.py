@@ -236,12 +236,13 @@ def _write(found: dict[str, Any], folder: str, overwrite: bool) -> None:
 
 def _figure(found: dict[str, Any]) -> Any:
     """Tokens per second and size of every variant."""
-    from prunekit.report.charts import COLORS, Chart, Figure, Series
+    from prunekit.report.charts import DISTINCT, Chart, Figure, Series
 
     rows = found["variants"]
     names = list(dict.fromkeys(row["variant"] for row in rows))
     batches = list(dict.fromkeys(row["batch"] for row in rows))
-    others = cycle(role for role in COLORS if role not in _ROLES.values())
+    taken = {_ROLES[name] for name in names if name in _ROLES}
+    others = cycle([role for role in DISTINCT if role not in taken] or DISTINCT)
     roles = {name: _ROLES.get(name) or next(others) for name in names}
 
     def series(name: str, *columns: str) -> Series:

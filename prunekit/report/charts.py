@@ -24,7 +24,12 @@ COLORS = {
     "estimate": "#0072B2",
     "single": "#009E73",
     "generative": "#CC79A7",
+    "amber": "#E69F00",
+    "black": "#000000",
+    "yellow": "#F0E442",
 }
+#: Roles of eight colours, for series that only have to differ.
+DISTINCT = ("h", "p", "z", "reverse", "dense", "amber", "black", "yellow")
 MARK_COLOR = "#999999"
 
 

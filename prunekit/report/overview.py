@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from prunekit.report import terminal
-from prunekit.report.charts import Chart, Figure, Series
+from prunekit.report.charts import DISTINCT, Chart, Figure, Series
 from prunekit.report.data_files import csv_text
 from prunekit.report.page import asset, document
 from prunekit.report.summary_tables import NONE, Value
@@ -32,7 +32,6 @@ STEPS = (
     ("uniform_variance", "Spread of the change", "variance of Δz", True),
     ("kl_dense_pruned", "Divergence", "KL(dense‖copy), nats", True),
 )
-_ROLES = ("h", "p", "z", "reverse", "dense")  # five that differ
 _SCRIPTS = ("elements", "points", "overview")
 
 
@@ -110,7 +109,7 @@ def steps_figure(told: Mapping[str, Any]) -> Figure:
     for key, title, unit, log in STEPS:
         series = [
             Series(row["name"], role, row["steps"]["step"], _numbers(row["steps"][key]))
-            for row, role in zip(rows, cycle(_ROLES), strict=False)
+            for row, role in zip(rows, cycle(DISTINCT), strict=False)
         ]
         charts.append(Chart(f"step-{key}", title, "step of decoding", unit, series, log=log))
     return Figure("steps", f"Copies of {told['meta']['name']}, step by step", "", charts)

@@ -11,8 +11,10 @@ from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prunekit import checkpoint, cli
+from prunekit.commands import bench
 from prunekit.errors import PrunekitError
 from prunekit.packed.sizes import weight_bytes
+from prunekit.report.charts import COLORS
 from prunekit.speed import variants
 
 
@@ -112,6 +114,17 @@ def test_given_checkpoints_are_measured_as_they_are(folder, capsys, tmp_path):
 def test_bad_options_are_one_line(folder, capsys, words, message):
     status, out, err = run(capsys, str(folder), *SMALL, *words)
     assert status == 2 and out == "" and message in err and err.count("\n") == 1
+
+
+def test_every_variant_of_the_plot_has_a_colour_of_its_own():
+    names = ["dense", "dropped", "2:4", "2:4-int8", "2:4-int4", "2:4-fp8", "a/copy", "another"]
+    row = dict.fromkeys(("decode_tokens_per_second", "decode_low", "decode_high"), 1.0)
+    row |= {"batch": 1, "prefill_tokens_per_second": 1.0, "weight_bytes": 1}
+    found = dict.fromkeys(("cache", "device", "dtype", "prompt", "model"), "x")
+    drawn = bench._figure({**found, "variants": [{**row, "variant": name} for name in names]})
+    for chart in drawn.charts[:2]:
+        assert [series.name for series in chart.series] == names
+        assert len({COLORS[series.role] for series in chart.series}) == len(names)
 
 
 def test_a_variant_with_wrong_logits_is_not_timed(folder, capsys, monkeypatch):
