@@ -6,7 +6,8 @@ Prints a table and writes results/<cpu or gpu name>/quality.csv: a row as soon a
 the place of an earlier row of the same method, calibration and text. Without --calibration the
 model writes its own calibration text; without --text the built-in held-out prose is scored.
 `kld` is the mean KL(dense‖pruned) in nats over the text's first windows, `seconds` the time of
-pruning, and `added_mb` the memory that it took beyond what the process held before (Linux).
+pruning by the clock, which others on the machine lengthen, `processor_s` that of its threads
+together, and `added_mb` the memory that it took beyond what the process held before (Linux).
 """
 
 from __future__ import annotations
@@ -138,9 +139,9 @@ def measured(
 ) -> dict[str, Any]:
     """Prune a copy of the model and compare it with the model."""
     model = copy.deepcopy(dense)
-    facts: dict[str, Any] = {"sparsity": "", "seconds": "", "added_mb": ""}
+    facts: dict[str, Any] = {"sparsity": "", "seconds": "", "processor_s": "", "added_mb": ""}
     if method is not None:
-        held, start = status("RssAnon"), time.perf_counter()
+        held, start, busy = status("RssAnon"), time.perf_counter(), time.process_time()
         dtype = options.calibration_dtype and getattr(torch, options.calibration_dtype)
         with Peak() as peak:
             needed = tokens if method.calibrated else None
@@ -148,6 +149,7 @@ def measured(
         facts = {
             "sparsity": f"{report.sparsity:.6f}",
             "seconds": f"{time.perf_counter() - start:.0f}",
+            "processor_s": f"{time.process_time() - busy:.0f}",
             "added_mb": f"{(peak.bytes - held) / 1e6:.0f}",
         }
     found = perplexity(model, None, scored, context=options.context, progress=True)
@@ -163,6 +165,7 @@ def measured(
         "perplexity": f"{found.value:.3f}",
         "kld": f"{apart['kl_mean']:.4f}" if options.kld_windows else "",
         "seconds": facts["seconds"],
+        "processor_s": facts["processor_s"],
         "added_mb": facts["added_mb"],
         "kld_tokens": int(apart["rows"]),
         "scored_tokens": found.tokens,
@@ -204,7 +207,7 @@ def write_row(path: Path, row: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
     with part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(plain), restval="")
+        writer = csv.DictWriter(file, list(plain), restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     part.replace(path)

@@ -25,7 +25,7 @@ def quality(rows: Rows, table: Table) -> str:
     found = [row for row in measured if " 128x512 " in row["calibration"]]
     dense = next(row for row in measured if row["method"] == "dense")
     body = [["dense", "–", f"{float(dense['perplexity']):.1f}", "0"]]
-    for pattern in ("unstructured", "4:8", "2:4"):
+    for pattern in ("unstructured", "8:16", "4:8", "2:4"):
         for row in found:
             half = row["sparsity"].startswith("0.5") and row["pattern"] == pattern
             if half and row["method"] in names:
@@ -44,12 +44,14 @@ def quality(rows: Rows, table: Table) -> str:
 def recipes(rows: Rows, table: Table) -> str:
     """Everything that `bench_quality` measured, with what it cost."""
     forms = {"sparsity": "{:.0%}", "perplexity": "{:.1f}", "kld": "{:.3f}"}
-    body, forms = [], forms | {"seconds": "{:.0f} s", "added_mb": "{:.0f} MB"}
+    costs = {"seconds": "{:.0f} s", "processor_s": "{:.0f} s", "added_mb": "{:.0f} MB"}
+    body, forms = [], forms | costs
     for row in rows("quality_c4.csv"):
         numbers = [form.format(float(row[k])) if row[k] else "–" for k, form in forms.items()]
         how = row["calibration"].partition(" ")[2].replace("x", " × ")
         body.append([row["method"], row["pattern"] or "–", numbers[0], how, *numbers[1:]])
-    head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD", "time", "memory"]
+    head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD"]
+    head += ["elapsed", "processor", "memory"]
     return table(head, body)
 
 
