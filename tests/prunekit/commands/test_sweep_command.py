@@ -58,7 +58,10 @@ def test_the_command(folder, capsys, tmp_path):
     ("flags", "message"),
     [
         ("--drop attn --counts 9", "counts 9 of attn: this model can lose 1 to 3"),
-        ("--drop attn --counts one", "--counts one is no list of numbers"),
+        (
+            "--drop attn --counts one",
+            "--counts one is no list of numbers: write numbers with commas",
+        ),
         ("--drop knee", "unit 'knee' is unknown"),
         ("--method magic", "method 'magic' is unknown"),
         ("--sparsity 0.5", "--sparsity and --pattern say how a --method prunes"),
