@@ -52,6 +52,8 @@ def test_the_command(folder, capsys, tmp_path):
     assert snapshot(out / "points") == before
     assert cli.main([*line.split(), "--seed", "1"]) == 2
     assert "another calibration" in capsys.readouterr().err
+    assert cli.main([*line.split(), "--limit", "1"]) == 2
+    assert "other multiple-choice questions (--choices, --limit)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
