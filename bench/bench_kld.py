@@ -37,12 +37,18 @@ from prunekit.evaluation.items import load_heldout
 ROOT = Path(__file__).parent.parent
 COPIES = ("Q8_0", "Q4_0", "int8", "int4", "drop4")
 IMAGE = ROOT / "docs" / "images" / "kld_against_size.png"
-# What the memory probe runs: peaks of the process's own (anonymous) memory, and of that with the
-# pages of files that it has mapped (weights, libraries), sampled.
+# What the memory probe runs, a command or "load" and a source: peaks of the process's own
+# (anonymous) memory, and of that with the pages of files that it has mapped (weights, libraries),
+# sampled.
 PROBE = """
 import json, sys, threading, time
 import torch, transformers, prunekit.checkpoint, prunekit.divergence.run
 from prunekit.cli import main
+def run(arguments):
+    if arguments[0] == "load":
+        prunekit.checkpoint.load(arguments[1])
+        return 0
+    return main(arguments)
 def held():
     with open("/proc/self/status") as file:
         found = {l.split(":")[0]: 1024 * int(l.split()[1]) for l in file if l.startswith("Rss")}
@@ -52,7 +58,7 @@ def watch():
     while not done.wait(0.005):
         peak[:] = map(max, peak, held())
 threading.Thread(target=watch, daemon=True).start()
-status = main(sys.argv[1:])
+status = run(sys.argv[1:])
 done.set()
 print(json.dumps({"status": status, "peaks": [p - b for p, b in zip(peak, before)]}))
 """
@@ -205,7 +211,7 @@ def memory(options: argparse.Namespace) -> None:
         own, resident = probed([*arguments, "--output", f"{folder}/out"])
         plan = json.loads((Path(folder) / "out" / "kld.json").read_text())["plan"]
         cache = sum(p.stat().st_size for p in Path(folder).glob("out/reference/rows-*"))
-        gguf = probed(["inspect", "demo", "--quiet"])[0]
+        gguf = probed(["load", "demo"])[0]
     allowed = size + 64e6
     facts = {
         "positions": plan["positions"],

@@ -16,6 +16,7 @@ import importlib.util
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from prunekit.checkpoint.deferred import DeferredTensor
 from prunekit.checkpoint.gguf_accounts import check_accounts
 from prunekit.errors import PrunekitError, one_line
 
@@ -212,18 +214,14 @@ class _Contents:
     def model(self, dtype: torch.dtype) -> tuple[PreTrainedModel, Collection[str]]:
         """The model, its tensors dequantised to `dtype`, and names of those that are missing."""
         config = self._config()
+        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
         state = {}
         for name in self.tensors:
-            target = _OTHER_TENSORS.get(name)
-            tensor = self._tensor(name)
+            target, part = _OTHER_TENSORS.get(name), ""
             if target is None:
                 _, layer, part, _ = name.split(".")
                 target = f"model.layers.{layer}.{_LAYER_TENSORS[part]}.weight"
-                if part == "attn_q":
-                    tensor = _half_rotated(tensor, config.num_attention_heads)
-                elif part == "attn_k":
-                    tensor = _half_rotated(tensor, config.num_key_value_heads)
-            state[target] = tensor
+            state[target] = DeferredTensor(partial(self._tensor, name, heads.get(part)))
         model, found = LlamaForCausalLM.from_pretrained(
             None, config=config, state_dict=state, dtype=dtype, output_loading_info=True
         )
@@ -254,11 +252,12 @@ class _Contents:
             pad_token_id=self.metadata.get("tokenizer.ggml.padding_token_id"),
         )
 
-    def _tensor(self, name: str) -> Tensor:
-        """Tensor `name`, (out, in), dequantised to float32."""
+    def _tensor(self, name: str, heads: int | None) -> Tensor:
+        """Tensor `name`, (out, in), dequantised to float32; of queries or keys if it has heads."""
         tensor = self.tensors[name]
         values = _library().dequantize(tensor.data, tensor.tensor_type)
-        return torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # copies float32 data
+        made = torch.from_numpy(np.require(values, np.float32, ["C", "W"]))  # copies float32 data
+        return made if heads is None else _half_rotated(made, heads)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The byte-level BPE tokenizer; digits are split one by one, as SmolLM was trained."""

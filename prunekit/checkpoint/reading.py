@@ -13,12 +13,14 @@ from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from prunekit.checkpoint.deferred import converts, deferred_state
 from prunekit.checkpoint.former_layouts import layout_of, read_former
 from prunekit.checkpoint.gguf_reader import read_gguf
 from prunekit.checkpoint.integrity import check_complete, check_readable, check_shards, weight_files
@@ -36,6 +38,7 @@ from prunekit.process.ambient import usual_torch
 from prunekit.process.progress import quiet_transformers
 from prunekit.swap import merge_
 
+_GENERATION = "generation_config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 Loaded = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -98,6 +101,8 @@ def _load_folder(
     if former:
         loader, state = _read_former(folder, files, config)
         source = {"pretrained_model_name_or_path": None, "state_dict": state}
+    elif _is_converted(config, files, dtype, device):
+        loader, source = type(skeleton_of(config)), _deferred(folder, files)
     try:
         model, found = loader.from_pretrained(
             **source,
@@ -135,6 +140,26 @@ def _read_former(
         make_packed_config_(config, packed)
         return modeling.model_class(name), state
     return type(skeleton), state
+
+
+def _is_converted(
+    config: PretrainedConfig,
+    files: list[Path],
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+) -> bool:
+    """Whether weights are to be read one by one: those that only take another type."""
+    if dtype is None or device == "auto" or getattr(config, PACKED_FIELD, None) is not None:
+        return False
+    return converts(files, dtype)
+
+
+def _deferred(folder: Path, files: list[Path]) -> dict[str, Any]:
+    """What `from_pretrained` takes instead of the folder."""
+    source: dict[str, Any] = {"pretrained_model_name_or_path": None}
+    if (folder / _GENERATION).is_file():
+        source["generation_config"] = GenerationConfig.from_pretrained(folder)
+    return {**source, "state_dict": deferred_state(files)}
 
 
 def _check_packed_tensors(folder: Path, field: Any, shapes: Mapping[str, tuple[int, ...]]) -> None:

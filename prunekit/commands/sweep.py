@@ -204,7 +204,9 @@ def _numbers(given: Sequence[str] | None, kind: type[Number], flag: str) -> list
     try:
         return [kind(word) for word in _words(given)]
     except ValueError:
-        raise PrunekitError(f"{flag} {','.join(given or ())} is no list of numbers") from None
+        raise PrunekitError(
+            f"{flag} {','.join(given or ())} is no list of numbers: write numbers with commas"
+        ) from None
 
 
 def _shown(result: Sweep, page: str, best: str | None, saved: str | None) -> Any:

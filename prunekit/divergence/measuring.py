@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from prunekit.divergence.candidates import Side, check_tokenizer, memory_of
 from prunekit.divergence.capture import Capture, save_tensors
 from prunekit.divergence.llama_file import LlamaFile
-from prunekit.divergence.processes import by_main, together
+from prunekit.divergence.processes import by_main, free_memory, together
 from prunekit.divergence.reference import Reference
 from prunekit.divergence.row_statistics import ASKED, FIELDS
 from prunekit.divergence.rows import Options, Readout, Rows, compare, states_of
@@ -94,6 +94,7 @@ def _run(
     windows = reference.windows
     groups = distributed.shard(windows.groups())
     rows, facts = _opened(reference, side, options)
+    free_memory()  # what reading the files took
     missing = [group for group in groups if not _readable(folder / _name(group))]
     readout: Readout | None = None
     for group in track(missing, label, enabled=options.progress):

@@ -127,6 +127,7 @@ def cached(
     if not together(lambda: _complete(folder, wanted)):
         loaded = loaded or side.load(options.device)
         facts = _told(side, loaded, wanted)
+        free_memory()  # what reading the files and the text took
         _write(folder, windows, loaded, facts, tokenizer, options)
         loaded = None
     if not side.is_loaded:  # a model that the caller holds stays

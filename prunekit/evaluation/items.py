@@ -13,6 +13,7 @@ from typing import Any
 from prunekit.evaluation.records import (
     builtin,
     fail,
+    fields_of,
     id_of,
     located,
     records,
@@ -106,7 +107,8 @@ def _choice(where: str, number: int, record: dict[str, Any]) -> Choice:
     question = text_of(where, record, "question")
     options = record.get("options")
     if not isinstance(options, list) or len(options) < 2:
-        fail(where, "'options' is not a list of two or more", 'write "options": ["...", "..."]')
+        found = f"'options' is not a list of two or more ({fields_of(record)})"
+        fail(where, found, 'write "options": ["...", "..."]')
     if not all(isinstance(option, str) and option.strip() for option in options):
         fail(where, "an option is empty or not text", "write each option as a non-empty string")
     options = tuple(clean(option.strip()) for option in options)
@@ -114,7 +116,7 @@ def _choice(where: str, number: int, record: dict[str, Any]) -> Choice:
         fail(where, "two options are the same", "make every option different")
     answer = record.get("answer")
     if type(answer) is not int or not 0 <= answer < len(options):
-        found = json.dumps(answer)
+        found = json.dumps(answer) if "answer" in record else f"missing ({fields_of(record)})"
         fail(where, f"'answer' is {found}", f"use an index from 0 to {len(options) - 1}")
     return Choice(id_of(where, number, record), question, options, answer, topic_of(where, record))
 

@@ -149,7 +149,7 @@ def _worked(where: str, record: dict[str, Any], field: str) -> str:
     if not isinstance(value, str) or not value.strip():
         records.fail(
             where,
-            f"'{field}' holds no answer (fields: {', '.join(map(str, record))})",
+            f"'{field}' holds no answer ({records.fields_of(record)})",
             f'write "{field}": "..." or a number',
         )
     return clean(_CALCULATOR.sub("", value).strip())

@@ -79,9 +79,13 @@ def text_of(where: str, record: dict[str, Any], field: str) -> str:
     """A field that must hold a text."""
     value = record.get(field)
     if not isinstance(value, str) or not value.strip():
-        found = ", ".join(map(str, record)) or "none"
-        fail(where, f"'{field}' is missing or empty (fields: {found})", f'add "{field}": "..."')
+        fail(where, f"'{field}' is missing or empty ({fields_of(record)})", f'add "{field}": "..."')
     return clean(value.strip())
+
+
+def fields_of(record: dict[str, Any]) -> str:
+    """What a file in another layout holds, for messages."""
+    return f"fields: {', '.join(map(str, record)) or 'none'}"
 
 
 def id_of(where: str, number: int, record: dict[str, Any]) -> str:

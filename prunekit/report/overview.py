@@ -50,13 +50,15 @@ def remarks(told: Mapping[str, Any]) -> list[str]:
     found = [
         f"KL(dense‖copy) in nats per token of the dense model's own greedy texts; intervals (95 %) "
         f"resample {meta['prompts']} prompts and {meta['choices']} questions, paired with those of "
-        f"the dense model. Speed: one sequence, in turns with the dense model ({meta['device']}, "
-        f"{meta['dtype']})."
+        f"the dense model ({meta['device']}, {meta['dtype']})."
     ]
+    if any(row.get("speed") for row in told["copies"]):
+        found.append("Speed: one sequence, in turns with the dense model.")
     needed = [row["needed"] for row in told["copies"] if not row["error"] and row["needed"]]
     if needed and min(needed) > meta["choices"]:
+        ends = dict.fromkeys((min(needed), max(needed)))
         found.append(
-            f"A change of 2 points of accuracy would show on {min(needed)} to {max(needed)} such "
+            f"A change of 2 points of accuracy would show on {' to '.join(map(str, ends))} such "
             f"questions (power 80 %); {meta['choices']} were asked."
         )
     for row in told["copies"]:
@@ -158,6 +160,10 @@ def _cells(row: Mapping[str, Any]) -> dict[str, object]:
         cells["accuracy"] = f"{100 * scores['pruned_accuracy']['mean']:.1f} %"
         cells["change, points"] = value("accuracy_difference", "", 100)
         cells["right → wrong"] = f"{row['lost']}, back {row['gained']}"
+    if "pruned_exact_match" in scores:
+        cells["exact match"] = f"{100 * scores['pruned_exact_match']['mean']:.1f} %"
+        cells["its change, points"] = value("exact_match_difference", "", 100)
+        cells["same answer"] = f"{100 * scores['pruned_same_answer']['mean']:.0f} %"
     cells["identical texts"] = f"{100 * scores['pruned_identical']['mean']:.0f} %"
     cells["chrF"] = value("pruned_chrf")
     return cells

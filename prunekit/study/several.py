@@ -39,6 +39,7 @@ SCHEMA_VERSION = 1
 _SHOWN = (
     *("kl_dense_pruned", "kl_pruned_dense", "p_cosine", "z_cosine", "h_cosine", "flipped"),
     *("pruned_accuracy", "accuracy_difference", "pruned_identical", "pruned_exact_prefix_share"),
+    *("pruned_exact_match", "exact_match_difference", "pruned_same_answer", "pruned_same_text"),
     *("pruned_chrf", "pruned_perplexity", "pruned_repetition"),
 )
 

@@ -20,6 +20,15 @@ from prunekit.pruning.dropping import Dropped
 FORMAT = 1
 RUN = "run.json"
 _TOKENS = "calibration.safetensors"
+# What differs, by the name of a fact, with the options that decide it.
+_OTHER = {
+    "choices": "other multiple-choice questions (--choices, --limit)",
+    "questions": "other open questions (--generate, --examples, --limit)",
+    "asking": "other examples or answers (--examples, --answer-tokens)",
+    "text": "another text of the KL divergence (--text, --no-kl)",
+    "speed": "the other choice of --no-speed",
+    "calibration_dtype": "another --calibration-dtype",
+}
 
 
 class Record:
@@ -44,8 +53,8 @@ class Record:
         for name, value in wanted.items():
             if found.get(name) != value:
                 raise PrunekitError(
-                    f"{folder} holds a sweep with another {name.replace('_', ' ')}: choose another "
-                    "output or allow overwriting (--overwrite)"
+                    f"{folder} holds a sweep with {_OTHER.get(name, f'another {name}')}: choose "
+                    "another output or allow overwriting (--overwrite)"
                 )
 
     def point(

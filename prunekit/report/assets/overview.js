@@ -5,6 +5,7 @@ const colors = palette(shown);
 const QUALITIES = [
   ["kl_dense_pruned", "KL(dense‖copy), nats per token", 1, false, "lower"],
   ["accuracy_difference", "accuracy − the dense model's, points", 100, true, "higher"],
+  ["exact_match_difference", "exact match − the dense model's, points", 100, true, "higher"],
   ["flipped", "positions with another likeliest token, %", 100, true, "lower"],
   ["pruned_chrf", "chrF to the dense texts", 1, true, "higher"],
   ["pruned_exact_prefix_share", "text before the first difference, %", 100, true, "higher"],
@@ -15,9 +16,11 @@ const told = (value) => value ? [number(value.mean), interval(value)] : ["–", 
 
 function ranking() {
   const asked = shown.some((row) => row.scores.pruned_accuracy);
+  const answered = shown.some((row) => row.scores.pruned_exact_match);
   const timed = shown.some((row) => row.speed);
   const heads = ["copy", "on disk", "in memory", "bits/weight", ...(timed ? ["tokens/s", "× dense"] : []), "KL, nats",
-    ...(asked ? ["accuracy", "change, points", "right → wrong, back"] : []), "identical texts", "chrF"];
+    ...(asked ? ["accuracy", "change, points", "right → wrong, back"] : []),
+    ...(answered ? ["exact match", "its change, points", "same answer"] : []), "identical texts", "chrF"];
   const body = data.copies.map((row) => {
     if (row.error) return node("tr", {}, node("td", {}, row.name), node("td", { class: "failed", colspan: heads.length - 1 }, `failed: ${row.error}`));
     const { scores, speed } = row;
@@ -27,6 +30,7 @@ function ranking() {
       ...(timed ? [cell(speed ? number(speed.decode, 3) : "–"), cell(speed ? speed.speedup.toFixed(2) : "–", speed ? ` ${speed.low.toFixed(2)} to ${speed.high.toFixed(2)}` : "")] : []),
       cell(...told(scores.kl_dense_pruned)),
       ...(asked ? [cell(`${number(100 * scores.pruned_accuracy.mean, 3)} %`), cell(...told(scaled(scores.accuracy_difference, 100))), cell(`${row.lost}, ${row.gained}`, ` p = ${number(row.mcnemar_p, 2)}`)] : []),
+      ...(answered ? [cell(`${number(100 * scores.pruned_exact_match.mean, 3)} %`), cell(...told(scaled(scores.exact_match_difference, 100))), cell(`${number(100 * scores.pruned_same_answer.mean, 3)} %`)] : []),
       cell(`${number(100 * scores.pruned_identical.mean, 3)} %`), cell(...told(scores.pruned_chrf)));
   });
   byId("ranking").append(node("thead", {}, node("tr", {}, ...heads.map((head) => node("th", {}, head)))), node("tbody", {}, ...body));

@@ -12,7 +12,7 @@ import prunekit as pk
 from bench.kld_copies import integers
 from prunekit import checkpoint, cli
 from prunekit.models.dropped import drop_sublayers_
-from prunekit.report import png
+from prunekit.report import overview, png
 
 SMALL = (
     "--prompts prompts.txt --choices choices.jsonl --max-new-tokens 6 --layerwise-prompts 1 "
@@ -96,6 +96,29 @@ def test_a_point_of_several_equals_a_comparison_alone(here, copies, tmp_path, ca
     meta = [{**study.meta, "seconds": 0} for study in (alone, among)]
     assert meta[0] == meta[1]
     assert {**alone.to_dict(), "meta": 0} == {**among.to_dict(), "meta": 0}
+
+
+def test_answers_to_open_questions_are_ranked_too(here, copies, tmp_path, capsys):
+    items = [{"question": f"{n} cats and {n} cats", "answer": str(2 * n)} for n in range(6)]
+    questions = tmp_path / "open.jsonl"
+    questions.write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
+    out = tmp_path / "several"
+    line = f"compare dense dense {copies / 'drop2'} {SMALL} --no-speed --output {out}"
+    asked = f"--generate {questions} --examples 2 --answer-tokens 4"
+    assert cli.main([*line.split(), *asked.split(), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    for row in told["copies"]:
+        study = pk.Study.load(out / row["folder"])
+        change = study.answer_change()
+        assert row["scores"]["exact_match_difference"]["mean"] == change.difference.mean
+        assert row["scores"]["pruned_exact_match"]["n"] == 4
+    assert told["copies"][0]["scores"]["pruned_same_answer"]["mean"] == 1
+    shown = overview.remarks(told)
+    assert not any("Speed" in said for said in shown)
+    needed = {row["needed"] for row in told["copies"]}
+    assert any(" to ".join(map(str, sorted(needed))) + " such" in said for said in shown)
+    cells = [overview._cells(row) for row in told["copies"]]
+    assert cells[0]["same answer"] == "100 %" and "exact match" in cells[0]
 
 
 def test_one_that_cannot_be_compared_leaves_the_others(here, copies, tmp_path, capsys):

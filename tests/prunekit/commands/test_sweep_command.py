@@ -52,13 +52,18 @@ def test_the_command(folder, capsys, tmp_path):
     assert snapshot(out / "points") == before
     assert cli.main([*line.split(), "--seed", "1"]) == 2
     assert "another calibration" in capsys.readouterr().err
+    assert cli.main([*line.split(), "--limit", "1"]) == 2
+    assert "other multiple-choice questions (--choices, --limit)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ("--drop attn --counts 9", "counts 9 of attn: this model can lose 1 to 3"),
-        ("--drop attn --counts one", "--counts one is no list of numbers"),
+        (
+            "--drop attn --counts one",
+            "--counts one is no list of numbers: write numbers with commas",
+        ),
         ("--drop knee", "unit 'knee' is unknown"),
         ("--method magic", "method 'magic' is unknown"),
         ("--sparsity 0.5", "--sparsity and --pattern say how a --method prunes"),

@@ -65,7 +65,16 @@ GOOD = '{"question": "q", "options": ["a", "b"], "answer": 0}'
             GOOD.replace('"q"', '" "'),
             r"line 1: 'question' is missing or empty \(fields: question",
         ),
-        ("x.jsonl", GOOD.replace(', "b"', ""), "line 1: 'options' is not a list of two or more"),
+        (
+            "x.jsonl",
+            GOOD.replace(', "b"', ""),
+            r"line 1: 'options' is not a list of two or more \(fields: question, options, answer\)",
+        ),
+        (
+            "x.jsonl",
+            GOOD.replace("answer", "answerKey"),
+            r"line 1: 'answer' is missing \(fields: question, options, answerKey\); use an index",
+        ),
         ("x.jsonl", GOOD.replace('"b"', "4"), "line 1: an option is empty or not text"),
         ("x.jsonl", GOOD.replace('"b"', '" a"'), "line 1: two options are the same"),
         ("x.jsonl", GOOD.replace("0}", "2}"), "line 1: 'answer' is 2; use an index from 0 to 1"),
