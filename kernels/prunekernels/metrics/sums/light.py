@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from prunekernels.metrics.closed_form import label_fields, pair_fields
+from prunekernels.metrics.closed_form import divergences, label_fields, log_normaliser
 from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.result_rows import PAIR_FLAGS, PAIR_IDS
 from prunekernels.metrics.sums.eager import (
@@ -103,7 +103,8 @@ class LightSums:
         whole = -(-self.columns // _PIECE) * _PIECE
         self.buffers = torch.empty(buffers, self.block_rows, whole)
         self.buffers[0].fill_(1.0)
-        self._clear(self.block_rows, self.columns)
+        if whole != self.columns:
+            self._clear(self.block_rows, self.columns)
         self.views: dict[torch.Size, _Views] = {}
         # α, β, Σw, Σv, Σwx, Σvx per row; what rows that are left to `general` hold is overwritten
         self.found = [[1.0] * rows for _ in range(6)]
@@ -255,12 +256,7 @@ class LightSums:
 
     def result(self) -> list[Tensor]:
         """Floats, ids and flags; ids and flags were not asked for and mean nothing."""
-        alpha, beta, w0, v0, w1, v1 = torch.tensor(self.found, dtype=torch.float64)
-        named = {"W0": w0, "V0": v0, "W1": w1, "V1": v1}
-        fields = pair_fields(named, alpha, beta, self.options, full=False)
-        if self.labels is not None:
-            fields |= label_fields(fields, self.label_logits, self.options)
-        floats = torch.stack([fields[name] for name in self.options.floats]).float()
+        floats = self._floats()
         ids = torch.zeros(len(PAIR_IDS), self.shape[0], dtype=torch.int64)
         flags = torch.zeros(len(PAIR_FLAGS), self.shape[0], dtype=torch.bool)
         packed = [floats, ids, flags]
@@ -268,6 +264,26 @@ class LightSums:
             for whole, part in zip(packed, self.general.result(), strict=True):
                 whole[:, self.left] = part[:, self.left]
         return packed
+
+    def _floats(self) -> Tensor:
+        """The float fields, in numbers: the calls that tensors take cost as much as a row."""
+        temperature, names = self.options.temperature, self.options.floats
+        alpha, beta, w0, v0, w1, v1 = self.found
+        fields: dict[str, list[float]] = {}
+        if self.weighted:
+            rows = zip(w0, v0, w1, v1, strict=True)
+            both = [divergences(math.log, *row, temperature) for row in rows]
+            for side, name in enumerate(_DIRECTIONS):
+                fields[name] = [max(row[side], 0.0) for row in both]
+        for name, references, masses in (("lse_base", alpha, w0), ("lse_other", beta, v0)):
+            if name in names or self.labels is not None:
+                each = zip(references, masses, strict=True)
+                fields[name] = [log_normaliser(math.log, *row, temperature) for row in each]
+        if self.labels is None:
+            return torch.tensor([fields[name] for name in names], dtype=torch.float32)
+        known = {name: torch.tensor(row, dtype=torch.float64) for name, row in fields.items()}
+        known |= label_fields(known, self.label_logits, self.options)
+        return torch.stack([known[name] for name in names]).float()
 
 
 #: How rows are summed, the fastest first; each says whether it could.
