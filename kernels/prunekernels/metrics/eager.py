@@ -296,7 +296,7 @@ def _inner_products(base: Tensor, other: Tensor, count: int) -> Tensor:
     """
     width, device = base.shape[-1], base.device
     rows = base.numel() // width
-    step = max(1, ((1 << 16) if device.type == "cpu" else (1 << 22)) // width)
+    step = max(1, ((1 << 17) if device.type == "cpu" else (1 << 22)) // width)
     shape = (count, min(step, max(rows, 1)), width)
     buffers = torch.empty(shape, dtype=torch.float64, device=device)
     products = torch.empty(rows, count, count, dtype=torch.float64, device=device)
