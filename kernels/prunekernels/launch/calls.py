@@ -231,9 +231,14 @@ class UnalignedError(ValueError):
 
 
 class Bound:
-    """A compiled kernel, its grid and its arguments but for the addresses of its tensors."""
+    """A compiled kernel, its grid and its arguments but for the addresses of its tensors.
 
-    __slots__ = ("_checked", "_compiled", "_device", "_grid", "_kernel", "_rest", "_run")
+    Attributes:
+        start: `launch` on a stream of its device, which is the current one: takes the stream and
+            the addresses, which are unchecked.
+    """
+
+    __slots__ = ("_checked", "_device", "_kernel", "start")
 
     def __init__(
         self, launch: Launch, device: int, compiled: Any, specialisation: tuple[Any, ...]
@@ -241,15 +246,15 @@ class Bound:
         tensors = _tensors(launch.arguments)
         constants = launch.constants
         rest = iter(launch.arguments[tensors:])
-        self._rest = tuple(
+        values = tuple(
             constants[name] if name in constants else next(rest)
             for name in launch.kernel.arg_names[tensors:]
         )
         aligned = [i for i in range(tensors) if "D" in str(specialisation[i][1] or "")]
         # a getter of one item gives the item itself
         self._checked = operator.itemgetter(*aligned, aligned[-1]) if aligned else _none
-        self._kernel, self._compiled, self._run = launch.kernel, compiled, compiled.run
-        self._grid, self._device = launch.grid, device
+        self._kernel, self._device = launch.kernel, device
+        self.start = _starter(compiled, launch.grid, values)
 
     def launch(self, *addresses: int | None) -> None:
         """Launch on the current stream of its device.
@@ -275,20 +280,16 @@ class Bound:
         with torch.cuda.device(self._device):
             self.start(current_stream(self._device), *addresses)
 
-    def start(self, stream: int, *addresses: int | None) -> None:
-        """`launch` on a stream of its device, which is the current one; addresses are unchecked."""
-        compiled = self._compiled
-        self._run(
-            *self._grid,
-            stream,
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *addresses,
-            *self._rest,
-        )
+
+def _starter(compiled: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> Callable[..., None]:
+    """`Bound.start`: a function that has all it needs at hand, as it runs once for every launch."""
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    x, y, z = grid
+
+    def start(stream: int, *addresses: int | None) -> None:
+        run(x, y, z, stream, function, metadata, None, None, None, *addresses, *values)
+
+    return start
 
 
 def allocator(shape: Sequence[int], like: Tensor) -> Callable[[], Tensor]:

@@ -15,6 +15,9 @@ of nearly equal numbers are taken inside the sums and not between them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -28,6 +31,7 @@ SUMS = (
     *("n", "only_base", "only_other"),  # counted, and excluded in one row only
 )
 PHI_SUMS = ("A", "Fp", "Fq")
+_Number = TypeVar("_Number", float, Tensor)
 
 
 def pair_fields(
@@ -72,11 +76,7 @@ def pair_fields(
             fields[name] = field if lost is None else field.masked_fill(lost, value)
 
     if wants("kl_base_other", "kl_other_base", "estimate_valid"):
-        c = torch.log(v0 / w0)
-        mean_p, mean_q = sums["W1"] / w0, sums["V1"] / v0
-        if t != 1.0:
-            mean_p, mean_q = mean_p / t, mean_q / t
-        kl_pq, kl_qp = c - mean_p, mean_q - c
+        kl_pq, kl_qp = divergences(torch.log, w0, v0, sums["W1"], sums["V1"], t)
         if "A" in sums:
             mean = sums["A"] / w0
             bend = torch.log1p(mean)
@@ -91,8 +91,8 @@ def pair_fields(
         fields["entropy_base"] = (torch.log(w0) - sums["Wy"] / w0 / t).clamp_min(0.0)
         fields["entropy_other"] = (torch.log(v0) - sums["Vy"] / v0 / t).clamp_min(0.0)
     if wants("lse_base", "lse_other", *LABEL_FLOATS):
-        fields["lse_base"] = alpha / t + torch.log(w0)
-        fields["lse_other"] = beta / t + torch.log(v0)
+        fields["lse_base"] = log_normaliser(torch.log, alpha, w0, t)
+        fields["lse_other"] = log_normaliser(torch.log, beta, v0, t)
     if wants("kl_estimate", "estimate_valid"):
         side, lost = ("V", only_base) if options.by_other else ("W", only_other)
         mass, first, second = (sums[f"{side}{power}"] for power in range(3))
@@ -144,6 +144,29 @@ def pair_fields(
         fields["total_variation"] = 0.5 * sums["TV"]
         fields["hellinger"] = torch.sqrt(0.5 * sums["HE"])
     return fields
+
+
+def divergences(
+    log: Callable[[_Number], _Number],
+    w0: _Number,
+    v0: _Number,
+    w1: _Number,
+    v1: _Number,
+    temperature: float,
+) -> tuple[_Number, _Number]:
+    """KL(p‖q) and KL(q‖p) of a row's numbers or all rows' tensors, with the logarithm of either."""
+    c = log(v0 / w0)
+    mean_p, mean_q = w1 / w0, v1 / v0
+    if temperature != 1.0:
+        mean_p, mean_q = mean_p / temperature, mean_q / temperature
+    return c - mean_p, mean_q - c
+
+
+def log_normaliser(
+    log: Callable[[_Number], _Number], reference: _Number, mass: _Number, temperature: float
+) -> _Number:
+    """log Σ e^{z/T} of a mass relative to a reference, as `divergences` takes them."""
+    return reference / temperature + log(mass)
 
 
 #: Nats below which a variance and a divergence are both rounding, so that their ratio says nothing.

@@ -7,7 +7,7 @@ proportion to the logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -273,12 +273,15 @@ _ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None)  # absent without
 def vector_stats(base: Tensor, other: Tensor, fields: Sequence[str]) -> Tensor:
     """Packed `(8, N)` statistics of `(…, D)` vectors, summed in float64; rows asked for alone."""
     rows, device = base.numel() // base.shape[-1], base.device
-    needed = needed_sums.vector_sums(fields)
-    if needed <= {"Z2", "ZZ", "B2"}:
-        found = angle_fields(*_lengths(base, other))
-    else:
-        found = angle_fields(*_vector_sums(base, other, needed))
+    apart = not needed_sums.WITHOUT_DIFFERENCE.issuperset(fields)
+    products = _inner_products(base, other, 2 + apart)
+    (z2, zz), b2 = products[0, :2], products[1, 1]
+    if apart:
+        found = angle_fields(z2, products[0, 2], products[2, 2], zz, b2)
         found["one_minus_cosine_estimate"] = 0.5 * found["orthogonal_ratio"].square()
+    else:
+        # Equal vectors need not be found: in float64 their cosine is 1 to 15 digits.
+        found = angle_fields(z2, None, z2 + b2, zz, b2)
     packed = torch.zeros(len(VECTOR_FLOATS), rows, device=device)
     for row, name in zip(packed, VECTOR_FLOATS, strict=True):
         if name in fields:
@@ -286,49 +289,23 @@ def vector_stats(base: Tensor, other: Tensor, fields: Sequence[str]) -> Tensor:
     return packed
 
 
-def _lengths(base: Tensor, other: Tensor) -> tuple[Tensor, None, Tensor, Tensor, Tensor]:
-    """‖a‖², nothing, 0 where a = b = 0, ⟨a, b⟩ and ‖b‖²: what a cosine needs of `angle_fields`.
+def _inner_products(base: Tensor, other: Tensor, count: int) -> Tensor:
+    """Products of base a, other b and, of a `count` of 3, b−a with each other: `(k, k, N)` float64.
 
-    Equal vectors need not be found: in float64 their cosine is 1 to 16 digits.
+    Some rows after others in buffers that stay in cache; one batched product is all sums of theirs.
     """
-    both = [
-        (torch.linalg.vector_norm(pair, dim=-1), torch.mul(*pair, out=pair[0]).sum(-1))
-        for pair in _pairs(base, other, 2)
-    ]
-    if not both:
-        both = [(base.new_zeros(2, 0, dtype=torch.float64), base.new_zeros(0, dtype=torch.float64))]
-    norms, products = zip(*both, strict=True)
-    z2, b2 = torch.cat(norms, 1).square_()
-    return z2, None, z2 + b2, torch.cat(products), b2
-
-
-def _vector_sums(base: Tensor, other: Tensor, needed: Container[str]) -> Tensor:
-    """‖a‖², ⟨a, d⟩, ‖d‖², ⟨a, b⟩ and ‖b‖² of all rows, those needed: `(5, N)` float64."""
-    start, rows = 0, base.numel() // base.shape[-1]
-    sums = torch.zeros(5, rows, dtype=torch.float64, device=base.device)
-    for buffers in _pairs(base, other, 4):
-        a, b, d, product = buffers
-        torch.sub(b, a, out=d)
-        part = sums[:, start : start + a.shape[0]]
-        start += a.shape[0]
-        for name, slot, left, right in zip(
-            ("Z2", "Zd", "D2", "ZZ", "B2"), part, (a, a, d, a, b), (a, d, d, b, b), strict=True
-        ):
-            if name in needed:
-                torch.sum(torch.mul(left, right, out=product), -1, out=slot)
-    return sums
-
-
-def _pairs(base: Tensor, other: Tensor, count: int) -> Iterator[Tensor]:
-    """Some rows after others in float64: `(count, R, D)` buffers, the first two base and other."""
     width, device = base.shape[-1], base.device
     rows = base.numel() // width
-    step = max(1, ((1 << 16) if device.type == "cpu" else (1 << 22)) // width)
+    step = max(1, ((1 << 17) if device.type == "cpu" else (1 << 22)) // width)
     shape = (count, min(step, max(rows, 1)), width)
     buffers = torch.empty(shape, dtype=torch.float64, device=device)
+    products = torch.empty(rows, count, count, dtype=torch.float64, device=device)
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         held = buffers[:, : stop - start]
         held[0].copy_(take_rows(base, start, stop))
         held[1].copy_(take_rows(other, start, stop))
-        yield held
+        if count == 3:
+            torch.sub(held[1], held[0], out=held[2])
+        torch.bmm(held.transpose(0, 1), held.permute(1, 2, 0), out=products[start:stop])
+    return products.permute(1, 2, 0)

@@ -316,7 +316,8 @@ def unpack_pair(
     # fields that have a default are found before `later` can make them
     defaults = subset or options.topk or options.labels or options.second_pass
     if options.fields and not (defaults or torch.compiler.is_compiling()):
-        blocks = [block.view(block.shape[0], *lead) for block in packed]
+        flat = len(lead) == 1
+        blocks = packed if flat else [block.view(block.shape[0], *lead) for block in packed]
         return PairStats.later(_pair_layout(options), blocks)
     named = _name_pair(packed[:3], lead, options)
     if subset:

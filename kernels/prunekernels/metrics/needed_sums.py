@@ -61,16 +61,5 @@ def sums(fields: Iterable[str], *, weights: str, precise: bool) -> frozenset[str
     return frozenset(needed)
 
 
-#: The sums of `closed_form.angle_fields` that a field of two vectors needs, if not all five.
-_VECTOR_SUMS = {
-    "cosine": ("Z2", "ZZ", "B2"),
-    "alpha": ("Z2", "Zd", "D2"),
-    "parallel_ratio": ("Z2", "Zd", "D2"),
-    "norm_base": ("Z2",),
-    "norm_other": ("B2",),
-}
-
-
-def vector_sums(fields: Iterable[str]) -> frozenset[str]:
-    """Names of the sums that these fields of `VectorStats` need."""
-    return frozenset(name for field in fields for name in _VECTOR_SUMS.get(field, _LOGITS))
+#: Fields of two vectors that need the products of the two alone, not those of their difference.
+WITHOUT_DIFFERENCE = frozenset(("cosine", "norm_base", "norm_other"))

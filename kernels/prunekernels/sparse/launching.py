@@ -69,11 +69,21 @@ class Prepared:
         shape: Shape of the result.
     """
 
-    __slots__ = ("_allocate", "_counters", "_device", "_parts", "_place", "_rooms", "_start")
+    __slots__ = (
+        "_allocate",
+        "_counters",
+        "_device",
+        "_parts",
+        "_place",
+        "_rooms",
+        "_start",
+        "_weights",
+    )
 
     def __init__(self, call: Launch, shape: Sequence[int]) -> None:
         tensors = [value for value in call.arguments if isinstance(value, Tensor)]
-        *_, y, parts, _ = tensors
+        _, *weights, _, y, parts, _ = tensors
+        self._weights = len(weights)
         self._allocate = allocator(shape, y)
         self._place, self._device = y.device, _index(y.device)
         self._parts = 0 if parts is y else parts.numel()
@@ -83,12 +93,20 @@ class Prepared:
         self._start = call.bind().start
 
     def run(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
-        """The result, or None (and nothing done) if a tensor is not aligned to 16 bytes."""
+        """The result, or None (and nothing done) if a tensor is not aligned to 16 bytes.
+
+        Args:
+            x: Activations.
+            weight: Tensors of both weights; of a product with one, its own, which stand for both.
+            bias: Bias or None.
+        """
         x_at = joined = x.data_ptr()
         weight_at = []
         for tensor in weight:
             weight_at.append(address := tensor.data_ptr())
             joined |= address
+        if len(weight_at) < self._weights:
+            weight_at += weight_at
         bias_at = 0
         if bias is not None:
             joined |= (bias_at := bias.data_ptr())

@@ -75,9 +75,15 @@ def test_half_types_and_strides(dtype: torch.dtype) -> None:
 
 
 def test_long_rows_and_one_alone_give_the_same() -> None:
-    base = 3 * torch.randn(9, light._ONE_TILE + 77)
+    vocab = light._TILE + 77
+    base = 3 * torch.randn(9, vocab)
     other = base + 0.1 * torch.randn_like(base)
+    # the last token of the wider of two tiles, which the other one must not find in its buffers
+    base[:, vocab // 2] = other[:, vocab // 2] = 20.0
+    other[:, vocab // 2] += 0.3 * torch.randn(9)
     together = pair_stats(base, other, fields=FIELDS).as_dict()
+    wrong = mismatches(together, reference.pair_stats(base.double(), other.double()))
+    assert not wrong, "\n".join(wrong)
     for row in (0, 8):
         alone = pair_stats(base[row], other[row], fields=FIELDS).as_dict()
         for name, value in together.items():
@@ -133,7 +139,7 @@ def test_it_is_taken_where_it_can_be_and_only_there() -> None:
 
 
 def test_calls_per_row_stay_few() -> None:
-    """At one row of a vocabulary the cost of calls is that of the sums: 70 calls of torch's."""
+    """At one row of a vocabulary the cost of calls is that of the sums: 48 calls of torch's."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Calls(TorchDispatchMode):
@@ -149,4 +155,4 @@ def test_calls_per_row_stay_few() -> None:
     options = PairOptions(fields="kl_base_other,kl_other_base")
     with Calls() as calls:
         eager.pair_stats(base, other, None, None, options)
-    assert calls.count <= 100
+    assert calls.count <= 55

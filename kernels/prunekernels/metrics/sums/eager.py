@@ -50,7 +50,10 @@ _OF_ONE_ROW = frozenset((*needed_sums.MASSES, "Wy", "Vy"))  # these need no x
 # Torch's own sums cascade, the library's do not: in float32 it takes the second moments, of which
 # figures with a relative error of millionths are made. Shorter rows cost more calls than that.
 _BY_DOT = frozenset(("W2", "V2", "R1", "S1", "R2", "S2", "U2"))
-DOT_PIECE, DOT_ROW = 1 << 15, 1 << 12
+DOT_ROW = 1 << 12
+# Columns of a tile on a CPU at most: of more, float32 sums round too much. A call on one such row
+# runs in one thread, so that none waits for another; several rows keep several busy.
+_COLUMNS = 1 << 15
 _KEPT_SHARE = 0.04  # of the logits' bytes, at most, for the weights of a block of whole rows
 
 
@@ -86,8 +89,9 @@ class PairSums:
         self.dots = device.type == "cpu" and vocab >= DOT_ROW
         buffers = 6 + 2 * (dtype != self.work) + bool(self.full)
         tile = tile_elements(rows * vocab, buffers, self.work, dtype, device)
-        self.columns = -(-vocab // -(-vocab // tile))  # as many in each tile of a row
-        self.block_rows = min(max(1, tile // vocab), max(rows, 1))
+        longest = min(tile, _COLUMNS) if device.type == "cpu" else tile
+        self.columns = -(-vocab // -(-vocab // longest))  # as many in each tile of a row
+        self.block_rows = min(tile // self.columns, max(rows, 1))
         # Finding the maxima takes few bytes per row but many small launches: more rows at once.
         self.group_rows = max(self.block_rows, GROUP_ROWS)
         # Whether the second pass finds the weights that the first pass took.
@@ -98,7 +102,7 @@ class PairSums:
         self.wide = True  # whether weights are cut off
         self.buffers: dict[str, Tensor] = {}
         self.views: dict[tuple[str, torch.Size], Tensor] = {}
-        self.pieces: dict[int, list[tuple[Tensor, ...]]] = {}  # by the id of a view
+        self.rows_of: dict[int, tuple[Tensor, ...]] = {}  # by the id of a view
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=device)
@@ -207,7 +211,7 @@ class PairSums:
             view = self.buffers[name][: shape.numel()].view(shape)
             self.views[name, shape] = view
             if self.dots:
-                self.pieces[id(view)] = cut_rows(view)
+                self.rows_of[id(view)] = view.unbind(0)
         return view
 
     def _load(self, name: str, tile: Tensor) -> Tensor:
@@ -256,10 +260,10 @@ class PairSums:
             if name in self.needed:
                 torch.sum(value, -1, out=slots[name])
 
-        def pieces(tensor: Tensor) -> list[tuple[Tensor, ...]]:
-            known = self.pieces.get(id(tensor)) or of_inputs.get(id(tensor))
+        def rows_of(tensor: Tensor) -> tuple[Tensor, ...]:
+            known = self.rows_of.get(id(tensor)) or of_inputs.get(id(tensor))
             if known is None:
-                known = of_inputs[id(tensor)] = cut_rows(tensor)
+                known = of_inputs[id(tensor)] = tensor.unbind(0)
             return known
 
         def dot(name: str, left: Tensor, right: Tensor) -> None:
@@ -269,18 +273,16 @@ class PairSums:
                 product = torch.mul(left, right, out=self._buffer("product", left.shape))
                 torch.sum(product, -1, out=slots[name])
                 return
-            both = zip(pieces(left), pieces(right), strict=True)
+            both = zip(rows_of(left), rows_of(right), strict=True)
             so_far = found.get(name)
-            found[name] = [
-                sum(torch.dot(x, y).item() for x, y in zip(*row, strict=True)) for row in both
-            ]
+            found[name] = [torch.dot(x, y).item() for x, y in both]
             if so_far is not None:
                 found[name] = [x + y for x, y in zip(so_far, found[name], strict=True)]
 
         of_a, of_b, gap = self.gaps[:, rows, None]
         for tile, tile_a, tile_b in self._tiles(base, other):
             a, b = self._load("a", tile_a), self._load("b", tile_b)
-            of_inputs: dict[int, list[tuple[Tensor, ...]]] = {}
+            of_inputs: dict[int, tuple[Tensor, ...]] = {}
             xa, xb, w, v = self._powers(rows, tile, a, b)
             slots["n"].fill_(a.shape[1])
             holes = None
@@ -399,8 +401,8 @@ class PairSums:
         """Products of the rows of two buffers, summed."""
         if not self.dots:
             return torch.mul(left, right, out=left).sum(-1)
-        both = zip(self.pieces[id(left)], self.pieces[id(right)], strict=True)
-        sums = [sum(torch.dot(x, y).item() for x, y in zip(*row, strict=True)) for row in both]
+        both = zip(self.rows_of[id(left)], self.rows_of[id(right)], strict=True)
+        sums = [torch.dot(x, y).item() for x, y in both]
         return torch.tensor(sums, dtype=torch.float64)
 
     def _top_tokens(self, rows: slice, base: Tensor, other: Tensor) -> None:
@@ -462,23 +464,18 @@ class PairSums:
         return packed
 
 
-def cut_rows(tile: Tensor) -> list[tuple[Tensor, ...]]:
-    """Each row of a tile, cut into pieces for dot products."""
-    pieces = -(-tile.shape[1] // DOT_PIECE)
-    if pieces == 1:
-        return [(row,) for row in tile.unbind(0)]
-    return [row.chunk(pieces) for row in tile.unbind(0)]
-
-
 def tile_elements(
     total: int, buffers: int, work: torch.dtype, dtype: torch.dtype, device: torch.device
 ) -> int:
     """Elements per buffer, so that all of them take about 5 % of the bytes of the logits.
 
-    The upper bound keeps a tile's buffers in the second-level cache. Where there are few logits
-    buffers take a megabyte, so that the cost of a call stays small against its work.
+    The upper bound keeps a tile's buffers in the second-level cache. On a CPU buffers take at least
+    a megabyte, and three where the logits are a few megabytes themselves: the cost of a call, which
+    waits for all threads, shall stay small against its work.
     """
-    share = int(0.05 * 2 * dtype.itemsize * total) // (buffers * work.itemsize)
+    logits = 2 * dtype.itemsize * total
+    share = int(0.05 * logits) // (buffers * work.itemsize)
     if device.type == "cpu":
-        return max((1 << 20) // (buffers * work.itemsize), min(1 << 18, share))
+        least = (3 << 20) if logits < (8 << 20) else (1 << 20)
+        return max(least // (buffers * work.itemsize), min(1 << 18, share))
     return max(1 << 20, min(1 << 24, share))

@@ -2,38 +2,43 @@
 
 `PairSums` has eighteen sums to serve and finds ids, margins and excluded elements on its way; at
 the sizes of one decoding step that bookkeeping takes longer than the four sums Σw, Σwx, Σv, Σvx.
-Here a block of rows takes nine passes in two buffers, w and v being e^{a/T} and e^{b/T} themselves:
-float32 holds these, with all their digits, of logits such as most models write. Where it does not,
-or b−a is far from 0, the rows' maxima are found and subtracted. Rows that hold −inf, NaN or +inf
-are left to `PairSums`; so are, at temperatures that spread rows out, those whose weights would
-underflow: there a CPU's exponential is many times slower.
+Here a block of rows takes four calls of the library: x = b−a, w = e^{a/T}, v = e^{b/T} and one
+batched product of the pieces of (w, v) with those of (1, x), which is all four sums. float32 holds
+w and v, with all their digits, of logits such as most models write. Where it does not, or b−a is
+far from 0, the rows' maxima are found and subtracted. Rows that hold −inf, NaN or +inf are left to
+`PairSums`; so are, at temperatures that spread rows out, those whose weights would underflow: there
+a CPU's exponential is many times slower.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from prunekernels.metrics.closed_form import label_fields, pair_fields
+from prunekernels.metrics.closed_form import divergences, label_fields, log_normaliser
 from prunekernels.metrics.options import PairOptions
 from prunekernels.metrics.result_rows import PAIR_FLAGS, PAIR_IDS
 from prunekernels.metrics.sums.eager import (
     DOT_ROW,
     GROUP_ROWS,
     PairSums,
-    tile_elements,
 )
 from prunekernels.rows import take_rows
 
 _DIRECTIONS = ("kl_base_other", "kl_other_base")
 #: e^{−80} is far above the smallest normal number, near which a CPU's exponential is slow.
 _REACH = 80.0
-# Rows up to this long are summed in one tile: two would take twice the calls. Four tiles of half
-# that size (a, b and two buffers) stay in a second-level cache of a megabyte or two.
-_ONE_TILE = 1 << 17
+# Elements of a tile. a, b and what is made of them then stay in two cores' second-level caches;
+# smaller tiles mean more calls, and each of these waits for all threads.
+_TILE = 1 << 17
+# Columns of one product. The library adds them up in float32 without cascading: of so few, with the
+# pieces' sums added in float64, Σw errs by 1.1e-7 where torch's cascading sum errs by 2.2e-7.
+_PIECE = 768
 # b−a is summed as it is where max b and max a are this close: it costs no digit of a KL.
 _CLOSE = 2.0
 # Where they are further apart than this, b−a rounds too much: `PairSums` takes the difference off
@@ -47,6 +52,24 @@ _TRIED, _LEAST = (-60.0, 40.0), 1e-4
 def suffices(options: PairOptions, vocab: int, device: torch.device, subset: bool) -> bool:
     """Whether `LightSums` can take what is asked for."""
     return device.type == "cpu" and vocab >= DOT_ROW and not subset and options.light
+
+
+class _Views(NamedTuple):
+    """The buffers as tiles of one shape `(R, C)` use them.
+
+    Attributes:
+        x: b−a.
+        weights: w and v.
+        copies: a and b in float32; none where they are.
+        left: `(R·P, 2, piece)`, w and v in pieces.
+        right: `(R·P, piece, 2)`, 1 and x in pieces.
+    """
+
+    x: Tensor
+    weights: tuple[Tensor, Tensor]
+    copies: Sequence[Tensor]
+    left: Tensor
+    right: Tensor
 
 
 class LightSums:
@@ -70,20 +93,23 @@ class LightSums:
     ) -> None:
         self.shape, self.dtype, self.options = (rows, vocab), dtype, options
         self.labels = None if labels is None else labels.reshape(-1)
-        # whose weights x is averaged with: KL(p‖q) needs Σwx alone, KL(q‖p) Σvx
-        asked = options.asked
-        self.weighted = tuple(name in asked for name in _DIRECTIONS)
-        buffers = 2 + 2 * (dtype != torch.float32)
-        tile = tile_elements(rows * vocab, buffers, torch.float32, dtype, torch.device("cpu"))
-        tile = max(tile, min(vocab, _ONE_TILE))
-        self.columns = -(-vocab // -(-vocab // tile))
-        self.block_rows = min(max(1, tile // vocab), max(rows, 1))
+        # whether anything is averaged: masses alone need no x
+        self.weighted = not options.asked.isdisjoint(_DIRECTIONS)
+        buffers = 4 + 2 * (dtype != torch.float32)
+        self.columns = -(-vocab // -(-vocab // _TILE))
+        self.block_rows = min(max(1, _TILE // vocab), max(rows, 1))
         self.group_rows = max(self.block_rows, GROUP_ROWS)
-        self.buffers = torch.empty(buffers, self.block_rows, self.columns)
-        self.views = {self.buffers.shape[1:]: self.buffers.unbind(0)}
+        # 1, x, w and v in rows of whole pieces; then a and b where they are not float32
+        whole = -(-self.columns // _PIECE) * _PIECE
+        self.buffers = torch.empty(buffers, self.block_rows, whole)
+        self.buffers[0].fill_(1.0)
+        if whole != self.columns:
+            self._clear(self.block_rows, self.columns)
+        self.views: dict[torch.Size, _Views] = {}
         # α, β, Σw, Σv, Σwx, Σvx per row; what rows that are left to `general` hold is overwritten
         self.found = [[1.0] * rows for _ in range(6)]
-        self.label_logits = torch.zeros(2, rows if labels is not None else 0, dtype=torch.float64)
+        if labels is not None:
+            self.label_logits = torch.zeros(2, rows, dtype=torch.float64)
         self.general: PairSums | None = None
         self.left: list[int] = []
         self.way = 0  # of `_WAYS`; where one fails some rows, it is likely to fail others
@@ -106,7 +132,7 @@ class LightSums:
         if not all(low < first < high for first in firsts):
             return False
         total = self._sums(base, other, None, None)
-        gap = _CLOSE if any(self.weighted) else math.inf
+        gap = _CLOSE if self.weighted else math.inf
         for w, v, wx, vx in zip(*total, strict=True):
             # a comparison with NaN is False
             fit = _LEAST < w < math.inf and _LEAST < v < math.inf and math.isfinite(wx + vx)
@@ -195,43 +221,42 @@ class LightSums:
         offset: Tensor | None,
     ) -> list[list[float]]:
         """The sums of each row of a tile."""
-        weight, x, *copies = self._views(a.shape)
-        if copies:
-            a, b = copies[0].copy_(a), copies[1].copy_(b)
-        if any(self.weighted):
-            torch.sub(b, a, out=x)
+        view = self.views.get(a.shape)
+        if view is None:
+            view = self.views[a.shape] = self._view(*a.shape)
+        if a.shape[1] < self.columns:
+            self._clear(*a.shape)
+        if view.copies:
+            a, b = (copy.copy_(x) for copy, x in zip(view.copies, (a, b), strict=True))
+        if self.weighted:
+            torch.sub(b, a, out=view.x)
             if offset is not None:
-                x -= offset
-        masses, moments = [], []
-        for side, logits in enumerate((a, b)):
+                view.x.sub_(offset)
+        for side, (logits, weight) in enumerate(zip((a, b), view.weights, strict=True)):
             if references is not None:
                 logits = torch.sub(logits, references[side], out=weight)
             if self.options.temperature != 1.0:
                 logits = torch.mul(logits, 1.0 / self.options.temperature, out=weight)
             torch.exp(logits, out=weight)
-            masses.append(weight.sum(-1).tolist())
-            if self.weighted[side]:
-                torch.mul(weight, x, out=weight)
-                moments.append(weight.sum(-1).tolist())
-            else:
-                moments.append([0.0] * a.shape[0])
-        return masses + moments
+        if not self.weighted:
+            zeros = [0.0] * a.shape[0]
+            return [*(weight.sum(-1).tolist() for weight in view.weights), zeros, zeros]
+        products = torch.bmm(view.left, view.right).view(a.shape[0], -1, 4)
+        w, wx, v, vx = products.sum(1, dtype=torch.float64).t().tolist()
+        return [w, v, wx, vx]
 
-    def _views(self, shape: torch.Size) -> tuple[Tensor, ...]:
-        views = self.views.get(shape)
-        if views is None:
-            rows, columns = shape
-            views = self.views[shape] = self.buffers[:, :rows, :columns].unbind(0)
-        return views
+    def _view(self, rows: int, columns: int) -> _Views:
+        _, x, w, v, *copies = self.buffers[:, :rows, :columns].unbind(0)
+        pieces = self.buffers[:4, :rows].view(4, -1, _PIECE)
+        return _Views(x, (w, v), copies, pieces[2:].transpose(0, 1), pieces[:2].permute(1, 2, 0))
+
+    def _clear(self, rows: int, columns: int) -> None:
+        """Let what follows the columns of rows in the pieces weigh nothing."""
+        self.buffers[1:4, :rows, columns:].zero_()
 
     def result(self) -> list[Tensor]:
         """Floats, ids and flags; ids and flags were not asked for and mean nothing."""
-        alpha, beta, w0, v0, w1, v1 = torch.tensor(self.found, dtype=torch.float64)
-        named = {"W0": w0, "V0": v0, "W1": w1, "V1": v1}
-        fields = pair_fields(named, alpha, beta, self.options, full=False)
-        if self.labels is not None:
-            fields |= label_fields(fields, self.label_logits, self.options)
-        floats = torch.stack([fields[name] for name in self.options.floats]).float()
+        floats = self._floats()
         ids = torch.zeros(len(PAIR_IDS), self.shape[0], dtype=torch.int64)
         flags = torch.zeros(len(PAIR_FLAGS), self.shape[0], dtype=torch.bool)
         packed = [floats, ids, flags]
@@ -239,6 +264,26 @@ class LightSums:
             for whole, part in zip(packed, self.general.result(), strict=True):
                 whole[:, self.left] = part[:, self.left]
         return packed
+
+    def _floats(self) -> Tensor:
+        """The float fields, in numbers: the calls that tensors take cost as much as a row."""
+        temperature, names = self.options.temperature, self.options.floats
+        alpha, beta, w0, v0, w1, v1 = self.found
+        fields: dict[str, list[float]] = {}
+        if self.weighted:
+            rows = zip(w0, v0, w1, v1, strict=True)
+            both = [divergences(math.log, *row, temperature) for row in rows]
+            for side, name in enumerate(_DIRECTIONS):
+                fields[name] = [max(row[side], 0.0) for row in both]
+        for name, references, masses in (("lse_base", alpha, w0), ("lse_other", beta, v0)):
+            if name in names or self.labels is not None:
+                each = zip(references, masses, strict=True)
+                fields[name] = [log_normaliser(math.log, *row, temperature) for row in each]
+        if self.labels is None:
+            return torch.tensor([fields[name] for name in names], dtype=torch.float32)
+        known = {name: torch.tensor(row, dtype=torch.float64) for name, row in fields.items()}
+        known |= label_fields(known, self.label_logits, self.options)
+        return torch.stack([known[name] for name in names]).float()
 
 
 #: How rows are summed, the fastest first; each says whether it could.

@@ -77,9 +77,9 @@ def bitmap_linear(
     """
     direct, key = plain(x, bias), None
     if direct and getattr(w, "format", None) == "bitmap":
-        key = call_key(x, w, w.device, bias, activation, impl, w.chunks)
+        key = call_key(x, w, w.records.device, bias, activation, impl, w.chunks)
         weight = w.records, w.starts
-        y: Tensor | None = _calls.again(key, x, (*weight, *weight), bias)
+        y: Tensor | None = _calls.again(key, x, weight, bias)
         if y is not None:
             return y
     check_input(x, w, "bitmap", "bitmap_pack")

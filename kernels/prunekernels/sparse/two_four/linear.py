@@ -82,7 +82,7 @@ def sparse24_linear(
     direct, key = plain(x, bias), None
     if direct and getattr(w, "format", None) == "2:4":
         key = call_key(x, w, w.packed.device, bias, activation, impl, 1)
-        y: Tensor | None = _calls.again(key, x, (w.packed, w.packed), bias)
+        y: Tensor | None = _calls.again(key, x, (w.packed,), bias)
         if y is not None:
             return y
     check_input(x, w, "2:4", "sparse24_pack")
@@ -114,9 +114,11 @@ def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto"
     direct, key = plain(x), None
     if direct and getattr(gate, "format", None) == getattr(up, "format", None) == "2:4":
         # what up has as gate has needs no place in the key
-        alike = (gate.shape, gate.dtype, gate.device) == (up.shape, up.dtype, up.device)
-        key = call_key(x, gate, gate.packed.device, None, "gated", impl, alike)
-        y: Tensor | None = _calls.again(key, x, (gate.packed, up.packed), None)
+        first, second = gate.packed, up.packed
+        place = first.device
+        alike = gate.shape == up.shape and gate.dtype == up.dtype and place == second.device
+        key = call_key(x, gate, place, None, "gated", impl, alike)
+        y: Tensor | None = _calls.again(key, x, (first, second), None)
         if y is not None:
             return y
     check_gated("sparse24_gate_up", x, gate, up, "2:4", "sparse24_pack")
