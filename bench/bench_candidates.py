@@ -93,6 +93,10 @@ DRAWS = (
         "prunekernels warp",
         ("torch cosine fp32",),
     ),
+    *(
+        Draw("head_pair_loss", kind, ("prunekernels",), "prunekernels triton", beside)
+        for kind, beside in (("kl", ("torch",)), ("js", ("torch", "Liger fused jsd")))
+    ),
     Draw("rowwise_mask", "0.5", ("prunekernels",), "prunekernels words", ("torch kthvalue",)),
     *(
         Draw("sparsegpt_update", mode, ("prunekernels",), "prunekernels thread", ("torch columns",))
@@ -111,6 +115,10 @@ def plan(session: Session) -> list[Case]:
             *bench_block.plan(session),
             Case("pair_stats", "statistics", "float32", {"N": 4, "V": 1000}),
             Case("vector_stats", "statistics", "float32", {"N": 4, "D": 64}),
+            *(
+                Case("head_pair_loss", kind, "float32", {"N": 4, "D": 64, "V": 1000})
+                for kind in ("kl", "js")
+            ),
             Case("rowwise_mask", "0.5", "bfloat16", small),
             *(
                 Case("sparsegpt_update", mode, "float32", {"R": 64, "C": 32})
@@ -135,6 +143,9 @@ def plan(session: Session) -> list[Case]:
         cases.append(Case("pair_stats", "statistics", dtype, {"N": N, "V": V}))
     for N in (2048, 60):
         cases.append(Case("vector_stats", "statistics", "bfloat16", {"N": N, "D": 4096}))
+    for kind in ("kl", "js"):
+        sizes = {"N": 2048, "D": 4096, "V": 128256}
+        cases.append(Case("head_pair_loss", kind, "bfloat16", sizes))
     for N, K in SHAPES:
         cases.append(Case("rowwise_mask", "0.5", "bfloat16", {"N": N, "K": K}))
     for mode in ("mask", "2:4"):

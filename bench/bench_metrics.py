@@ -1,4 +1,4 @@
-"""Full-vocabulary statistics: logits, heads and vectors; ours and every peer, over V and rows.
+"""Full-vocabulary statistics and losses: logits, heads, vectors; ours and every peer.
 
     python -m bench.bench_metrics                       everything
     python -m bench.bench_metrics --quick               does it work?
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench import bounds, metric_peers
+from bench import bounds, loss_peers, metric_peers
 from bench.harness import (
     Absent,
     Case,
@@ -113,6 +113,8 @@ def make(case: Case, options: argparse.Namespace, session: Session) -> list[Cont
     sizes = {name: int(value) for name, value in case.sizes.items()}
     if case.op == "vector_stats":
         return vectors(case, dtype, session)
+    if case.op == "head_pair_loss":
+        return loss_peers.contenders(case, session)
     if case.op == "head_pair_stats":
         N, D, V = sizes["N"], sizes["D"], sizes["V"]
         count = min(4, session.copies(V * D * dtype.itemsize))
@@ -136,7 +138,7 @@ def make(case: Case, options: argparse.Namespace, session: Session) -> list[Cont
 
 
 def plan(session: Session) -> list[Case]:
-    """Over the vocabulary at many rows, over rows at one vocabulary, heads, vectors."""
+    """Over the vocabulary at many rows, over rows at one vocabulary, heads, losses, vectors."""
     on_gpu = session.device.type == "cuda"
     rows, vocabularies = (2048, VOCABULARIES) if on_gpu else (16, VOCABULARIES)
     dtypes = ("bfloat16", "float32") if on_gpu else ("float32",)
@@ -145,6 +147,7 @@ def plan(session: Session) -> list[Case]:
     # rows of one model's step: 30 layers × 2 sublayers
     widths = ((2048, 4096), (60, 4096)) if on_gpu else ((2048, 576),)
     head_vocabulary = 152064 if on_gpu else 49152
+    losses = (2048, 4096, 128256) if on_gpu else (128, 576, 49152)
     if session.quick:
         rows, vocabularies, dtypes = rows // 8, (32000,), dtypes[:1]
         heads, widths, fewer = heads[:1], widths[:1], fewer[:1]
@@ -159,6 +162,9 @@ def plan(session: Session) -> list[Case]:
     for N, D in heads:
         sizes = {"N": N, "D": D, "V": head_vocabulary}
         cases.append(Case("head_pair_stats", "statistics", dtypes[0], sizes))
+    for kind in loss_peers.KINDS[: 1 if session.quick else None]:
+        sizes = dict(zip("NDV", losses, strict=True))
+        cases.append(Case("head_pair_loss", kind, dtypes[0], sizes))
     for N, D in widths:
         cases.append(Case("vector_stats", "statistics", dtypes[0], {"N": N, "D": D}))
     return cases

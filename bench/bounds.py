@@ -331,6 +331,11 @@ def head_pair_stats(N: int, D: int, V: int, itemsize: int = 2) -> list[Cost]:
     return [Cost(itemsize * (V * D + 2.0 * N * D), flop=4.0 * N * D * V)]
 
 
+def head_pair_loss(N: int, D: int, V: int, itemsize: int = 2) -> list[Cost]:
+    """Cost of a loss of (N, D) states with both gradients: two products forward, two back."""
+    return [Cost(itemsize * (2.0 * V * D + 3.0 * N * D), flop=8.0 * N * D * V)]
+
+
 def vector_stats(N: int, D: int, itemsize: int = 2) -> list[Cost]:
     """Cost of comparing N pairs of vectors of D."""
     kind = "bf16" if itemsize == 2 else "fp32"

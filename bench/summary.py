@@ -29,6 +29,7 @@ HEADLINES = (
     ("pair_stats", "", "prunekernels KL", "torch eager KL"),
     ("head_pair_stats", "", "prunekernels fused", "torch eager"),
     ("head_pair_stats", "", "prunekernels fused", "research code"),
+    ("head_pair_loss", "", "prunekernels", "torch"),
     ("vector_stats", "", "prunekernels", "torch cosine"),
     ("vector_stats", "", "prunekernels", "torch cosine fp32"),
     ("nm_mask", "", "prunekernels", "torch topk"),

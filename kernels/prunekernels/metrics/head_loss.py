@@ -7,14 +7,14 @@ the losses L and their gradients with respect to z are
     js          ½Σ p·ln(p/m) + ½Σ q·ln(q/m)         ½q·(ln(q/m) − Σ q·ln(q/m))/T
 and z = cap(u), u = scale·h·Wᵀ, cap(u) = c·tanh(u/c), has dz/du = 1 − (z/c)². Gradients of the
 states and of the head are products with dL/du, taken while the logits of those rows exist; the
-logits of all rows never do.
+logits of all rows never do. Of the products u of some rows torch makes losses and dL/du, or, by
+name, a kernel (`head_loss_triton`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -22,12 +22,28 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from prunekernels import checks
+from prunekernels.metrics.head_form import HeadForm
+from prunekernels.metrics.tuning import head_loss_order
+from prunekernels.runtime import Kernel, Op, Problem, register
 
 KINDS = ("kl", "reverse_kl", "js")
 REDUCTIONS = ("mean", "sum", "none")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# (R, V) tensors of a chunk that are alive at the same time
-_LIVE = 6
+# (R, V) tensors of a chunk that are alive at the same time: in torch, with the kernel
+_LIVE, _LIVE_BY_KERNEL = 8, 3
+# what they may take together: a chunk's products cost the more the fewer rows it has
+_CPU_BYTES, _GPU_BYTES = 160 << 20, 512 << 20
+# their rows begin at multiples of so many elements, so that a kernel's loads are wide
+_ALIGNED = 16
+
+OP = Op(
+    "head_pair_loss",
+    {"triton": Kernel("prunekernels.metrics.head_loss_triton", "divergence")},
+    order=head_loss_order,
+    what="losses of hidden states",
+    eager="torch's operators on the logits of some rows at a time",
+)
+register(OP)
 
 
 @torch.compiler.disable
@@ -42,6 +58,7 @@ def head_pair_loss(
     temperature: float = 1.0,
     kind: str = "kl",
     reduction: str = "mean",
+    impl: str = "auto",
 ) -> Tensor:
     """The divergence of a student's next-token distribution from its teacher's, per hidden state.
 
@@ -52,7 +69,8 @@ def head_pair_loss(
 
     Gradients flow to `student_hidden` and `head_weight`, where they are required; the teacher has
     none. Softmax and sums are float32 (float64 for float64 states), gradients are returned in the
-    type of their tensor. Not twice differentiable.
+    type of their tensor. The kernel rounds dL/du to bfloat16 where states and head are, before it
+    is multiplied with them. Not twice differentiable.
 
     Args:
         student_hidden: `(…, D)` states, after the final norm.
@@ -66,13 +84,16 @@ def head_pair_loss(
         temperature: T, a finite number above 0.
         kind: "kl" (KL(teacher‖student)), "reverse_kl" (KL(student‖teacher)) or "js".
         reduction: "mean" over all leading dimensions, "sum", or "none" for a loss per state.
+        impl: "auto", "eager" or "triton", a kernel that is not proven on hardware yet. "auto" takes
+            "eager".
 
     Returns:
         A scalar, or `(…)` for "none", in nats.
 
     Raises:
         ValueError: for tensors whose shapes, types or devices do not fit, a teacher of another
-            vocabulary, or unknown options. The message names both values.
+            vocabulary, unknown options, or an `impl` that cannot run here. The message names both
+            values.
     """
     op = "head_pair_loss"
     named = {
@@ -113,8 +134,12 @@ def head_pair_loss(
         checks.positive(op, "softcap", softcap)
     if logit_scale is not None and not 0.0 < abs(logit_scale) < math.inf:
         raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
-    form = _Form(kind, float(temperature), softcap, 1.0 if logit_scale is None else logit_scale)
+    form = HeadForm(kind, float(temperature), softcap, 1.0 if logit_scale is None else logit_scale)
     lead, rows = student_hidden.shape[:-1], student_hidden.shape[:-1].numel()
+    problem = Problem(student_hidden.device, student_hidden.dtype, (rows, *head_weight.shape))
+    impl = OP.select(problem, impl).name
+    if impl == "triton" and student_hidden.dtype == torch.float64:
+        raise ValueError(f"{op}: impl='triton' sums in float32, not in float64: use impl='eager'")
     loss: Tensor = _HeadPairLoss.apply(  # type: ignore[no-untyped-call]
         student_hidden.reshape(rows, student_hidden.shape[-1]),
         head_weight,
@@ -122,18 +147,9 @@ def head_pair_loss(
         teacher_head.detach(),
         form,
         reduction,
+        impl,
     )
     return loss.reshape(lead) if reduction == "none" else loss
-
-
-@dataclass(frozen=True)
-class _Form:
-    """How logits come of products, and the divergence that is taken of them."""
-
-    kind: str
-    temperature: float
-    softcap: float | None
-    scale: float
 
 
 class _HeadPairLoss(torch.autograd.Function):
@@ -146,18 +162,20 @@ class _HeadPairLoss(torch.autograd.Function):
         head: Tensor,
         teacher: Tensor,
         teacher_head: Tensor,
-        form: _Form,
+        form: HeadForm,
         reduction: str,
+        impl: str,
     ) -> Tensor:
-        ctx.form, ctx.together = form, reduction != "none"
+        ctx.form, ctx.impl, ctx.together = form, impl, reduction != "none"
         wanted = tuple(ctx.needs_input_grad[:2])
         if not ctx.together:
             ctx.save_for_backward(student, head, teacher, teacher_head)
-            return _sweep(student, head, teacher, teacher_head, form, None, (False, False))[0]
+            return _sweep(student, head, teacher, teacher_head, form, None, (False, False), impl)[0]
         rows = student.shape[0]
         share = 1.0 / rows if reduction == "mean" and rows else 1.0
         weights = torch.full((rows,), share, dtype=_work(student), device=student.device)
-        losses, *gradients = _sweep(student, head, teacher, teacher_head, form, weights, wanted)
+        given = student, head, teacher, teacher_head
+        losses, *gradients = _sweep(*given, form, weights, wanted, impl)
         ctx.save_for_backward(*gradients)
         return losses.mean() if reduction == "mean" else losses.sum()
 
@@ -166,12 +184,14 @@ class _HeadPairLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None]
         if ctx.together:
-            found = [None if saved is None else saved * grad for saved in ctx.saved_tensors]
+            # of a CPU's loss that is not scaled they are the gradients themselves: no copy of them
+            scaled = grad.device.type != "cpu" or grad.item() != 1.0
+            found = [x * grad if scaled and x is not None else x for x in ctx.saved_tensors]
         else:
             wanted = tuple(ctx.needs_input_grad[:2])
-            student, head, teacher, teacher_head = ctx.saved_tensors
-            _, *found = _sweep(student, head, teacher, teacher_head, ctx.form, grad, wanted)
-        return (*found, None, None, None, None)
+            given: tuple[Tensor, Tensor, Tensor, Tensor] = ctx.saved_tensors
+            _, *found = _sweep(*given, ctx.form, grad, wanted, ctx.impl)
+        return (*found, None, None, None, None, None)
 
 
 def _sweep(
@@ -179,9 +199,10 @@ def _sweep(
     head: Tensor,
     teacher: Tensor,
     teacher_head: Tensor,
-    form: _Form,
+    form: HeadForm,
     weights: Tensor | None,
     wanted: tuple[bool, ...],
+    impl: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses `(N,)`, and the gradients of their sum, weighted by row, that are wanted.
 
@@ -193,43 +214,90 @@ def _sweep(
         form: the loss.
         weights: `(N,)`; None if no gradient is wanted.
         wanted: whether those of `student` and of `head` are.
+        impl: what takes the divergences.
     """
     rows, (vocab, width) = student.shape[0], head.shape
     work, device = _work(student), student.device
+    divergence: Callable[..., tuple[Tensor, Tensor | None]] = _divergence
+    live, dtype = _LIVE, work
+    if impl != "eager":
+        divergence, live = OP.kernels[impl].run, _LIVE_BY_KERNEL
+        if student.dtype == head.dtype == torch.bfloat16:
+            dtype = torch.bfloat16
     losses = torch.empty(rows, dtype=work, device=device)
     of_states = torch.empty_like(student) if wanted[0] else None
-    of_head = torch.zeros(vocab, width, dtype=work, device=device) if wanted[1] else None
-    budget = (128 << 20) if device.type == "cpu" else (512 << 20)
-    step = max(1, min(rows, budget // (_LIVE * work.itemsize * vocab)))
+    of_head = torch.empty(vocab, width, dtype=work, device=device) if wanted[1] else None
+    budget = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
+    most = max(1, budget // (live * work.itemsize * vocab))
+    step = -(-rows // -(-rows // most)) if rows else 1
+    if of_head is not None and not rows:
+        of_head.zero_()
     for start in range(0, rows, step):
         part = slice(start, start + step)
-        states = student[part].to(work)
-        z = _logits(states, head, form)
-        slope = None  # dz/du
-        if any(wanted) and form.softcap is not None:
-            slope = (z / form.softcap).square_().neg_().add_(1.0)
-        log_q = z.div_(form.temperature).log_softmax(-1)
-        t = _logits(teacher[part].to(work), teacher_head, form)
-        log_p = t.div_(form.temperature).log_softmax(-1)
+        z = _products(student[part], head, work)
+        t = _products(teacher[part], teacher_head, work)
+        # what autograd gives may be one number expanded
+        some = weights[part].to(work).contiguous() if weights is not None and any(wanted) else None
+        losses[part], slopes = divergence(z, t, form, some, dtype)
         del z, t
-        losses[part], slopes = _divergence(log_p, log_q, form.kind, any(wanted))
-        del log_p, log_q
-        if slopes is None or weights is None:
+        if slopes is None:
             continue
-        slopes.mul_(weights[part, None].to(work) * (form.scale / form.temperature))
-        if slope is not None:
-            slopes.mul_(slope)
         if of_states is not None:
-            found = torch.zeros(states.shape, dtype=work, device=device)
-            for tokens, block in _slices(head, work):
-                found.addmm_(slopes[:, tokens], block)
+            found = torch.empty(slopes.shape[0], width, dtype=work, device=device)
+            for tokens in _slices(head):
+                block = head[tokens].to(dtype)
+                _add_product(found, slopes[:, tokens], block, first=tokens.start == 0)
             of_states[part] = found
         if of_head is not None:
-            of_head.addmm_(slopes.t(), states)
+            states = student[part].to(dtype)
+            for tokens in _slices(head):
+                _add_product(of_head[tokens], slopes[:, tokens].t(), states, first=start == 0)
     return losses, of_states, None if of_head is None else of_head.to(head.dtype)
 
 
+def _products(states: Tensor, head: Tensor, work: torch.dtype) -> Tensor:
+    """`(R, V)` products of some states with the head, summed in `work`, rows `_ALIGNED`."""
+    rows, vocab = states.shape[0], head.shape[0]
+    wide = -(-vocab // _ALIGNED) * _ALIGNED
+    out = torch.empty(rows, wide, dtype=work, device=states.device)[:, :vocab]
+    if states.is_cuda and states.dtype == head.dtype != work:
+        torch.mm(states, head.t(), out=out, out_dtype=work)
+        return out
+    states = states.to(work)
+    for tokens in _slices(head):
+        torch.mm(states, head[tokens].to(work).t(), out=out[:, tokens])
+    return out
+
+
 def _divergence(
+    z: Tensor, t: Tensor, form: HeadForm, weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Losses of rows of products z and t, and weights · dL/du; z and t are used up."""
+    slope = None  # dz/du
+    z = _logits(z, form)
+    if weights is not None and form.softcap is not None:
+        slope = (z / form.softcap).square_().neg_().add_(1.0)
+    log_q = z.div_(form.temperature).log_softmax(-1)
+    log_p = _logits(t, form).div_(form.temperature).log_softmax(-1)
+    losses, slopes = _of_log_probabilities(log_p, log_q, form.kind, weights is not None)
+    if slopes is None or weights is None:
+        return losses, None
+    slopes.mul_(weights[:, None] * (form.scale / form.temperature))
+    if slope is not None:
+        slopes.mul_(slope)
+    return losses, slopes.to(dtype)
+
+
+def _logits(products: Tensor, form: HeadForm) -> Tensor:
+    """cap(scale·u) in the place of products u."""
+    if form.scale != 1.0:
+        products *= form.scale
+    if form.softcap is not None:
+        products.div_(form.softcap).tanh_().mul_(form.softcap)
+    return products
+
+
+def _of_log_probabilities(
     log_p: Tensor, log_q: Tensor, kind: str, gradient: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Losses of rows, and T times their gradient with respect to the student's logits."""
@@ -249,26 +317,22 @@ def _divergence(
     return loss, ratio.sub_(of_student[:, None]).mul_(q).mul_(0.5) if gradient else None
 
 
-def _logits(states: Tensor, head: Tensor, form: _Form) -> Tensor:
-    """cap(scale·states·Wᵀ) in the states' type."""
-    out = states.new_empty(states.shape[0], head.shape[0])
-    for tokens, block in _slices(head, states.dtype):
-        torch.mm(states, block.t(), out=out[:, tokens])
-    if form.scale != 1.0:
-        out *= form.scale
-    if form.softcap is not None:
-        out.div_(form.softcap).tanh_().mul_(form.softcap)
-    return out
+def _add_product(total: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    """`total += left @ right`, or `=` if it is the first, summed in total's type."""
+    if left.dtype == total.dtype or not left.is_cuda:
+        beta = 0.0 if first else 1.0  # of 0 what total holds is not looked at
+        total.addmm_(left.to(total.dtype), right.to(total.dtype), beta=beta)
+    elif first:
+        torch.mm(left, right, out=total, out_dtype=total.dtype)
+    else:
+        total += torch.mm(left, right, out_dtype=total.dtype)
 
 
-def _slices(head: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """The head in another type, a few tokens at a time: a copy of all of it would be gigabytes."""
-    step = head.shape[0]
-    if head.dtype != dtype:
-        step = max(1, (16 << 20) // (dtype.itemsize * head.shape[1]))
+def _slices(head: Tensor) -> Iterator[slice]:
+    """A few tokens at a time: a copy of the whole head in another type would be gigabytes."""
+    step = max(1, (16 << 20) // head.shape[1])
     for start in range(0, head.shape[0], step):
-        tokens = slice(start, start + step)
-        yield tokens, head[tokens].to(dtype)
+        yield slice(start, start + step)
 
 
 def _work(tensor: Tensor) -> torch.dtype:

@@ -228,3 +228,18 @@ def head_fused(rows: int, one_head: bool) -> bool:
         one_head: whether both states share a head.
     """
     return rows <= (16 if one_head else 4)
+
+
+def head_loss_order(
+    rows: int, vocab: int, width: int, capability: tuple[int, int], itemsize: int = 2
+) -> list[tuple[str, str]]:
+    """Implementations of a loss of hidden states on an NVIDIA GPU, preferred first, with reasons.
+
+    Args:
+        rows: N.
+        vocab: V.
+        width: D.
+        capability: CUDA compute capability.
+        itemsize: Bytes of a number of the states.
+    """
+    return [("eager", "torch's operators: the kernel has not run on hardware, ask for it by name")]

@@ -314,6 +314,7 @@ def product(
     block = 8 * config.token_tiles, config.warps * config.row_tiles * ROWS
     room, counter = room_for_parts(y, token_blocks, blocks, splits, *block)
     options = shared_options(parts, kind, columns)
+    crowded = options["GROUP"] == (128 if options["HAS_ZEROS"] else 64)
     return Launch(
         _mma24q_fwd_kernel,
         (token_blocks, blocks, splits),
@@ -353,6 +354,8 @@ def product(
             "STAGES": config.stages,
         },
         num_warps=config.warps,
+        # here the assembler would spill so that a third program fits a multiprocessor
+        options={"maxnreg": 255} if crowded else None,
     )
 
 
