@@ -196,7 +196,8 @@ def seconds(run: Callable[[], object]) -> float:
 def memory(options: argparse.Namespace) -> None:
     """Peaks of the command line's process on a long text, and the size of its cache.
 
-    The model is a folder, which is read by mapping it; loading the embedded GGUF file, which has to
+    The model is a folder, which is read by mapping it, and so is a candidate of its size with
+    other weights, beside the row of its bfloat16 copy. Loading the embedded GGUF file, which has to
     be unpacked, is measured beside it.
     """
     model, tokenizer = pk.load("demo")
@@ -204,10 +205,14 @@ def memory(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         file, source = Path(folder) / "text.txt", str(Path(folder) / "model")
         pk.save(model, tokenizer, source)
+        with torch.no_grad():
+            model.get_submodule("model.layers.0.mlp.down_proj").weight *= 1.1
+        pk.save(model, tokenizer, f"{folder}/copy")
         del model
         limit = -(-options.positions // 255)
         file.write_text("\n\n".join([load_heldout()] * limit), encoding="utf-8")
-        arguments = ["kld", source, "--text", str(file), "--limit", str(limit), "--quiet"]
+        arguments = ["kld", source, f"{folder}/copy", "--text", str(file), "--limit", str(limit)]
+        arguments.append("--quiet")
         own, resident = probed([*arguments, "--output", f"{folder}/out"])
         plan = json.loads((Path(folder) / "out" / "kld.json").read_text())["plan"]
         cache = sum(p.stat().st_size for p in Path(folder).glob("out/reference/rows-*"))

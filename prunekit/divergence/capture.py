@@ -33,6 +33,7 @@ from prunekit.files.atomic import replaced_file
 
 FORMAT, VERSION = "prunekit-capture", 1
 FACTS = "capture.json"
+HEAD = "head.safetensors"
 KINDS = ("states", "logits")
 _ROWS = re.compile(r"rows-(\d{6,})-(\d{6,})\.safetensors")
 
@@ -88,7 +89,7 @@ class CaptureWriter:
             return
         if head is not None:
             tensors = {"weight": head} if bias is None else {"weight": head, "bias": bias}
-            save_tensors(self.folder / "head.safetensors", tensors)
+            save_tensors(self.folder / HEAD, tensors)
         save_tensors(self.folder / "windows.safetensors", _plan_tensors(windows))
         with replaced_file(self.folder / FACTS) as written:
             written.write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
@@ -136,17 +137,7 @@ class Capture:
         lengths = plan["lengths"].tolist()
         self.ids = [part.tolist() for part in torch.split(plan["ids"], lengths)]
         self.firsts: list[int] = plan["firsts"].tolist()
-        self.readout: Readout | None = None
-        if self.kind == "states":
-            head = _load(self.folder / "head.safetensors")
-            weight = head["weight"]
-            self.readout = Readout(
-                weight,
-                head.get("bias"),
-                self.facts["softcap"],
-                self.facts["scale"],
-                weight.shape[0],
-            )
+        self.readout()  # a damaged head is found here
         self._files: dict[int, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             match = _ROWS.fullmatch(path.name)
@@ -159,6 +150,33 @@ class Capture:
                 f"{self.folder} lacks the rows of {len(absent)} of {len(self.ids)} windows, first "
                 f"of window {absent[0]}: let its writer finish"
             )
+
+    def readout(self) -> Readout | None:
+        """What reads its states, mapped anew; None of logits."""
+        if self.kind != "states":
+            return None
+        head = _load(self.folder / HEAD)
+        weight = head["weight"]
+        softcap, scale = self.facts["softcap"], self.facts["scale"]
+        return Readout(weight, head.get("bias"), softcap, scale, weight.shape[0])
+
+    def has_head(self, weight: Tensor) -> bool:
+        """Whether its head is this matrix, looked at some rows at a time, which do not stay mapped.
+
+        A map of all of it would be resident beside the model that the matrix belongs to.
+        """
+        step = max(1, (16 << 20) // (weight.itemsize * weight.shape[1]))
+        for start in range(0, weight.shape[0], step):
+            with _opened(self.folder / HEAD) as tensors:
+                held = tensors.get_slice("weight")
+                if tuple(held.get_shape()) != tuple(weight.shape):
+                    return False
+                rows = held[start : start + step]
+            if rows.dtype != weight.dtype or not torch.equal(
+                rows.to(weight.device), weight[start : start + step]
+            ):
+                return False
+        return True
 
     def check(self, windows: Windows) -> None:
         """See that it was captured of exactly this plan.
@@ -179,7 +197,7 @@ class Capture:
             count = len(self.ids[index]) - self.firsts[index]
             with _opened(path) as tensors:
                 parts.append(tensors.get_slice("rows")[skipped : skipped + count])
-        return Rows(torch.cat(parts), self.readout)
+        return Rows(torch.cat(parts), self.readout())
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from prunekernels import PairStats
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from prunekit.divergence.candidates import Side, check_tokenizer, memory_of
 from prunekit.divergence.capture import Capture, save_tensors
@@ -96,11 +97,12 @@ def _run(
     rows, facts = _opened(reference, side, options)
     free_memory()  # what reading the files took
     missing = [group for group in groups if not _readable(folder / _name(group))]
-    readout: Readout | None = None
+    held, readout = reference.held, None
     for group in track(missing, label, enabled=options.progress):
         ours, theirs = reference.rows(group), rows(group)
         if group is missing[0]:
-            readout = shared_readout(ours.readout, theirs.readout)
+            same = held.has_head if isinstance(held, Capture) else None
+            readout = shared_readout(ours.readout, theirs.readout, same)
             readout = None if readout is None else readout.to(theirs.values.device)
         ours = Rows(ours.values, readout)
         found = compare(
@@ -181,17 +183,25 @@ def _vocabulary_note(reference: Reference, vocabulary: int) -> list[str]:
 Either = TypeVar("Either", Readout, Readout | None)
 
 
-def shared_readout(ours: Either, theirs: Readout | None) -> Either:
+def shared_readout(
+    ours: Either, theirs: Readout | None, same: Callable[[Tensor], bool] | None = None
+) -> Either:
     """The reference's readout, with the candidate's matrix for its own where they are equal.
 
     One matrix for both sides is read once, and equal states then meet in equal logits.
+
+    Args:
+        ours: The reference's.
+        theirs: The candidate's.
+        same: Whether the reference's matrix is a given one; None compares the tensors.
     """
     if ours is None or theirs is None or ours.weight is None or theirs.weight is None:
         return ours
     mine, own = ours.weight, theirs.weight
     if mine.shape != own.shape or mine.dtype != own.dtype:
         return ours
-    return replace(ours, weight=own) if torch.equal(mine.to(own.device), own) else ours
+    equal = torch.equal(mine.to(own.device), own) if same is None else same(own)
+    return replace(ours, weight=own) if equal else ours
 
 
 def check_finite(

@@ -279,12 +279,12 @@ class _Data:
         base = Architecture(model).base
         prefix = f"{Architecture(model).layout.base}."
         dtype = dtype or model.dtype
-        teacher = self.capture.readout
-        assert teacher is not None and teacher.weight is not None and student.weight is not None
-        teacher = teacher.to(student.weight.device)
-        assert teacher.weight is not None
-        if torch.equal(teacher.weight, student.weight):
-            teacher = student
+        assert student.weight is not None
+        teacher = student
+        if not self.capture.has_head(student.weight):
+            own = self.capture.readout()
+            assert own is not None
+            teacher = own.to(student.weight.device)
         fixed = {
             name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in (*base.named_parameters(), *base.named_buffers())

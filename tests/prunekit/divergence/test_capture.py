@@ -99,3 +99,19 @@ def test_half_precision_logits_and_nan(pair, documents, word_tokenizer, tmp_path
         writer.add(index, rows)
     found = pk.kld(here, [str(tmp_path / "mine")], documents, context=CONTEXT, floor="none")
     assert "not finite at 1 positions, first at token 12 of window 11" in found.failed[0].error
+
+
+def test_a_head_is_recognised_by_every_bit(word_tokenizer, documents, tmp_path):
+    plan = of_text(word_tokenizer, documents, context=CONTEXT)
+    head = torch.randn(5_000_000 // 600, 600)  # more than one look's rows
+    CaptureWriter(tmp_path / "c", plan, "states", head=head)
+    for index, (ids, first) in enumerate(zip(plan.ids, plan.firsts, strict=True)):
+        CaptureWriter(tmp_path / "c", plan, "states", head=head).add(
+            index, torch.zeros(len(ids) - first, 600)
+        )
+    kept = Capture(tmp_path / "c")
+    assert kept.has_head(head) and not kept.has_head(head[:-1])
+    assert not kept.has_head(head.double()) and not kept.has_head(head.t())
+    other = head.clone()
+    other[-1, -1] += 1e-6
+    assert not kept.has_head(other)
