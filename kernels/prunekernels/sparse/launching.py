@@ -60,76 +60,70 @@ def room_for_parts(
     return parts, counters(token_blocks * row_blocks, y.device)
 
 
-class Prepared:
+#: Launches a prepared product: activations, weights' tensors, bias -> result, or None.
+Run = Callable[[Tensor, Sequence[Tensor], Tensor | None], Tensor | None]
+
+
+def prepared_run(call: Launch, shape: Sequence[int]) -> Run:
     """A tensor-core product for activations of one shape, launched with addresses alone.
+
+    A function that has all it needs at hand, as it runs once for every launch.
 
     Args:
         call: The product's call, whose tensors are x, those of the weight, the bias (y if there is
             none), y, and the parts and counters of split sums (y twice if there are none).
         shape: Shape of the result.
+
+    Returns:
+        A function of x, the tensors of both weights (of a product with one, its own, which stand
+        for both) and the bias or None. It returns the result, or None (and nothing is done) if a
+        tensor is not aligned to 16 bytes.
     """
+    tensors = [value for value in call.arguments if isinstance(value, Tensor)]
+    _, *weights, _, like, parts, _ = tensors
+    twice = len(weights)
+    allocate = allocator(shape, like)
+    place, device = like.device, _index(like.device)
+    sums = 0 if parts is like else parts.numel()
+    # by stream, outside graph capture: rooms stay
+    rooms: dict[int, tuple[int, int]] = {}
+    programs = call.grid[0] * call.grid[1]
+    start = call.bind().start
+    capturing = torch.cuda.is_current_stream_capturing
+    del call, tensors, weights, like, parts
 
-    __slots__ = (
-        "_allocate",
-        "_counters",
-        "_device",
-        "_parts",
-        "_place",
-        "_rooms",
-        "_start",
-        "_weights",
-    )
-
-    def __init__(self, call: Launch, shape: Sequence[int]) -> None:
-        tensors = [value for value in call.arguments if isinstance(value, Tensor)]
-        _, *weights, _, y, parts, _ = tensors
-        self._weights = len(weights)
-        self._allocate = allocator(shape, y)
-        self._place, self._device = y.device, _index(y.device)
-        self._parts = 0 if parts is y else parts.numel()
-        # by stream, outside graph capture: rooms stay
-        self._rooms: dict[int, tuple[int, int]] = {}
-        self._counters = call.grid[0] * call.grid[1]
-        self._start = call.bind().start
-
-    def run(self, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
-        """The result, or None (and nothing done) if a tensor is not aligned to 16 bytes.
-
-        Args:
-            x: Activations.
-            weight: Tensors of both weights; of a product with one, its own, which stand for both.
-            bias: Bias or None.
-        """
+    def run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
         x_at = joined = x.data_ptr()
         weight_at = []
         for tensor in weight:
             weight_at.append(address := tensor.data_ptr())
             joined |= address
-        if len(weight_at) < self._weights:
+        if len(weight_at) < twice:
             weight_at += weight_at
         bias_at = 0
         if bias is not None:
             joined |= (bias_at := bias.data_ptr())
         if joined & 15:
             return None
-        device = self._device
         if current_device() != device:
             with torch.cuda.device(device):
-                return self.run(x, weight, bias)
-        y = self._allocate()
+                return run(x, weight, bias)
+        y = allocate()
         at = y.data_ptr()
         stream = current_stream(device)
-        parts_at = counters_at = at
-        if self._parts:
-            capturing = torch.cuda.is_current_stream_capturing()
-            room = None if capturing else self._rooms.get(stream)
-            if room is None:
-                room = _room(self._parts, self._counters, self._place, stream)
-                if not capturing:
-                    self._rooms[stream] = room
-            parts_at, counters_at = room
-        self._start(stream, x_at, *weight_at, bias_at or at, at, parts_at, counters_at)
+        if not sums:
+            start(stream, x_at, *weight_at, bias_at or at, at, at, at)
+            return y
+        captured = capturing()
+        room = None if captured else rooms.get(stream)
+        if room is None:
+            room = _room(sums, programs, place, stream)
+            if not captured:
+                rooms[stream] = room
+        start(stream, x_at, *weight_at, bias_at or at, at, *room)
         return y
+
+    return run
 
 
 def difference(got: Tensor, x: Tensor, weight: Tensor, power: int = 1) -> str | None:

@@ -2,7 +2,7 @@
 
 `eager` expands the weight and multiplies densely; `triton` is the portable kernel; others use
 NVIDIA's tensor cores through inline assembly. A call whose shapes, types and devices were seen
-before is launched at once, with addresses alone (`launching.Prepared`).
+before is launched at once, with addresses alone (`launching.prepared_run`).
 """
 
 from __future__ import annotations
@@ -212,10 +212,10 @@ class Calls:
 
     def again(self, key: Any, x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Any:
         """The result, if this call was prepared under the key; None if it must be made anew."""
-        prepared = self.op.prepared.get(key)
-        if prepared is None or not x.is_contiguous():
+        run = self.op.prepared.get(key)
+        if run is None or not x.is_contiguous():
             return None
-        return prepared.run(x, weight, bias)
+        return run(x, weight, bias)
 
     def run(
         self, x: Tensor, rows: int, impl: str, arguments: Sequence[Any], key: Any = None
@@ -239,9 +239,9 @@ class Calls:
             if prepares and prepare is not None and x.is_contiguous():
                 call = prepare(x, *arguments)
                 if call is not None:
-                    from prunekernels.sparse.launching import Prepared
+                    from prunekernels.sparse.launching import prepared_run
 
-                    keep(self.op.prepared, key, Prepared(call, (*key[0][:-1], rows)))
+                    keep(self.op.prepared, key, prepared_run(call, (*key[0][:-1], rows)))
             return kernel.run(x, *arguments)
 
 
