@@ -34,7 +34,9 @@ from prunekernels.runtime import Choice, Op
 
 from prunekit.packed.modules import PackedLinear
 
-#: Calls of the host may cost so many times what `F.linear` costs.
+#: A module is compared with the module that it replaces, everything else with `F.linear`.
+BESIDE = {"PackedLinear": "nn.Linear"}
+#: Calls of the host may cost so many times what those cost.
 GOALS = {
     "sparse24_linear": 2.5,
     "sparse24_gate_up": 2.5,
@@ -52,7 +54,7 @@ class Cost(NamedTuple):
     Attributes:
         name: The op.
         microseconds: Of the fastest round: others were disturbed.
-        ratio: To `F.linear`.
+        ratio: To `F.linear`, or to what `BESIDE` names.
         calls: Calls of Python functions and of C functions from Python, in one call.
     """
 
@@ -169,8 +171,10 @@ def measure(rounds: int = 30, calls: int = 200) -> list[Cost]:
                 if gpu:
                     torch.cuda.synchronize()
     least = {name: min(found) for name, found in times.items()}
-    linear = least["F.linear"]
-    return [Cost(name, spent, spent / linear, counts[name]) for name, spent in least.items()]
+    return [
+        Cost(name, spent, spent / least[BESIDE.get(name, "F.linear")], counts[name])
+        for name, spent in least.items()
+    ]
 
 
 def main() -> None:
@@ -182,8 +186,8 @@ def main() -> None:
     for cost in costs:
         goal = f"  goal {GOALS[cost.name]}" if cost.name in GOALS else ""
         print(
-            f"{cost.name:20} {cost.microseconds:8.2f} µs  {cost.ratio:6.2f} × F.linear  "
-            f"{cost.calls:4d} calls{goal}"
+            f"{cost.name:20} {cost.microseconds:8.2f} µs  {cost.ratio:6.2f} × "
+            f"{BESIDE.get(cost.name, 'F.linear'):9} {cost.calls:4d} calls{goal}"
         )
     if options.csv is not None:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
