@@ -160,6 +160,7 @@ def sweep(
             ]
         )
         own = record.point("dense", {"dense": True}, asked.of_dense)
+        own["complete"] = asked.complete(own)  # from its texts: no part of the record
         swept = [_swept(one, asked, record, own, budget, seed) for one in series]
         result = Sweep(_meta(asked, name, budget, seed), own, tuple(swept), budget, seed)
         if output is not None:
