@@ -44,9 +44,10 @@ def sentences(found: SweepFindings) -> list[Sentence]:
     """Where each series breaks, what the questions could show, and whether drift is predicted."""
     said: list[Sentence] = []
     scores = dense_scores(found.dense)
+    openly = "open ones" if found.meta["choices"] else "open questions"
     n = " and ".join(
         f"{found.meta[count]} {what}"
-        for count, what in (("choices", "multiple-choice questions"), ("questions", "open ones"))
+        for count, what in (("choices", "multiple-choice questions"), ("questions", openly))
         if found.meta[count]
     )
     base = " and its ".join(
@@ -206,7 +207,8 @@ def _floors(found: SweepFindings) -> list[Sentence]:
             f"{verdict}: it reaches its predicted floor at {told['reached']} of {points} copies "
             f"(at {told['allows']} within its interval) and is {100 * distance:.1f} points from it "
             f"on average (mean {100 * told['mean_above']:+.1f}), {100 * flat:.1f} from the dense "
-            "model's.",
+            f"model's. Of {told['kept']} right answers that were complete before a text left, "
+            f"{told['strayed']} turned wrong.",
             warn=not predicted,
         )
     ]

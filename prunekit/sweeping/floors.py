@@ -26,11 +26,15 @@ class Floor:
         dense: The dense model's exact match.
         floor: What is left of it at least, as predicted.
         above: The copy's exact match minus the floor, with its interval, paired by question.
+        kept: Right answers of the dense model that were complete before the copy's text left.
+        strayed: Those of them that the copy has wrong all the same.
     """
 
     dense: float
     floor: float
     above: Interval
+    kept: int
+    strayed: int
 
     @property
     def observed(self) -> float:
@@ -46,6 +50,7 @@ class Floor:
 def floor_of(
     curves: Sequence[Array],
     complete: Sequence[int],
+    first_divergence: Sequence[float | None],
     dense: Sequence[bool],
     copy: Sequence[bool],
     *,
@@ -56,14 +61,20 @@ def floor_of(
     Args:
         curves: S after each token of the dense model's texts (`survival`).
         complete: After how many tokens each text's answer is complete, at least 1.
+        first_divergence: The step at which the copy's text first differs; None if it does not.
         dense: Whether the dense model's answer is right.
         copy: Whether the copy's is.
         seed: Of the interval's resampling.
     """
-    kept = np.array([curve[n - 1] for curve, n in zip(curves, complete, strict=True)])
-    floors = kept * np.array(dense, np.float64)
+    unchanged = np.array([curve[n - 1] for curve, n in zip(curves, complete, strict=True)])
+    floors = unchanged * np.array(dense, np.float64)
     above = bootstrap_mean(np.array(copy, np.float64) - floors, seed=seed)
-    return Floor(float(np.mean(dense)), float(floors.mean()), above)
+    first = np.array([np.inf if step is None else step for step in first_divergence])
+    kept = np.array(dense, bool) & (first >= np.array(complete))
+    strayed = kept & ~np.array(copy, bool)
+    return Floor(
+        float(np.mean(dense)), float(floors.mean()), above, int(kept.sum()), int(strayed.sum())
+    )
 
 
 def calibration(floors: Sequence[Floor]) -> dict[str, Any] | None:
@@ -71,8 +82,9 @@ def calibration(floors: Sequence[Floor]) -> dict[str, Any] | None:
 
     Returns:
         `points`; those where exact match is `reached`, no less than the floor, and those where the
-        interval `allows` that; the mean absolute and signed distance from the floor; and the
-        former from the dense model's exact match, as if nothing were lost.
+        interval `allows` that; the mean absolute and signed distance from the floor; the former
+        from the dense model's exact match, as if nothing were lost; and the answers `kept` and
+        `strayed`.
     """
     if not floors:
         return None
@@ -84,6 +96,8 @@ def calibration(floors: Sequence[Floor]) -> dict[str, Any] | None:
         "mean_distance": float(np.abs(above).mean()),
         "mean_above": float(above.mean()),
         "dense_mean_distance": float(np.mean([abs(one.observed - one.dense) for one in floors])),
+        "kept": sum(one.kept for one in floors),
+        "strayed": sum(one.strayed for one in floors),
     }
 
 

@@ -103,7 +103,7 @@ def row(
         first = found["answers"]["first_divergence"]
         prediction = predicted(kl["flips"], paths, first)
         curves = survival(hazards(kl["flips"]), paths)
-        floor = floor_of(curves, dense["complete"], right, theirs_right, seed=seed)
+        floor = floor_of(curves, dense["complete"], first, right, theirs_right, seed=seed)
     ratio = None
     if speed:
         ratio = bootstrap_mean(np.array(speed["dense"]) / np.array(speed["own"]), seed=seed)
@@ -135,7 +135,7 @@ def choice_scores(found: Mapping[str, Any]) -> Scores:
 
 
 def _floor_to_dict(floor: Floor) -> dict[str, Any]:
-    told = {"floor": floor.floor, "observed": floor.observed}
+    told = {name: getattr(floor, name) for name in ("floor", "observed", "kept", "strayed")}
     return {**told, "above": interval_to_dict(floor.above)}
 
 

@@ -12,15 +12,18 @@ CURVES = [np.array([0.9, 0.5, 0.1]), np.array([0.8, 0.2]), np.array([0.7])]
 
 
 def test_a_floor_by_hand():
-    found = floor_of(CURVES, [2, 1, 1], [True, True, False], [True, False, True], seed=0)
+    first = [2.0, None, 0.0]
+    found = floor_of(CURVES, [2, 1, 1], first, [True, True, False], [True, False, True], seed=0)
     assert found.floor == pytest.approx((0.5 + 0.8) / 3)
     assert found.observed == pytest.approx(found.dense) == pytest.approx(2 / 3)
     assert found.lost == pytest.approx(100 * (2 / 3 - 1.3 / 3))
     assert found.above.low < found.above.mean < found.above.high
+    assert (found.kept, found.strayed) == (2, 1)
     # one token more or less is another floor
     for complete in ([3, 1, 1], [1, 1, 1], [2, 2, 1]):
-        other = floor_of(CURVES, complete, [True, True, False], [True] * 3, seed=0)
-        assert abs(other.floor - found.floor) > 0.1
+        other = floor_of(CURVES, complete, first, [True, True, False], [True] * 3, seed=0)
+        assert abs(other.floor - found.floor) > 0.1 and other.strayed == 0
+    assert floor_of(CURVES, [3, 1, 1], first, [True] * 3, [True] * 3, seed=0).kept == 1
 
 
 def written(back: float, moved: int = 0, questions: int = 4000) -> Floor:
@@ -40,12 +43,14 @@ def written(back: float, moved: int = 0, questions: int = 4000) -> Floor:
     first = np.where(flips.any(1), flips.argmax(1), 99)
     copy = dense & ((first >= complete) | (draw.random(questions) < back))
     curves = survival(hazard, [middle[path].tolist() for path in bins])
-    return floor_of(curves, (complete + moved).tolist(), dense.tolist(), copy.tolist(), seed=0)
+    moved_ends = (complete + moved).tolist()
+    return floor_of(curves, moved_ends, first.tolist(), dense.tolist(), copy.tolist(), seed=0)
 
 
 def test_a_floor_is_met_where_texts_follow_its_model():
     exact = written(back=0.0)
     assert exact.above.low < 0 < exact.above.high and abs(exact.above.mean) < 0.015
+    assert exact.strayed == 0 and exact.kept == pytest.approx(4000 * exact.observed)
     assert 0.05 < exact.floor < exact.dense - 0.05  # neither nothing nor all is left
     # answers that stay right behind a divergence stand on it
     loose = written(back=0.5)
@@ -62,10 +67,12 @@ def test_where_exact_match_goes():
 
 
 def test_calibration_by_hand():
-    one = floor_of(CURVES, [2, 1, 1], [True, True, False], [True, True, True], seed=0)
-    many = floor_of([np.array([0.9])] * 60, [1] * 60, [True] * 60, [False] * 60, seed=0)
+    first: list[float | None] = [None] * 60
+    one = floor_of(CURVES, [2, 1, 1], first[:3], [True, True, False], [True, True, True], seed=0)
+    many = floor_of([np.array([0.9])] * 60, [1] * 60, first, [True] * 60, [False] * 60, seed=0)
     told = calibration([one, many])
     assert (told["points"], told["reached"], told["allows"]) == (2, 1, 1)
+    assert (told["kept"], told["strayed"]) == (62, 60)
     assert told["mean_above"] == pytest.approx((1 - 1.3 / 3 - 0.9) / 2)
     assert told["mean_distance"] == pytest.approx((1 - 1.3 / 3 + 0.9) / 2)
     assert told["dense_mean_distance"] == pytest.approx((1 / 3 + 1) / 2)

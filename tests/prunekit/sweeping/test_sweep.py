@@ -161,12 +161,13 @@ def test_whether_exact_match_is_predicted_is_said(asked, monkeypatch, floors, ve
     found = asked([Drop("attn", 2)], choices=())
     (one,) = found.series
     rows = [
-        replace(row, floor=Floor(0.5, floor, Interval(m - floor, m - floor, m - floor, 10)))
+        replace(row, floor=Floor(0.5, floor, Interval(m - floor, m - floor, m - floor, 10), 5, 2))
         for row, floor, m in zip(one.rows, floors, (0.5, 0.32), strict=True)
     ]
     changed = replace(found, series=(replace(one, rows=tuple(rows)),))
     said = changed.sentences()
     assert any(f"Single steps {verdict}" in sentence for sentence in said)
+    assert "Of 10 right answers that were complete before a text left, 4 turned wrong." in said[-2]
     labels = ["nowhere" if at is None else f"from {rows[at].label} on" for at in places]
     assert said[-1].endswith(f"may go: attentions dropped {labels[0]} (observed {labels[1]}).")
 
@@ -287,6 +288,7 @@ def test_one_kind_of_question_is_enough(asked):
     choosing = asked([Drop("attn", 1)], questions=(), kl=False)
     assert choosing.sides() == ("accuracy",) and not choosing.rows[0].prediction
     writing = asked([Drop("attn", 1)], choices=())
+    assert f"on {len(QUESTIONS)} open questions." in writing.sentences()[0]
     assert writing.sides() == ("exact_match",) and "accuracy" not in writing.rows[0].scores
 
 
