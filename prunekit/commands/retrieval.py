@@ -155,10 +155,9 @@ def _shown(data: Mapping[str, Any]) -> Any:
             moved = "–" if change is None else f"{model['better']}, {model['worse']}"
             row["Better, worse"] = moved
         rows.append(row)
-    title = (
-        f"Retrieval, {data['collection']}: {data['queries']} queries, {data['documents']} "
-        f"documents, {data['pooling']} pooling"
-    )
+    queries = "1 query" if data["queries"] == 1 else f"{data['queries']} queries"
+    documents = "1 document" if data["documents"] == 1 else f"{data['documents']} documents"
+    title = f"Retrieval, {data['collection']}: {queries}, {documents}, {data['pooling']} pooling"
     notes = [f"{note}." for note in data["notes"]]
     if data["collection"] == "built-in":
         notes.append(

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.extraction import given_answer, same_answer
+from prunekit.evaluation.extraction import answer_end, given_answer, same_answer
 from prunekit.evaluation.questions import Question
 from prunekit.models import generation
 from prunekit.process import distributed
@@ -125,6 +125,24 @@ def answered(
     shares = distributed.gather([[(index, replies[index]) for index in one] for one in batches])
     replies = dict(pair for share in shares for pair in share)
     return [replies[index] for index in range(len(questions))]
+
+
+def answered_after(tokenizer: Any, reply: Reply, question: Question, asking: Asking) -> int:
+    """How many tokens a reply has when its answer is complete (`answer_end`), the last included.
+
+    A text with these tokens gives the same answer unless it gives another one later.
+    """
+    ids = list(reply.ids)
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    end = _end(text) if asking.examples else None
+    # the line break that the break begins with ends the answer
+    place = answer_end(text if end is None else text[: end + 1], question.answer)
+    if place is None:
+        return len(ids)
+    for count in range(1, len(ids)):
+        if tokenizer.decode(ids[:count], skip_special_tokens=True).startswith(text[:place]):
+            return count
+    return len(ids)
 
 
 def encode(tokenizer: Any, questions: Sequence[Question], asking: Asking) -> list[list[int]]:

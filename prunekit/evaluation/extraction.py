@@ -12,11 +12,18 @@ from __future__ import annotations
 import re
 import string
 from fractions import Fraction
+from typing import TypeAlias
 
 # 1,472.50, -3, 3/4; a minus behind a digit is an operator
 _NUMBER = re.compile(r"(?:(?<![\d.)])[-−])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?")
 _ANSWER_IS = re.compile(r"answer(?:\s+is|\s*:)\s*", re.IGNORECASE)
 _ARTICLES = re.compile(r"\b(?:a|an|the)\b")
+# What ends a number: nothing that could go on as 7.5, 7,000 or 7/4; and what ends a line or a box.
+_NO_DIGIT = re.compile(r"[^\d.,/]|[.,/]\D")
+_SIGN = re.compile(r".", re.DOTALL)
+
+#: An answer, and where it ends in its text.
+_Found: TypeAlias = tuple[str, int]
 
 
 def right_answer(worked: str) -> str | None:
@@ -28,31 +35,56 @@ def right_answer(worked: str) -> str | None:
     """
     marked = _marked(worked)
     if marked is not None:
-        return _first(marked)
-    return _first_line(worked) if len(worked.strip().splitlines()) == 1 else None
+        found = _first(worked, *marked)
+    else:
+        found = _first_line(worked) if len(worked.strip().splitlines()) == 1 else None
+    return None if found is None else found[0]
 
 
 def given_answer(text: str, right: str) -> str | None:
     """The answer that a generated `text` gives, of the kind of the `right` one; None for none."""
+    found = _given(text, right)
+    return None if found is None else found[0]
+
+
+def answer_end(text: str, right: str) -> int | None:
+    """Where in `text` the answer that it gives is complete: behind the sign that ends it.
+
+    A number ends where no digit can follow, a line with its line break, a box with its brace.
+
+    Returns:
+        The number of leading characters; None where only the end of the text ends the answer, or
+        it gives none.
+    """
+    found = _given(text, right)
+    if found is None:
+        return None
+    ended = (_SIGN if as_number(right) is None else _NO_DIGIT).match(text, found[1])
+    return None if ended is None else ended.end()
+
+
+def _given(text: str, right: str) -> _Found | None:
+    """The answer of `text`, of the kind of the `right` one."""
     marked = _marked(text)
     if as_number(right) is None:
-        return _first_line(text if marked is None else marked)
-    found = None if marked is None else _first(marked)
-    if found is not None and as_number(found) is not None:
+        return _first_line(text, *(marked or ()))
+    found = None if marked is None else _first(text, *marked)
+    if found is not None and as_number(found[0]) is not None:
         return found
     numbers = _numbers(text)
     return numbers[-1] if numbers else None
 
 
-def _marked(text: str) -> str | None:
-    """What stands behind the last mark of an answer, or in it; None without any."""
-    if "####" in text:
-        return text.rpartition("####")[2]
+def _marked(text: str) -> tuple[int, int] | None:
+    """Where what stands behind the last mark of an answer, or in it, begins and ends."""
+    mark = text.rfind("####")
+    if mark >= 0:
+        return mark + len("####"), len(text)
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed
     marks = list(_ANSWER_IS.finditer(text))
-    return text[marks[-1].end() :] if marks else None
+    return (marks[-1].end(), len(text)) if marks else None
 
 
 def same_answer(one: str | None, other: str | None) -> bool:
@@ -80,28 +112,34 @@ def as_number(answer: str) -> Fraction | None:
         return None
 
 
-def _first(text: str) -> str | None:
+def _first(text: str, start: int, stop: int) -> _Found | None:
     """The number that a marked answer begins with, or its first line."""
-    line = _first_line(text)
+    line = _first_line(text, start, stop)
     if line is None:
         return None
-    numbers = _numbers(line)
-    bare = re.sub(r"^[\s$€£*(\\]+", "", line)
-    return numbers[0] if numbers and bare.startswith(numbers[0][:1]) else line
+    numbers = _numbers(text, start, line[1])
+    bare = re.sub(r"^[\s$€£*(\\]+", "", line[0])
+    return numbers[0] if numbers and bare.startswith(numbers[0][0][:1]) else line
 
 
-def _numbers(text: str) -> list[str]:
-    return [match.group().replace(",", "") for match in _NUMBER.finditer(text)]
+def _numbers(text: str, start: int = 0, stop: int | None = None) -> list[_Found]:
+    found = _NUMBER.finditer(text[start:stop])
+    return [(match.group().replace(",", ""), start + match.end()) for match in found]
 
 
-def _first_line(text: str) -> str | None:
-    lines = (line.strip() for line in text.splitlines())
-    line = next((line for line in lines if line), None)
-    return line.rstrip(".") or None if line else None
+def _first_line(text: str, start: int = 0, stop: int | None = None) -> _Found | None:
+    """The first line that is not empty, without its full stop; it ends before its break."""
+    place, part = start, text[start:stop]
+    for line, whole in zip(part.splitlines(), part.splitlines(keepends=True), strict=True):
+        if line.strip():
+            answer = line.strip().rstrip(".")
+            return (answer, place + len(line)) if answer else None
+        place += len(whole)
+    return None
 
 
-def _last_boxed(text: str) -> str | None:
-    """What the last `\\boxed{…}` holds, braces inside it balanced; None if there is none."""
+def _last_boxed(text: str) -> tuple[int, int] | None:
+    """Where what the last `\\boxed{…}` holds begins and ends, braces inside it balanced."""
     start = text.rfind("\\boxed{")
     if start < 0:
         return None
@@ -109,8 +147,8 @@ def _last_boxed(text: str) -> str | None:
     for place in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[place], 0)
         if not depth:
-            return text[begin + 1 : place]
-    return text[begin + 1 :]
+            return begin + 1, place
+    return begin + 1, len(text)
 
 
 def _normalised(text: str) -> str:

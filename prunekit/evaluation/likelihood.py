@@ -143,12 +143,13 @@ def option_logliks(
         progress: Show a progress bar on a terminal.
 
     Raises:
-        PrunekitError: There are no items, one exceeds the context, or the model's logits cannot be
-            computed from its base model and head, or are NaN.
+        PrunekitError: There are no items, one exceeds the context or can't be scored
+            (`encode_choices`), or the model's logits cannot be computed from its base model and
+            head, or are NaN.
     """
     if not choices:
         raise PrunekitError("no multiple-choice items: pass at least one")
-    questions, options = zip(*(_encode(tokenizer, choice) for choice in choices), strict=True)
+    questions, options = zip(*encode_choices(tokenizer, choices), strict=True)
     score = continuation_nlls if share_context else _uncached_nlls
     nlls = score(
         model,
@@ -300,6 +301,17 @@ def text_ids(
     return list(tokenize(tokenizer, text, verbose=False)["input_ids"])
 
 
+def encode_choices(
+    tokenizer: PreTrainedTokenizerBase, choices: Sequence[Choice]
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Token ids of each item's question, and of each of its options as its continuation.
+
+    Raises:
+        PrunekitError: Two options of an item are the same tokens, or one is none.
+    """
+    return [_encode(tokenizer, choice) for choice in choices]
+
+
 def _encode(
     tokenizer: PreTrainedTokenizerBase, choice: Choice
 ) -> tuple[list[int], list[list[int]]]:
@@ -317,6 +329,13 @@ def _encode(
         shared = next((i for i in range(shared) if i >= len(ids) or ids[i] != alone[i]), shared)
     if shared == 0 or any(len(ids) == shared for ids in whole):
         raise PrunekitError(f"item {choice.id!r}: an option is encoded as no tokens; reword it")
+    for index, ids in enumerate(whole):
+        first = whole.index(ids)
+        if first < index:
+            raise PrunekitError(
+                f"item {choice.id!r}: the options {choice.options[first]!r} and "
+                f"{choice.options[index]!r} are the same tokens to this tokenizer; reword one"
+            )
     return alone[:shared], [ids[shared:] for ids in whole]
 
 

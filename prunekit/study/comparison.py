@@ -26,6 +26,7 @@ from prunekit.checkpoint import check_finite
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.answering import Asking, encode
 from prunekit.evaluation.items import Choice
+from prunekit.evaluation.likelihood import encode_choices
 from prunekit.evaluation.questions import Question
 from prunekit.models import generation
 from prunekit.models.architectures import Architecture
@@ -182,6 +183,7 @@ def _checked(asked: _Comparison, sections: Sequence[str] | None) -> tuple[str, .
         for model in (setup.dense, asked.pruned):
             asked_for = encode(setup.tokenizer, setup.questions, setup.asking)
             generation.check_context(model, asked_for, longest)
+    encode_choices(setup.tokenizer, setup.choices)
     if "subspace" in wanted:
         option_tokens(setup.tokenizer, max(len(choice.options) for choice in setup.choices))
     return wanted

@@ -22,28 +22,32 @@ _NOTHING_TO_LOSE = 0.1
 _MANY_SAME = 0.1
 # Mean absolute error, as a share, from which on the prediction is said to fail.
 _MISSES = 0.1
+# So many of the 95 % intervals may lie below floors that hold.
+_CHANCE = 0.05
 HEAD = (
     "copy",
     "accuracy",
     "change, points",
     "exact match",
     "change, points ",
+    "predicted floor",
     "same answer",
     "same text",
     "KL, nats",
     "× dense speed",
     "in memory",
 )
-_SPARE = ("in memory", "same text", "× dense speed", "same answer")
+_SPARE = ("in memory", "same text", "predicted floor", "× dense speed", "same answer")
 
 
 def sentences(found: SweepFindings) -> list[Sentence]:
     """Where each series breaks, what the questions could show, and whether drift is predicted."""
     said: list[Sentence] = []
     scores = dense_scores(found.dense)
+    openly = "open ones" if found.meta["choices"] else "open questions"
     n = " and ".join(
         f"{found.meta[count]} {what}"
-        for count, what in (("choices", "multiple-choice questions"), ("questions", "open ones"))
+        for count, what in (("choices", "multiple-choice questions"), ("questions", openly))
         if found.meta[count]
     )
     base = " and its ".join(
@@ -71,6 +75,7 @@ def sentences(found: SweepFindings) -> list[Sentence]:
     said += _by_chance(found)
     said += _power(found)
     said += _predicted(found)
+    said += _floors(found)
     return said
 
 
@@ -179,6 +184,52 @@ def _predicted(found: SweepFindings) -> list[Sentence]:
     ]
 
 
+def _floors(found: SweepFindings) -> list[Sentence]:
+    """Whether exact match is predicted, and where it may fall by the prediction."""
+    told = found.floor_calibration()
+    if told is None:
+        return []
+    points, distance = told["points"], told["mean_distance"]
+    flat = told["dense_mean_distance"]
+    seen = float(dense_scores(found.dense)["exact_match"].mean) >= _NOTHING_TO_LOSE
+    bounded = points - told["allows"] <= _CHANCE * points
+    predicted = seen and bounded and distance < min(_MISSES, flat)
+    if not seen:
+        verdict = "Whether single steps predict exact match can't be seen where so little is right"
+    elif predicted:
+        verdict = "Single steps predict exact match"
+    elif bounded:
+        verdict = "Single steps give exact match a floor but do not predict it"
+    else:
+        verdict = "Single steps do not predict exact match, nor a floor of it"
+    said = [
+        Sentence(
+            f"{verdict}: it reaches its predicted floor at {told['reached']} of {points} copies "
+            f"(at {told['allows']} within its interval) and is {100 * distance:.1f} points from it "
+            f"on average (mean {100 * told['mean_above']:+.1f}), {100 * flat:.1f} from the dense "
+            f"model's. Of {told['kept']} right answers that were complete before a text left, "
+            f"{told['strayed']} turned wrong.",
+            warn=not predicted,
+        )
+    ]
+    series = [one for one in found.series if len(one.rows) > 1 and found.lost_from(one)]
+    if series and seen:
+        places = "; ".join(_lost_from(one, found) for one in series)
+        text = f"By the floors more than {found.margin:g} points of exact match may go: {places}."
+        said.append(Sentence(text))
+    return said
+
+
+def _lost_from(one: Swept, found: SweepFindings) -> str:
+    """`attentions dropped from 2 attentions on (observed from 8 attentions on)`."""
+    labels = [row.label for row in one.rows if row.floor is not None]
+    places = {
+        name: "nowhere" if at is None else f"from {labels[at]} on"
+        for name, at in (found.lost_from(one) or {}).items()
+    }
+    return f"{one.name} {places['predicted']} (observed {places['observed']})"
+
+
 def lines(found: SweepFindings) -> list[list[Value | str]]:
     """The cells of the table, the dense model first."""
     scores = dense_scores(found.dense)
@@ -188,13 +239,13 @@ def lines(found: SweepFindings) -> list[list[Value | str]]:
         _cell(scores.get("accuracy")),
         NONE,
         _cell(scores.get("exact_match")),
-        *([NONE] * 5),
+        *([NONE] * 6),
         size(found.dense["bytes_in_memory"]),
     ]
     rows = [own]
     for row in found.rows:
         if row.error:
-            rows.append([row.label, f"failed: {row.error}", *[NONE] * 8])
+            rows.append([row.label, f"failed: {row.error}", *[NONE] * 9])
             continue
         kl = (row.kl or {}).get("kl")
         rows.append(
@@ -204,6 +255,7 @@ def lines(found: SweepFindings) -> list[list[Value | str]]:
                 _difference(row, "accuracy"),
                 _cell(row.scores.get("exact_match")),
                 _difference(row, "exact_match"),
+                NONE if row.floor is None else Value(100 * row.floor.floor, unit="%"),
                 _cell(row.scores.get("same_answer")),
                 _cell(row.scores.get("same_text")),
                 NONE if kl is None else _value(kl),
@@ -215,9 +267,12 @@ def lines(found: SweepFindings) -> list[list[Value | str]]:
 
 
 def table(found: SweepFindings) -> Table:
-    """All points as one table."""
+    """All points as one table, without columns that nothing was measured for."""
     n = f"{found.meta['choices']} multiple-choice and {found.meta['questions']} open questions"
-    return Table(f"{found.meta['dense']} and its copies: {n}", HEAD, lines(found))
+    rows = lines(found)
+    kept = [i for i in range(len(HEAD)) if any(row[i] != NONE for row in rows)]
+    rows = [[row[i] for i in kept] for row in rows]
+    return Table(f"{found.meta['dense']} and its copies: {n}", [HEAD[i] for i in kept], rows)
 
 
 def shown(found: SweepFindings) -> Any:

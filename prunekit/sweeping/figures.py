@@ -16,12 +16,14 @@ _CURVES = (
     ("same_answer", "same answer", "p"),
     ("same_text", "same text", "h"),
 )
+_FLOORS = " Dashed: what is left of exact match at least, as single steps predict."
 _ROLES = ("h", "z", "p", "generative", "dense", "single", "kl", "reverse")
 
 
 def figures(found: SweepFindings) -> list[Figure]:
     """Curves of every series, KL, and the prediction of the first divergence."""
     made = []
+    predictions = [row for row in found.rows if row.prediction is not None]
     curves = [one for one in found.series if len([r for r in one.rows if not r.error]) > 1]
     if curves:
         made.append(
@@ -29,13 +31,12 @@ def figures(found: SweepFindings) -> list[Figure]:
                 "edge",
                 "Single-step accuracy against generated answers",
                 "Accuracy is by choosing among options, exact match by writing; same answer and "
-                "same text as the dense model's, which is at 0.",
+                "same text as the dense model's, which is at 0." + _FLOORS * bool(predictions),
                 [_curve(one, found) for one in curves],
             )
         )
     if curves and any(row.kl for row in found.rows):
         made.append(_divergences(curves))
-    predictions = [row for row in found.rows if row.prediction is not None]
     if predictions:
         made.append(_prediction(predictions))
     return made
@@ -60,6 +61,14 @@ def _curve(one: Swept, found: SweepFindings) -> Chart:
                 [100 * float(interval.low) for interval in held],
                 [100 * float(interval.high) for interval in held],
             )
+        )
+    floors = [row.floor for row in rows if row.floor is not None]
+    if floors:
+        shares = [floors[0].dense, *(floor.floor for floor in floors)]
+        places = [0.0, *(scale * row.x for row in rows if row.floor is not None)]
+        percent = [100 * share for share in shares]
+        series.append(
+            Series("exact match, predicted floor", "generative", places, percent, dashed=True)
         )
     key = "curve-" + "-".join(one.name.lower().split())
     label = one.name if one.axis == "count" else "zeros, %"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from prunekit.sweeping import floors
 from prunekit.sweeping.edges import USUAL_BUDGET, edge
 from prunekit.sweeping.points import Point
 from prunekit.sweeping.prediction import calibration
@@ -100,3 +101,23 @@ class SweepFindings:
     def calibration(self) -> dict[str, float] | None:
         """How well the first divergence was predicted, over all points."""
         return calibration([row.prediction for row in self.rows if row.prediction is not None])
+
+    def floor_calibration(self) -> dict[str, Any] | None:
+        """How well the floors of exact match fit, over all points."""
+        return floors.calibration([row.floor for row in self.rows if row.floor is not None])
+
+    def lost_from(self, one: Swept) -> dict[str, int | None] | None:
+        """From which point of a series on more exact match goes than the margin.
+
+        Returns:
+            The indices by the `predicted` floors and by the `observed` estimates, over the points
+            that have numbers, None where there is none; None without floors.
+        """
+        found = [row.floor for row in one.rows if row.floor is not None]
+        if not found:
+            return None
+        seen = [100 * (floor.dense - floor.observed) for floor in found]
+        return {
+            "predicted": floors.from_where([floor.lost for floor in found], self.margin),
+            "observed": floors.from_where(seen, self.margin),
+        }

@@ -18,7 +18,7 @@ from prunekit.checkpoint import check_finite
 from prunekit.divergence.loading import bytes_in_memory
 from prunekit.divergence.run import kld
 from prunekit.errors import PrunekitError
-from prunekit.evaluation.answering import Asking, Reply, answered
+from prunekit.evaluation.answering import Asking, Reply, answered, answered_after
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.questions import Question
 from prunekit.models import generation
@@ -70,6 +70,14 @@ class Asked:
             "replies": [_reply_to_dict(reply) for reply in self._replies(self.dense, "dense")],
             **_sizes(self.dense),
         }
+
+    def complete(self, dense: dict[str, Any]) -> list[int]:
+        """After how many tokens the answer of each of the dense model's texts is complete."""
+        replies = [reply_from_dict(data) for data in dense["replies"]]
+        return [
+            answered_after(self.tokenizer, reply, question, self.asking)
+            for reply, question in zip(replies, self.questions, strict=True)
+        ]
 
     def of_copy(self, key: str, label: str, made: Made, dense: dict[str, Any]) -> dict[str, Any]:
         """The numbers of one copy.

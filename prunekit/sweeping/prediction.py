@@ -55,7 +55,6 @@ def predicted(
     counted: Mapping[str, Sequence[int]],
     paths: Sequence[Sequence[float]],
     first_divergence: Sequence[float | None],
-    right: Sequence[bool],
 ) -> dict[str, Any]:
     """The prediction for one copy beside what happened.
 
@@ -63,13 +62,11 @@ def predicted(
         counted: What `flips_by_entropy` returned.
         paths: The dense model's entropies along its answers.
         first_divergence: The step at which the copy's answer first differs; None if it does not.
-        right: Whether the dense model's answer is right.
 
     Returns:
         At each of `STEPS` that some answer reaches, the mean predicted and the observed share of
         the answers of at least that length that are unchanged so far, with their number; the same
-        with one hazard for all entropies (`constant`); the shares unchanged to the end; and the
-        exact match of the right answers that are predicted to be unchanged, a floor of the copy's.
+        with one hazard for all entropies (`constant`); and the shares unchanged to the end.
     """
     whole = {name: [sum(values)] * len(BINS[1:]) for name, values in counted.items()}
     curves, flat = survival(hazards(counted), paths), survival(hazards(whole), paths)
@@ -92,7 +89,6 @@ def predicted(
         "steps": rows,
         "predicted_same": float(ends.mean()),
         "observed_same": float(np.mean(np.isinf(first))),
-        "predicted_exact_match": float(np.mean(ends * np.array(right, np.float64))),
     }
 
 

@@ -53,6 +53,7 @@ class Sweep(SweepFindings):
                         "name": one.name,
                         "axis": one.axis,
                         "edges": {side: vars(found) for side, found in self.edges(one).items()},
+                        "exact_match_lost_from": self.lost_from(one),
                         "left": list(one.left),
                         "rows": [row.to_dict() for row in one.rows],
                     }
@@ -60,6 +61,7 @@ class Sweep(SweepFindings):
                 ],
                 "sentences": self.sentences(),
                 "prediction": self.calibration(),
+                "exact_match_prediction": self.floor_calibration(),
             }
         )
         return told
@@ -85,8 +87,11 @@ class Sweep(SweepFindings):
                 if row.by_chance is not None:
                     line["same_answer_by_chance"] = row.by_chance
                 if row.prediction is not None:
-                    for name in ("predicted_same", "observed_same", "predicted_exact_match"):
+                    for name in ("predicted_same", "observed_same"):
                         line[name] = row.prediction[name]
+                if row.floor is not None:
+                    line["exact_match_floor"] = row.floor.floor
+                    line |= _ends("exact_match_above_floor", interval_to_dict(row.floor.above))
                 lines.append({**line, "seconds": row.seconds, "error": row.error})
         return csv_text(lines)
 

@@ -12,7 +12,8 @@ from prunekit.analysis.answers import expected_agreement, reply_scores
 from prunekit.analysis.grid import interval_to_dict
 from prunekit.analysis.quality import Scores
 from prunekit.evaluation.intervals import Interval, Paired, bootstrap_mean, paired, wilson
-from prunekit.sweeping.prediction import predicted
+from prunekit.sweeping.floors import Floor, floor_of
+from prunekit.sweeping.prediction import hazards, predicted, survival
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Row:
         sizes: parameters, bytes_in_memory, bytes_on_disk (None where there are no files).
         by_chance: `expected_agreement` of the answers with the dense model's; None without any.
         prediction: See `prediction.predicted`; None without KL or questions.
+        floor: The predicted floor of its exact match; None without KL or questions.
         facts: What was done to it.
         seconds: How long measuring it took.
         error: Why there are no numbers, or "".
@@ -43,6 +45,7 @@ class Row:
     sizes: dict[str, int | None]
     by_chance: float | None
     prediction: dict[str, Any] | None
+    floor: Floor | None
     facts: dict[str, Any]
     seconds: float
     error: str = ""
@@ -63,6 +66,7 @@ class Row:
             **self.sizes,
             "same_answer_by_chance": self.by_chance,
             "prediction": self.prediction,
+            "exact_match_floor": None if self.floor is None else _floor_to_dict(self.floor),
             "facts": self.facts,
             "seconds": self.seconds,
         }
@@ -70,30 +74,36 @@ class Row:
 
 def failed(label: str, x: float, error: str) -> Row:
     """A point that could not be made or measured."""
-    return Row(label, x, {}, {}, None, None, {}, None, None, {}, 0.0, error)
+    return Row(label, x, {}, {}, None, None, {}, None, None, None, {}, 0.0, error)
 
 
 def row(
     label: str, x: float, found: Mapping[str, Any], dense: Mapping[str, Any], *, seed: int
 ) -> Row:
-    """The row of a copy, from what `Asked.of_copy` and `Asked.of_dense` recorded."""
+    """The row of a copy, from what `Asked.of_copy` and `Asked.of_dense` recorded.
+
+    `dense` also has what `Asked.complete` makes of it, as "complete".
+    """
     changes: dict[str, Paired] = {}
     if found["choices"]:
         ours, theirs = (one["choices"]["right"] for one in (dense, found))
         changes["accuracy"] = paired(ours, theirs, seed=seed)
     measures = {name: np.array(values, np.float64) for name, values in found["answers"].items()}
     right = [reply["right"] for reply in dense["replies"]]
+    theirs_right = [bool(one) for one in measures.get("right", ())]
     if measures:
-        changes["exact_match"] = paired(right, [bool(one) for one in measures["right"]], seed=seed)
+        changes["exact_match"] = paired(right, theirs_right, seed=seed)
     scores = choice_scores(found) | (reply_scores(measures, seed=seed) if measures else {})
     kl, speed = found["kl"], found["speed"]
-    by_chance = prediction = None
+    by_chance = prediction = floor = None
     if measures:
         by_chance = expected_agreement([one["given"] for one in dense["replies"]], found["given"])
     if kl and measures:
         paths = [reply["entropies"] for reply in dense["replies"]]
         first = found["answers"]["first_divergence"]
-        prediction = predicted(kl["flips"], paths, first, right)
+        prediction = predicted(kl["flips"], paths, first)
+        curves = survival(hazards(kl["flips"]), paths)
+        floor = floor_of(curves, dense["complete"], first, right, theirs_right, seed=seed)
     ratio = None
     if speed:
         ratio = bootstrap_mean(np.array(speed["dense"]) / np.array(speed["own"]), seed=seed)
@@ -107,6 +117,7 @@ def row(
         {name: found[name] for name in ("parameters", "bytes_in_memory", "bytes_on_disk")},
         by_chance,
         prediction,
+        floor,
         found["facts"],
         found["seconds"],
     )
@@ -121,6 +132,11 @@ def choice_scores(found: Mapping[str, Any]) -> Scores:
         "accuracy": wilson(sum(right), len(right)),
         "chance": Interval(chance, chance, chance, len(right)),
     }
+
+
+def _floor_to_dict(floor: Floor) -> dict[str, Any]:
+    told = {name: getattr(floor, name) for name in ("floor", "observed", "kept", "strayed")}
+    return {**told, "above": interval_to_dict(floor.above)}
 
 
 def dense_scores(dense: Mapping[str, Any]) -> Scores:

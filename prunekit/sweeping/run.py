@@ -22,6 +22,7 @@ from prunekit.divergence.processes import by_main, free_memory
 from prunekit.errors import PrunekitError, one_line
 from prunekit.evaluation.answering import Asking, encode
 from prunekit.evaluation.items import Choice, load_heldout
+from prunekit.evaluation.likelihood import encode_choices
 from prunekit.evaluation.questions import Question
 from prunekit.files.locks import locked
 from prunekit.models import generation
@@ -99,7 +100,8 @@ def sweep(
 
     Raises:
         PrunekitError: Nothing is asked or tried, a count is beyond the model, a question is too
-            long, or `output` belongs to another sweep; found before the heavy work starts.
+            long, two of its options are the same tokens, or `output` belongs to another sweep;
+            found before the heavy work starts.
     """
     asking = asking or Asking()
     if not plans:
@@ -112,6 +114,7 @@ def sweep(
         raise PrunekitError("several processes share their record on disk: give an output folder")
     if questions:
         generation.check_context(dense, encode(tokenizer, questions, asking), asking.max_new_tokens)
+    encode_choices(tokenizer, choices)
     with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as kept:
         folder = Path(temporary if output is None else output).expanduser()
         if output is not None:
@@ -157,6 +160,7 @@ def sweep(
             ]
         )
         own = record.point("dense", {"dense": True}, asked.of_dense)
+        own["complete"] = asked.complete(own)  # from its texts: no part of the record
         swept = [_swept(one, asked, record, own, budget, seed) for one in series]
         result = Sweep(_meta(asked, name, budget, seed), own, tuple(swept), budget, seed)
         if output is not None:

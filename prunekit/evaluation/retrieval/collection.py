@@ -74,7 +74,9 @@ def load_collection(folder: str | Path | None = None, split: str = "test") -> Co
     relevant = _judgements(root / QRELS / f"{split}.tsv", queries, documents)
     judged = {query: text for query, text in queries.items() if query in relevant}
     left = len(queries) - len(judged)
-    notes = (f"{left} queries without a relevant document are left out",) if left else ()
+    several = f"{left} queries without a relevant document are left out"
+    note = "1 query without a relevant document is left out" if left == 1 else several
+    notes = (note,) if left else ()
     return Collection(name, documents, judged, relevant, notes)
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from command_line import QUICK, snapshot
+from command_line import QUICK, snapshot, tiny_tokenizer
+from tokenizers import normalizers
 
-from prunekit import checkpoint, cli
+from prunekit import checkpoint, cli, load
+from prunekit.evaluation.items import load_choices
+from prunekit.evaluation.likelihood import encode_choices
 from prunekit.report import png
 
 ASKED = "--choices choices.jsonl --generate open.jsonl --examples 1 --answer-tokens 4"
@@ -84,3 +87,29 @@ def test_refusals(folder, capsys, tmp_path, flags, message):
     assert cli.main(line.split()) == 2
     assert message in capsys.readouterr().err
     assert snapshot(folder) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"sweep {{0}} --generate none --output {{1}} {QUICK}",
+        "compare {0} {0} --prompts prompts.txt --output {1}",
+    ],
+)
+def test_options_that_are_the_same_tokens(folder, capsys, tmp_path, command):
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    model, _ = checkpoint.load("dense")
+    checkpoint.save(model, tokenizer, tmp_path / "lower")
+    out, choices = tmp_path / "out", tmp_path / "alike.jsonl"
+    items = [("one", ["no", "No way"]), ("two", ["Rome", "Paris", "paris"])]
+    rows = [{"id": n, "question": "Where?", "options": o, "answer": 0} for n, o in items]
+    choices.write_text("\n".join(map(json.dumps, rows)))
+    line = f"{command.format(tmp_path / 'lower', out)} --choices {choices} --quiet"
+    assert cli.main(line.split()) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert "item 'two': the options 'Paris' and 'paris' are the same tokens" in said
+    assert not list(out.rglob("*.safetensors"))  # before anything is calibrated
+    # to a tokenizer that tells them apart they are two options
+    checkpoint.save(model, tiny_tokenizer(), tmp_path / "cased")
+    assert encode_choices(load(tmp_path / "cased")[1], load_choices(choices))

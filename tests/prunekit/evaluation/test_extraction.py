@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from prunekit.evaluation.extraction import as_number, given_answer, right_answer, same_answer
+from prunekit.evaluation.extraction import (
+    answer_end,
+    as_number,
+    given_answer,
+    right_answer,
+    same_answer,
+)
 
 
 @pytest.mark.parametrize(
@@ -43,6 +49,42 @@ def test_the_number_that_a_text_gives(text, number):
 )
 def test_the_text_that_a_text_gives(text, answer):
     assert given_answer(text, right="Rome") == answer
+
+
+@pytest.mark.parametrize(
+    ("until", "after"),
+    [
+        ("She eats 7 ", "apples"),
+        ("7\n", "Question: next"),
+        ("7. ", "So"),  # 7.5 is ruled out by the space only
+        ("1,472,", None),
+        ("3/4)", " of it"),
+        ("-3.5%", ""),
+        ("so \\boxed{42}", " is it"),
+        ("The answer is $1,472.50 ", "in all\nand more"),
+        ("#### 5", None),
+        ("maybe 7", None),
+        ("no number", None),
+    ],
+)
+def test_where_a_number_is_complete(until, after):
+    text = until + (after or "")
+    assert answer_end(text, right="1") == (None if after is None else len(until))
+
+
+@pytest.mark.parametrize(
+    ("until", "after"),
+    [
+        ("\n Paris.\n", "Question: 3"),
+        ("Paris and Rome", None),
+        ("I think.\nThe answer is Paris\n", "\n"),
+        ("\\boxed{x^{2}}", "+1"),
+        ("\n\n", None),
+    ],
+)
+def test_where_a_text_is_complete(until, after):
+    text = until + (after or "")
+    assert answer_end(text, right="Rome") == (None if after is None else len(until))
 
 
 def test_the_right_answer_of_a_solution():

@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from prunekit.errors import PrunekitError
 from prunekit.evaluation import answering
-from prunekit.evaluation.answering import Asking, answered
+from prunekit.evaluation.answering import Asking, Reply, answered, answered_after
 from prunekit.evaluation.questions import Question, load_questions, split_examples
 from prunekit.models import generation
 
@@ -122,3 +124,35 @@ def test_the_embedded_model_answers_what_it_is_asked():
         for ids, reply in zip(encoded, found, strict=False):
             logits = model(torch.tensor([[*ids, *reply.ids]])).logits[0, len(ids) - 1 : -1]
             assert logits.argmax(-1).tolist() == list(reply.ids)
+
+
+@pytest.fixture(scope="module")
+def letters():
+    """Every sign is one token."""
+    signs = [*" .\nABCPQapr:isuoe0123456789", "<end>"]
+    raw = Tokenizer(models.WordLevel({sign: n for n, sign in enumerate(signs)}, unk_token="A"))
+    raw.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    raw.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<end>")
+
+
+@pytest.mark.parametrize(
+    ("until", "after", "right", "few"),
+    [
+        (" 72 ", "apples", "5", False),
+        (" 72 ", "apples\n\n", "5", True),
+        (" 72\n", "\n", "5", True),
+        (" 72", "", "5", True),  # cut off: the next token may be another digit
+        (" Paris\n", "\n", "Rome", True),
+        ("\n\n 7", "", "5", True),  # empty: the break comes first
+        (" Paris\n", "Question: B", "Rome", True),
+    ],
+)
+def test_after_how_many_tokens_an_answer_is_complete(letters, until, after, right, few):
+    question = Question("q", "A", right, right)
+    asking = Asking((question,) if few else ())
+    ids = letters.encode(until + after)
+    assert len(ids) == len(until + after)
+    reply = Reply((*ids, letters.eos_token_id), "", None, True)
+    expected = len(until) if after else len(reply.ids)
+    assert answered_after(letters, reply, question, asking) == expected

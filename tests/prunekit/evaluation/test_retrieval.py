@@ -112,7 +112,7 @@ def test_a_collection_as_beir_has_it(tmp_path):
     found = load_collection(folder_of(tmp_path / "beir", DOCUMENTS, QUERIES, qrels))
     assert found.documents == {"1": "One first", "2": "second"}
     assert found.queries == {"a": "which?"} and found.relevant == {"a": {"2": 2, "1": 1}}
-    assert found.notes == ("1 queries without a relevant document are left out",)
+    assert found.notes == ("1 query without a relevant document is left out",)
     trec = folder_of(tmp_path / "trec", DOCUMENTS, QUERIES, "a\t0\t2\t1\n", split="dev")
     assert load_collection(trec, "dev").relevant == {"a": {"2": 1}}
 
@@ -158,7 +158,7 @@ def test_the_command(tmp_path, capsys, model):
     assert tuple(ranks) == alone.ranks
     assert cli.main([*line.split(), "--limit", "1", "--pooling", "mean"]) == 0
     shown = capsys.readouterr().out
-    assert "1 queries, 2 documents, mean pooling" in shown and "Better, worse" in shown
+    assert "1 query, 2 documents, mean pooling" in shown and "Better, worse" in shown
     for words, message in (
         ("--collection nowhere", "is no folder"),
         ("--max-length 0", "whole number from 1"),

@@ -14,14 +14,17 @@ import prunekit as pk
 from prunekit.divergence.run import kld
 from prunekit.errors import PrunekitError
 from prunekit.evaluation.answering import Asking, answered
-from prunekit.evaluation.intervals import paired
+from prunekit.evaluation.intervals import Interval, paired
 from prunekit.evaluation.items import Choice
 from prunekit.evaluation.likelihood import option_logliks
 from prunekit.evaluation.questions import Question
 from prunekit.pruning import RIA, Drop, DropReport, Magnitude, Wanda, drop_
 from prunekit.report import png
+from prunekit.sweeping.contents import table
 from prunekit.sweeping.edges import Edge
+from prunekit.sweeping.floors import Floor
 from prunekit.sweeping.measuring import Asked
+from prunekit.sweeping.prediction import hazards, survival
 from prunekit.sweeping.run import sweep
 
 CHOICES = [
@@ -102,6 +105,87 @@ def test_a_copy_that_is_the_same_loses_nothing(asked, tiny):
     assert row.prediction["observed_same"] == 1 and row.prediction["predicted_same"] > 0.5
     assert found.best()[0].name == "twin"
     assert any("twin: accuracy changes by 0 points" in said for said in found.sentences())
+
+
+def test_a_floor_is_made_of_the_dense_answers(asked, tiny, monkeypatch):
+    dense = Asked.of_dense
+
+    def right_every_other_time(self):
+        found = dense(self)
+        for index, reply in enumerate(found["replies"]):
+            reply["right"] = index % 2 == 0
+        return found
+
+    monkeypatch.setattr(Asked, "of_dense", right_every_other_time)
+    monkeypatch.setattr(Asked, "complete", lambda self, own: [2] * len(QUESTIONS))
+    flips = []
+    measure = Asked.of_copy
+
+    def noted(self, *others):
+        found = measure(self, *others)
+        flips.append(found["kl"]["flips"])
+        return found
+
+    monkeypatch.setattr(Asked, "of_copy", noted)
+    found = asked([Drop("attn", 2)], choices=())
+    told = found.to_dict()
+    for row, counted, data in zip(found.rows, flips, told["series"][0]["rows"], strict=True):
+        curves = survival(hazards(counted), [r["entropies"] for r in found.dense["replies"]])
+        kept = np.mean([curve[1] * (i % 2 == 0) for i, curve in enumerate(curves)])
+        assert row.floor.floor == pytest.approx(kept) == data["exact_match_floor"]["floor"]
+        assert row.floor.observed == pytest.approx(row.scores["exact_match"].mean)
+        assert f"{row.floor.floor:.6f}" in found.csv() or str(row.floor.floor) in found.csv()
+    assert told["exact_match_prediction"]["points"] == 2
+    assert told["series"][0]["exact_match_lost_from"] == found.lost_from(found.series[0])
+    assert "predicted floor" in table(found).columns
+
+
+@pytest.mark.parametrize(
+    ("floors", "verdict", "places"),
+    [
+        ([0.49, 0.3], "predict exact match: it reaches its predicted floor at 2 of 2", (1, 1)),
+        ([0.25, 0.1], "give exact match a floor but do not predict it", (0, 1)),
+        ([0.50, 0.5], "do not predict exact match, nor a floor of it", (None, 1)),
+    ],
+)
+def test_whether_exact_match_is_predicted_is_said(asked, monkeypatch, floors, verdict, places):
+    dense = Asked.of_dense
+
+    def half(self):
+        found = dense(self)
+        for index, reply in enumerate(found["replies"]):
+            reply["right"] = index % 2 == 0
+        return found
+
+    monkeypatch.setattr(Asked, "of_dense", half)
+    found = asked([Drop("attn", 2)], choices=())
+    (one,) = found.series
+    rows = [
+        replace(row, floor=Floor(0.5, floor, Interval(m - floor, m - floor, m - floor, 10), 5, 2))
+        for row, floor, m in zip(one.rows, floors, (0.5, 0.32), strict=True)
+    ]
+    changed = replace(found, series=(replace(one, rows=tuple(rows)),))
+    said = changed.sentences()
+    assert any(f"Single steps {verdict}" in sentence for sentence in said)
+    assert "Of 10 right answers that were complete before a text left, 4 turned wrong." in said[-2]
+    labels = ["nowhere" if at is None else f"from {rows[at].label} on" for at in places]
+    assert said[-1].endswith(f"may go: attentions dropped {labels[0]} (observed {labels[1]}).")
+
+
+def test_nothing_is_said_of_exact_match_where_nothing_is_right(asked):
+    found = asked([Drop("attn", 2)], choices=())
+    assert found.floor_calibration()["dense_mean_distance"] < 0.1
+    assert "can't be seen where so little is right" in found.sentences()[-1]
+    assert not any("may go" in said for said in found.sentences())
+
+
+def test_columns_that_nothing_was_measured_for_are_left_out(asked):
+    found = asked([Drop("attn", 1)], choices=())
+    columns = table(found).columns
+    assert "× dense speed" not in columns and "accuracy" not in columns
+    assert {"exact match", "same answer", "KL, nats", "in memory"} <= set(columns)
+    assert all(len(row) == len(columns) for row in table(found).rows)
+    assert "× dense speed" in table(asked([Drop("attn", 1)], kl=False, speed=True)).columns
 
 
 @pytest.mark.parametrize("by_chance", [0.2, 1.0])
@@ -204,6 +288,7 @@ def test_one_kind_of_question_is_enough(asked):
     choosing = asked([Drop("attn", 1)], questions=(), kl=False)
     assert choosing.sides() == ("accuracy",) and not choosing.rows[0].prediction
     writing = asked([Drop("attn", 1)], choices=())
+    assert f"on {len(QUESTIONS)} open questions." in writing.sentences()[0]
     assert writing.sides() == ("exact_match",) and "accuracy" not in writing.rows[0].scores
 
 
