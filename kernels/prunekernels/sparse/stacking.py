@@ -9,7 +9,7 @@ from typing import Any
 ROWS = 16
 
 
-def stacked_rows(op: str, weights: Sequence[Any], kind: type) -> int:
+def stacked_rows(op: str, weights: Sequence[Any], kind: type[Any]) -> int:
     """Rows of packed weights stacked on each other.
 
     Args:
