@@ -33,6 +33,13 @@ def floats(op: str, **tensors: Tensor | None) -> None:
             )
 
 
+def given(op: str, **tensors: Tensor | None) -> None:
+    """None of the tensors that an op cannot do without is missing."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise ValueError(f"{op}: {name} must be a tensor, got NoneType")
+
+
 def alike(op: str, **pair: Tensor) -> None:
     """Two tensors have the same shape, dtype and device, and a non-empty last dimension."""
     (name_a, a), (name_b, b) = pair.items()

@@ -143,6 +143,7 @@ def head_pair_stats(
         ValueError: as `pair_stats`, and for a head, bias or norm of the wrong shape or device.
     """
     op = "head_pair_stats"
+    checks.given(op, base_hidden=base_hidden, other_hidden=other_hidden, head_weight=head_weight)
     checks.floats(
         op,
         base_hidden=base_hidden,

@@ -14,7 +14,7 @@ name, a kernel (`head_loss_triton`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -103,8 +103,11 @@ def head_pair_loss(
         "teacher_head_weight": teacher_head_weight,
     }
     for name, tensor in named.items():
-        if tensor is not None and tensor.dtype not in _DTYPES:
-            raise ValueError(f"{op}: {name} must be a float tensor, got {tensor.dtype}")
+        if tensor is None and name == "teacher_head_weight":
+            continue
+        if not isinstance(tensor, Tensor) or tensor.dtype not in _DTYPES:
+            kind_of = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{op}: {name} must be a float tensor, got {kind_of}")
     checks.same_device(op, student_hidden, **{k: v for k, v in named.items() if k[0] != "s"})
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise ValueError(
@@ -120,6 +123,10 @@ def head_pair_loss(
             raise ValueError(
                 f"{op}: {name} of shape {tuple(states.shape)} needs a head (V, "
                 f"{states.shape[-1] if states.dim() else 'D'}), got {tuple(head.shape)}"
+            )
+        if head.numel() == 0:
+            raise ValueError(
+                f"{op}: a head needs at least one token and one column, got {tuple(head.shape)}"
             )
     if head_weight.shape[0] != teacher_head.shape[0]:
         raise ValueError(
@@ -167,31 +174,55 @@ class _HeadPairLoss(torch.autograd.Function):
         impl: str,
     ) -> Tensor:
         ctx.form, ctx.impl, ctx.together = form, impl, reduction != "none"
-        wanted = tuple(ctx.needs_input_grad[:2])
+        ctx.types = student.dtype, head.dtype
         if not ctx.together:
             ctx.save_for_backward(student, head, teacher, teacher_head)
-            return _sweep(student, head, teacher, teacher_head, form, None, (False, False), impl)[0]
+            return _sweep(student, head, teacher, teacher_head, form, None, (None, None), impl)[0]
         rows = student.shape[0]
         share = 1.0 / rows if reduction == "mean" and rows else 1.0
         weights = torch.full((rows,), share, dtype=_work(student), device=student.device)
         given = student, head, teacher, teacher_head
-        losses, *gradients = _sweep(*given, form, weights, wanted, impl)
+        # float16 would lose, before a scaled loss multiplies them, what the scale is there to keep
+        held = [torch.float32 if x == torch.float16 else x for x in ctx.types]
+        losses, *gradients = _sweep(*given, form, weights, _wanted(ctx, held), impl)
         ctx.save_for_backward(*gradients)
         return losses.mean() if reduction == "mean" else losses.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        found: list[Tensor | None]
+        found: Sequence[Tensor | None]
         if ctx.together:
-            # of a CPU's loss that is not scaled they are the gradients themselves: no copy of them
-            scaled = grad.device.type != "cpu" or grad.item() != 1.0
-            found = [x * grad if scaled and x is not None else x for x in ctx.saved_tensors]
+            found = _scaled(ctx.saved_tensors, ctx.types, grad)
         else:
-            wanted = tuple(ctx.needs_input_grad[:2])
             given: tuple[Tensor, Tensor, Tensor, Tensor] = ctx.saved_tensors
-            _, *found = _sweep(*given, ctx.form, grad, wanted, ctx.impl)
+            _, *found = _sweep(*given, ctx.form, grad, _wanted(ctx, ctx.types), ctx.impl)
         return (*found, None, None, None, None, None)
+
+
+def _wanted(ctx: Any, types: Sequence[torch.dtype]) -> list[torch.dtype | None]:
+    """The types that gradients of states and head shall have; None for one that is not wanted."""
+    needed = ctx.needs_input_grad[:2]
+    return [dtype if need else None for dtype, need in zip(types, needed, strict=True)]
+
+
+def _scaled(
+    gradients: Sequence[Tensor | None], types: Sequence[torch.dtype], grad: Tensor
+) -> list[Tensor | None]:
+    """The gradients times that of the loss, in the types of their tensors.
+
+    Of a CPU's loss that is not scaled they are the saved tensors themselves, which spares a copy of
+    a whole head; a graph that is kept keeps them, as a caller may add to what it was given.
+    """
+    kept = torch._C._autograd._get_current_graph_task_keep_graph()
+    if not kept and grad.device.type == "cpu" and grad.item() == 1.0:
+        grad = None  # type: ignore[assignment]
+    found: list[Tensor | None] = []
+    for x, dtype in zip(gradients, types, strict=True):
+        if x is not None and grad is not None:
+            x = x * grad
+        found.append(None if x is None else x.to(dtype))
+    return found
 
 
 def _sweep(
@@ -201,7 +232,7 @@ def _sweep(
     teacher_head: Tensor,
     form: HeadForm,
     weights: Tensor | None,
-    wanted: tuple[bool, ...],
+    wanted: Sequence[torch.dtype | None],
     impl: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Losses `(N,)`, and the gradients of their sum, weighted by row, that are wanted.
@@ -213,10 +244,11 @@ def _sweep(
         teacher_head: `(V, E)`.
         form: the loss.
         weights: `(N,)`; None if no gradient is wanted.
-        wanted: whether those of `student` and of `head` are.
+        wanted: the types of those of `student` and of `head`; None: that one is not.
         impl: what takes the divergences.
     """
     rows, (vocab, width) = student.shape[0], head.shape
+    asked = wanted[0] is not None or wanted[1] is not None
     work, device = _work(student), student.device
     divergence: Callable[..., tuple[Tensor, Tensor | None]] = _divergence
     live, dtype = _LIVE, work
@@ -225,7 +257,7 @@ def _sweep(
         if student.dtype == head.dtype == torch.bfloat16:
             dtype = torch.bfloat16
     losses = torch.empty(rows, dtype=work, device=device)
-    of_states = torch.empty_like(student) if wanted[0] else None
+    of_states = torch.empty_like(student, dtype=wanted[0]) if wanted[0] else None
     of_head = torch.empty(vocab, width, dtype=work, device=device) if wanted[1] else None
     budget = _CPU_BYTES if device.type == "cpu" else _GPU_BYTES
     most = max(1, budget // (live * work.itemsize * vocab))
@@ -237,7 +269,7 @@ def _sweep(
         z = _products(student[part], head, work)
         t = _products(teacher[part], teacher_head, work)
         # what autograd gives may be one number expanded
-        some = weights[part].to(work).contiguous() if weights is not None and any(wanted) else None
+        some = weights[part].to(work).contiguous() if weights is not None and asked else None
         losses[part], slopes = divergence(z, t, form, some, dtype)
         del z, t
         if slopes is None:
@@ -252,7 +284,7 @@ def _sweep(
             states = student[part].to(dtype)
             for tokens in _slices(head):
                 _add_product(of_head[tokens], slopes[:, tokens].t(), states, first=start == 0)
-    return losses, of_states, None if of_head is None else of_head.to(head.dtype)
+    return losses, of_states, None if of_head is None else of_head.to(wanted[1])
 
 
 def _products(states: Tensor, head: Tensor, work: torch.dtype) -> Tensor:

@@ -81,6 +81,8 @@ class PairOptions:
         if weights not in WEIGHTS:
             raise ValueError(f"{op}: weights must be one of {', '.join(WEIGHTS)}, got {weights!r}")
         checks.positive(op, "temperature", temperature)
+        if not isinstance(topk, int) or isinstance(topk, bool):
+            raise ValueError(f"{op}: topk must be a whole number, got {topk!r}")
         if not 0 <= topk <= vocab:
             raise ValueError(f"{op}: topk must lie in 0..{vocab} (the vocabulary), got {topk}")
         asked = _field_names(op, fields, level, labels)
@@ -240,7 +242,9 @@ def checked_subset(
                 f"{op}: subset is a {type(subset).__name__}, and a CUDA graph is being captured; "
                 f"pass torch.tensor(subset, device={str(device)!r}) made beforehand"
             )
-        subset = torch.tensor(list(subset), dtype=torch.int64, device=device)
+        # without a type, so that numbers which are no integers are refused and not rounded
+        ids = list(subset)
+        subset = torch.tensor(ids, dtype=None if ids else torch.int64, device=device)
     checks.integers(op, "subset", subset, device)
     if subset.dim() != 1 or subset.numel() == 0:
         raise ValueError(

@@ -112,6 +112,8 @@ def pair_stats(
             is not above 0, token ids out of range or given twice, k above V, unknown fields, or
             an `impl` that cannot run here. The message names both values.
     """
+    if base is None or other is None:
+        checks.given("pair_stats", base=base, other=other)
     key = None
     if labels is None and subset is None and runtime.plain(base, other):
         names = fields if fields is None or isinstance(fields, str) else tuple(fields)

@@ -55,6 +55,8 @@ def vector_stats(
         ValueError: for mismatched or unsupported tensors, unknown fields, or an `impl` that
             cannot run here.
     """
+    if base is None or other is None:
+        checks.given("vector_stats", base=base, other=other)
     direct, key = runtime.plain(base, other), None
     if direct:
         names = fields if fields is None or isinstance(fields, str) else tuple(fields)

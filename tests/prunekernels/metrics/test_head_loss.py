@@ -99,6 +99,36 @@ def test_memory_does_not_grow_with_rows(reduction: str) -> None:
     assert peaks[1] < 0.5 * logits
 
 
+def test_a_graph_that_is_kept_gives_the_same_gradients_again() -> None:
+    """Gradients that were handed out change where they are added up, or clipped in place."""
+    student, teacher, head = states()
+    loss = head_pair_loss(student, teacher, head)
+    wanted = [x.clone() for x in torch.autograd.grad(loss, (student, head), retain_graph=True)]
+    for times in (1.0, 2.0, 3.0):
+        loss.backward(retain_graph=True)
+        for tensor, once in zip((student, head), wanted, strict=True):
+            assert tensor.grad is not None
+            torch.testing.assert_close(tensor.grad, times * once)
+    for found in torch.autograd.grad(loss, (student, head), retain_graph=True):
+        found.zero_()
+    assert all(map(torch.equal, torch.autograd.grad(loss, (student, head)), wanted))
+
+
+def test_a_scaled_loss_of_float16_keeps_small_gradients() -> None:
+    """Those of a mean over many states are below float16's smallest number until scaled."""
+    torch.manual_seed(0)
+    teacher = torch.randn(2048, 8)
+    student = (teacher + 0.01 * torch.randn(2048, 8)).half().requires_grad_()
+    head = (torch.randn(200, 8) / 4).half().requires_grad_()
+    loss = head_pair_loss(student, teacher.half(), head)
+    found = torch.autograd.grad(65536 * loss, (student, head))
+    assert [x.dtype for x in found] == [torch.float16] * 2
+    exact = [x.detach().double().requires_grad_() for x in (student, head)]
+    whole_loss = whole(exact[0], teacher.half().double(), exact[1], exact[1], "kl").mean()
+    for got, wanted in zip(found, torch.autograd.grad(65536 * whole_loss, exact), strict=True):
+        assert float((got.double() - wanted).norm() / wanted.norm()) < 1e-3
+
+
 def test_what_needs_no_gradient_gets_none() -> None:
     student, teacher, head = states()
     (grad,) = torch.autograd.grad(head_pair_loss(student, teacher, head.detach()), student)
@@ -119,6 +149,10 @@ def test_wrong_arguments_name_both_values() -> None:
         ("temperature .* got 0", (student, teacher, head), {"temperature": 0}),
         ("logit_scale .* got 0", (student, teacher, head), {"logit_scale": 0.0}),
         ("int64", (student.long(), teacher, head), {}),
+        ("student_hidden must be a float tensor, got list", ([1.0], teacher, head), {}),
+        ("head_weight must be a float tensor, got NoneType", (student, teacher, None), {}),
+        (r"at least one token and one column, got \(0, 4\)", (student, teacher, head[:0]), {}),
+        (r"\(11, 0\)", (student[:, :0], teacher[:, :0], head[:, :0]), {}),
     ):
         with pytest.raises(ValueError, match=message):
             head_pair_loss(*arguments, **options)  # type: ignore[arg-type]

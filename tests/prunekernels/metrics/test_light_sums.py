@@ -63,6 +63,16 @@ def test_hard_rows_are_within_the_table(vocab: int, temperature: float) -> None:
         assert found["kl_base_other"][1] == found["kl_other_base"][1] == 0.0
 
 
+def test_autocast_rounds_nothing() -> None:
+    base = 3 * torch.randn(3, 5000)
+    other = base + 0.1 * torch.randn_like(base)
+    expected = pair_stats(base, other, fields=FIELDS).as_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = pair_stats(base, other, fields=FIELDS).as_dict()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types_and_strides(dtype: torch.dtype) -> None:
     both = torch.randn(3, 2, 5000, 2).to(dtype)

@@ -217,6 +217,16 @@ def bad_calls() -> dict[str, tuple[Any, str]]:
             lambda: pair_stats(vector, vector, subset=torch.tensor([0.5])),
             "subset must be an int64",
         ),
+        "subset rounded": (
+            lambda: pair_stats(vector, vector, subset=[1.5, 2.5]),
+            "subset must be an int64",
+        ),
+        "topk a fraction": (lambda: pair_stats(vector, vector, topk=1.5), "whole number, got 1.5"),
+        "missing": (lambda: pair_stats(vector, None), "other must be a tensor, got NoneType"),  # type: ignore[arg-type]
+        "head missing": (
+            lambda: head_pair_stats(HIDDEN, HIDDEN, None),  # type: ignore[arg-type]
+            "head_weight must be a tensor",
+        ),
         "topk above V": (lambda: pair_stats(vector, vector, topk=51), r"0\.\.50 .* got 51"),
         "topk negative": (lambda: pair_stats(vector, vector, topk=-1), "got -1"),
         "level": (lambda: pair_stats(vector, vector, level="fast"), "core, precise, full, got"),
@@ -250,6 +260,7 @@ def bad_calls() -> dict[str, tuple[Any, str]]:
             "head_weight is on meta and the rest on cpu",
         ),
         "vectors": (lambda: vector_stats(LOGITS, CHANGED[..., 1:]), r"50\) and \(2, 3, 49\)"),
+        "vector missing": (lambda: vector_stats(vector, None), "other must be a tensor"),  # type: ignore[arg-type]
         "vector grad": (
             lambda: vector_stats(vector, vector.clone().requires_grad_()),
             "other requires grad",

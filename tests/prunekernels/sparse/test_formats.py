@@ -80,9 +80,14 @@ def test_stacked_weights_equal_packing_the_stacked_dense(form, dtype):
 def test_what_does_not_stack_or_split_is_refused(form):
     whole, odd = (form.kind.pack(form.values(rows, 100, torch.float16)) for rows in (32, 21))
     stacked = form.kind.cat([whole, odd])
-    for wrong in ([32, 20], [30, 23]):
+    for wrong in ([32, 20], [30, 23], [64, -11], [0, 53], [53, 0]):
         with pytest.raises(ValueError, match="53 rows"):
             stacked.split(wrong)
+    dense = form.values(32, 100, torch.float16)
+    with pytest.raises(ValueError, match="not Tensor: pack each with"):
+        form.kind.cat([whole, dense])
+    with pytest.raises(ValueError, match="not Tensor: pack each with"):
+        form.kind.cat([dense])
     with pytest.raises(ValueError, match="multiple of 16 rows, not 21"):
         form.kind.cat([odd, whole])
     with pytest.raises(ValueError, match="pack them alike"):

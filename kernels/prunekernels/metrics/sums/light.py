@@ -63,6 +63,7 @@ class _Views(NamedTuple):
         copies: a and b in float32; none where they are.
         left: `(R·P, 2, piece)`, w and v in pieces.
         right: `(R·P, piece, 2)`, 1 and x in pieces.
+        products: `(R·P, 2, 2)`, of left and right.
     """
 
     x: Tensor
@@ -70,6 +71,7 @@ class _Views(NamedTuple):
     copies: Sequence[Tensor]
     left: Tensor
     right: Tensor
+    products: Tensor
 
 
 class LightSums:
@@ -241,14 +243,16 @@ class LightSums:
         if not self.weighted:
             zeros = [0.0] * a.shape[0]
             return [*(weight.sum(-1).tolist() for weight in view.weights), zeros, zeros]
-        products = torch.bmm(view.left, view.right).view(a.shape[0], -1, 4)
+        # with `out`, autocast leaves the product in float32
+        products = torch.bmm(view.left, view.right, out=view.products).view(a.shape[0], -1, 4)
         w, wx, v, vx = products.sum(1, dtype=torch.float64).t().tolist()
         return [w, v, wx, vx]
 
     def _view(self, rows: int, columns: int) -> _Views:
         _, x, w, v, *copies = self.buffers[:, :rows, :columns].unbind(0)
         pieces = self.buffers[:4, :rows].view(4, -1, _PIECE)
-        return _Views(x, (w, v), copies, pieces[2:].transpose(0, 1), pieces[:2].permute(1, 2, 0))
+        left, right = pieces[2:].transpose(0, 1), pieces[:2].permute(1, 2, 0)
+        return _Views(x, (w, v), copies, left, right, left.new_empty(left.shape[0], 2, 2))
 
     def _clear(self, rows: int, columns: int) -> None:
         """Let what follows the columns of rows in the pieces weigh nothing."""

@@ -263,7 +263,7 @@ def bitmap_cat(weights: Sequence[BitmapSparse]) -> BitmapSparse:
     Raises:
         ValueError: If there are none, they do not fit together, or hold too many non-zeros.
     """
-    rows, first = stacked_rows("bitmap_cat", weights), weights[0]
+    rows, first = stacked_rows("bitmap_cat", weights, BitmapSparse), weights[0]
     return replace(
         first,
         records=torch.cat([w.records for w in weights]),

@@ -257,7 +257,7 @@ def sparse24_cat(weights: Sequence[Sparse24]) -> Sparse24:
     Raises:
         ValueError: If there are none, or they do not fit together.
     """
-    rows, first = stacked_rows("sparse24_cat", weights), weights[0]
+    rows, first = stacked_rows("sparse24_cat", weights, Sparse24), weights[0]
     return Sparse24(torch.cat([w.packed for w in weights]), (rows, first.shape[1]), first.dtype)
 
 

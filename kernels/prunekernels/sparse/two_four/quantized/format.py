@@ -161,7 +161,7 @@ class Quantized24:
         Raises:
             ValueError: If there are none, or they do not fit together.
         """
-        rows, first = stacked_rows("quantized24_cat", weights), weights[0]
+        rows, first = stacked_rows("quantized24_cat", weights, cls), weights[0]
         for w in weights:
             if (w.format, w.group, w.zeros is None) != (
                 first.format,
