@@ -81,9 +81,8 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     from prunekit.divergence.reference import write_reference
     from prunekit.divergence.run import kld, tokenizer_of
 
-    for side in sides([reference]):
-        if side.kind == "model":
-            options.find([str(side.source)])
+    models = (side for side in sides([reference, *args.candidates]) if side.kind == "model")
+    options.find(str(side.source) for side in models)
     if args.overwrite:
         by_main(lambda: _emptied(folder))
     result = kld(

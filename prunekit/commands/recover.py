@@ -72,6 +72,11 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     recovery = Recovery(**given, seed=args.seed)
     calibration = options.calibration(args)
+    if source == args.teacher:
+        raise PrunekitError(
+            f"the model and --teacher are both '{source}', so that nothing can be recovered: give "
+            "a pruned copy as the model"
+        )
     options.find((source, args.teacher))
     model, tokenizer = options.load(source, args)
     record = None if args.no_journal else journal.beside(folder)

@@ -165,7 +165,7 @@ class Capture:
 
         A map of all of it would be resident beside the model that the matrix belongs to.
         """
-        step = max(1, (16 << 20) // (weight.itemsize * weight.shape[1]))
+        step = max(1, (2 << 20) // (weight.itemsize * weight.shape[1]))
         for start in range(0, weight.shape[0], step):
             with _opened(self.folder / HEAD) as tensors:
                 held = tensors.get_slice("weight")

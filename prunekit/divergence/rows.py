@@ -16,8 +16,8 @@ from prunekit.evaluation.scoring import right_padded
 from prunekit.models.architectures import input_device
 from prunekit.models.token_ids import check_ids
 
-_LOGITS_PER_CHUNK = 2**22  # logits of one side held at once: 16 MiB in float32
-_FEWEST_ROWS = 64  # multiplied by a head at once on a CPU, so that reading the head costs little
+_LOGITS_PER_CHUNK = 2**21  # logits of one side held at once: 8 MiB in float32
+_FEWEST_ROWS = 32  # multiplied by a head at once on a CPU, so that reading the head costs little
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,10 @@ def _check(
     if (bytes is None) == (speed is None):
         raise PrunekitError("give one budget: bytes (--bytes 60%) or speed (--speed 1.3x)")
     if bytes is not None and not 0 < bytes < 1:
-        raise PrunekitError(f"bytes is {bytes:g} of the dense model's: use more than 0, below 1")
+        raise PrunekitError(
+            f"bytes is {bytes:g} of the dense model's: use a share between 0 and 1, such as 60% or "
+            "0.6"
+        )
     if speed is not None and not speed > 1:
         raise PrunekitError(f"speed is {speed:g} of the dense model's: use more than 1")
     if not choices:

@@ -34,6 +34,7 @@ BAD_INPUT = {
     "unknown strategy": ("drop dense --strategy best --count 1 --output new", "best", "discrete"),
     "unknown format": ("drop dense --count 1 --format zip --output new", "zip", "zeroed"),
     "no teacher": ("recover dense --output new", "which dense model", "--teacher demo"),
+    "teacher itself": ("recover dense --teacher dense --output new", "both 'dense'", "pruned copy"),
     "unknown teacher": ("recover dense --teacher ./no/such --output new", "no/such", ""),
     "teacher of another vocabulary": (
         f"recover dense --teacher other-vocabulary {QUICK} --output new",
@@ -42,7 +43,8 @@ BAD_INPUT = {
     ),
     "unknown loss": ("recover dense --teacher dense --kind mse --output new", "mse", "reverse_kl"),
     "too few to hold out": (
-        "recover dense --teacher dense --samples 1 --length 16 --calibration long.txt --output new",
+        "recover dense --teacher ./dense --samples 1 --length 16 --calibration long.txt "
+        "--output new",
         "at least 2 samples",
         "",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -90,14 +91,21 @@ def test_overwriting_starts_anew(folders, text_file, tmp_path, capsys):
 
 def test_a_failure_is_status_2_and_the_others_are_there(folders, text_file, tmp_path, capsys):
     here, near, _ = folders
-    out = tmp_path / "out"
-    arguments = ["kld", here, near, str(tmp_path / "gone"), "--text", str(text_file), *CONTEXT]
+    out, torn = tmp_path / "out", tmp_path / "torn"
+    shutil.copytree(near, torn)
+    (torn / "model.safetensors").write_bytes(b"half a file")
+    arguments = ["kld", here, near, str(torn), "--text", str(text_file), *CONTEXT]
     assert main([*arguments, "--output", str(out)]) == 2
     said = capsys.readouterr().err
-    assert "1 of 3 candidates failed, first gone (" in said and "doesn't exist" in said
+    assert "1 of 3 candidates failed, first torn (" in said and "model.safetensors" in said
     told = json.loads((out / "kld.json").read_text())
     assert [row["error"] is None for row in told["candidates"]] == [True, True, False]
-    assert "doesn't exist" in (out / "index.html").read_text()
+    assert "model.safetensors" in (out / "index.html").read_text()
+    # a name that is nowhere is no failure of a candidate: nothing runs
+    assert main(["kld", here, str(tmp_path / "gone"), "--output", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "gone doesn't exist" in said and "\n" not in said.strip()
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize(

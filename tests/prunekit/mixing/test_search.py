@@ -194,7 +194,7 @@ def test_a_packed_copy_costs_its_own_bytes(word_tokenizer, tmp_path):
 REFUSED = {
     "no budget": ({"bytes": None}, "one budget"),
     "two budgets": ({"speed": 1.5}, "one budget"),
-    "percent as a number": ({"bytes": 60}, "below 1"),
+    "percent as a number": ({"bytes": 60}, "such as 60% or 0.6"),
     "slower": ({"bytes": None, "speed": 0.5}, "more than 1"),
     "nothing": ({"choices": {}}, "nothing to choose"),
     "dense": ({"choices": {"dense": pk.Magnitude(sparsity=0.5)}}, "another name"),
