@@ -167,7 +167,7 @@ def test_the_kernel_asked_for_without_a_gpu_says_so() -> None:
 
 
 @compiled
-@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("arch", [90, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_kernel_compiles_to_wide_loads_without_spills(arch: int) -> None:
     from prunekernels.metrics import head_loss_triton
 

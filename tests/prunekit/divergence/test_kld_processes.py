@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -23,9 +24,12 @@ def run(arguments: list[str], processes: int) -> list[int]:
 def test_two_processes_find_what_one_does(tiny, perturbed, saved, text_file, tmp_path):
     base = tiny("llama")
     here, near = saved(base, "base"), saved(perturbed(base, 0.02), "near")
-    arguments = ["kld", here, near, "nowhere-at-all", "--text", str(text_file), "--context", "16"]
+    torn = tmp_path / "torn"
+    shutil.copytree(near, torn)
+    (torn / "model.safetensors").write_bytes(b"half a file")
+    arguments = ["kld", here, near, str(torn), "--text", str(text_file), "--context", "16"]
     arguments += ["--floor", "none", "--quiet", "--output"]
-    assert run([*arguments, str(tmp_path / "one")], 1) == [2]  # one candidate is nowhere
+    assert run([*arguments, str(tmp_path / "one")], 1) == [2]  # one candidate can't be read
     assert run([*arguments, str(tmp_path / "two")], 2) == [2, 2]
     one, two = (json.loads((tmp_path / name / "kld.json").read_text()) for name in ("one", "two"))
     assert one == two and len(one["candidates"]) == 2 and one["candidates"][0]["error"] is None
