@@ -115,7 +115,8 @@ def _run(
         ).to("cpu")
         check_finite(found, windows, group)
         _save(folder / _name(group), found, windows, group)
-        free_memory()  # what the logits took would lie beside the next group's activations
+        if theirs.values.device.type == "cpu":
+            free_memory()  # what the logits took would lie beside the next group's activations
     return facts
 
 
