@@ -99,7 +99,8 @@ def _run(
     missing = [group for group in groups if not _readable(folder / _name(group))]
     held, readout = reference.held, None
     for group in track(missing, label, enabled=options.progress):
-        ours, theirs = reference.rows(group), rows(group)
+        theirs = rows(group)  # before the reference's states are beside its activations
+        ours = reference.rows(group)
         if group is missing[0]:
             same = held.has_head if isinstance(held, Capture) else None
             readout = shared_readout(ours.readout, theirs.readout, same)
