@@ -137,7 +137,17 @@ class Capture:
         lengths = plan["lengths"].tolist()
         self.ids = [part.tolist() for part in torch.split(plan["ids"], lengths)]
         self.firsts: list[int] = plan["firsts"].tolist()
-        self.readout()  # a damaged head is found here
+        self.readout: Readout | None = None
+        if self.kind == "states":
+            head = _load(self.folder / HEAD)
+            weight = head["weight"]
+            self.readout = Readout(
+                weight,
+                head.get("bias"),
+                self.facts["softcap"],
+                self.facts["scale"],
+                weight.shape[0],
+            )
         self._files: dict[int, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("rows-*.safetensors")):
             match = _ROWS.fullmatch(path.name)
@@ -151,19 +161,10 @@ class Capture:
                 f"of window {absent[0]}: let its writer finish"
             )
 
-    def readout(self) -> Readout | None:
-        """What reads its states, mapped anew; None of logits."""
-        if self.kind != "states":
-            return None
-        head = _load(self.folder / HEAD)
-        weight = head["weight"]
-        softcap, scale = self.facts["softcap"], self.facts["scale"]
-        return Readout(weight, head.get("bias"), softcap, scale, weight.shape[0])
-
     def has_head(self, weight: Tensor) -> bool:
         """Whether its head is this matrix, looked at some rows at a time, which do not stay mapped.
 
-        A map of all of it would be resident beside the model that the matrix belongs to.
+        The map of `readout` would be resident, once it is read, beside the matrix's own model.
         """
         step = max(1, (2 << 20) // (weight.itemsize * weight.shape[1]))
         for start in range(0, weight.shape[0], step):
@@ -197,7 +198,7 @@ class Capture:
             count = len(self.ids[index]) - self.firsts[index]
             with _opened(path) as tensors:
                 parts.append(tensors.get_slice("rows")[skipped : skipped + count])
-        return Rows(torch.cat(parts), self.readout())
+        return Rows(torch.cat(parts), self.readout)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

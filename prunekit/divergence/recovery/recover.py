@@ -282,9 +282,8 @@ class _Data:
         assert student.weight is not None
         teacher = student
         if not self.capture.has_head(student.weight):
-            own = self.capture.readout()
-            assert own is not None
-            teacher = own.to(student.weight.device)
+            assert self.capture.readout is not None
+            teacher = self.capture.readout.to(student.weight.device)
         fixed = {
             name: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in (*base.named_parameters(), *base.named_buffers())

@@ -206,7 +206,7 @@ def test_what_prunekit_itself_cannot_prune_is_measured(tiny, saved, documents, w
     cohere = AutoModelForCausalLM.from_config(config).eval()
     found = pk.kld(saved(cohere, "cohere"), [], documents, context=CONTEXT)
     assert found["reference in bfloat16"]["means"]["kl"]["mean"] > 0
-    assert found.held.held.facts["scale"] == 0.25
+    assert found.held.held.readout.scale == 0.25
     with pytest.raises(PrunekitError, match="not supported"):
         checkpoint.load(str(found.held.source))
 
