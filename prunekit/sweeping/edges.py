@@ -41,11 +41,10 @@ def edge(changes: Sequence[Paired], budget: float) -> Edge:
     margin = -budget / 100
     losses = [change.difference for change in changes]
     lost = [is_lost(change, budget) for change in changes]
-    from_on = next((i for i in range(len(lost)) if all(lost[i:])), None)
     return Edge(
         _until([float(one.mean) >= margin for one in losses]),
         _until([bounds(change)[0] >= margin for change in changes]),
-        from_on,
+        from_on(lost),
     )
 
 
@@ -69,6 +68,11 @@ def bounds(change: Paired) -> tuple[float, float]:
 def is_lost(change: Paired, budget: float) -> bool:
     """Whether the whole interval of a loss lies beyond the budget."""
     return bounds(change)[1] < -budget / 100
+
+
+def from_on(lost: Sequence[bool]) -> int | None:
+    """Index of the first point from which on all are lost; None without one."""
+    return next((i for i in range(len(lost)) if all(lost[i:])), None)
 
 
 def _until(holds: Sequence[bool]) -> int | None:

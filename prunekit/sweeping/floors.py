@@ -16,6 +16,7 @@ import numpy as np
 
 from prunekit.analysis.grid import Array
 from prunekit.evaluation.intervals import Interval, bootstrap_mean
+from prunekit.sweeping.edges import from_on
 
 
 @dataclass(frozen=True)
@@ -103,4 +104,4 @@ def calibration(floors: Sequence[Floor]) -> dict[str, Any] | None:
 
 def from_where(losses: Sequence[float], margin: float) -> int | None:
     """Index of the first point from which on every loss exceeds the margin; None without one."""
-    return next((i for i in range(len(losses)) if min(losses[i:]) > margin), None)
+    return from_on([loss > margin for loss in losses])
