@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench import bench_block, bench_metrics, bench_select, bench_sparse
+from bench import bench_block, bench_metrics, bench_select, bench_sparse, loss_peers
 from bench.harness import Case, Contender, Session, add_options, say
 
 #: The matrices of Llama-3-8B that take most of its time.
@@ -117,7 +117,7 @@ def plan(session: Session) -> list[Case]:
             Case("vector_stats", "statistics", "float32", {"N": 4, "D": 64}),
             *(
                 Case("head_pair_loss", kind, "float32", {"N": 4, "D": 64, "V": 1000})
-                for kind in ("kl", "js")
+                for kind in loss_peers.KINDS
             ),
             Case("rowwise_mask", "0.5", "bfloat16", small),
             *(
@@ -143,7 +143,7 @@ def plan(session: Session) -> list[Case]:
         cases.append(Case("pair_stats", "statistics", dtype, {"N": N, "V": V}))
     for N in (2048, 60):
         cases.append(Case("vector_stats", "statistics", "bfloat16", {"N": N, "D": 4096}))
-    for kind in ("kl", "js"):
+    for kind in loss_peers.KINDS:
         sizes = {"N": 2048, "D": 4096, "V": 128256}
         cases.append(Case("head_pair_loss", kind, "bfloat16", sizes))
     for N, K in SHAPES:

@@ -90,7 +90,6 @@ def prepared_run(call: Launch, shape: Sequence[int]) -> Run:
     programs = call.grid[0] * call.grid[1]
     start = call.bind().start
     capturing = torch.cuda.is_current_stream_capturing
-    del call, tensors, weights, like, parts
 
     def run(x: Tensor, weight: Sequence[Tensor], bias: Tensor | None) -> Tensor | None:
         x_at = joined = x.data_ptr()

@@ -18,42 +18,34 @@ from prunekernels.sparse.fragments import axis
 
 
 @gluon.jit
-def _fma(a, factor, addend, KIND: gl.constexpr):
-    """a·factor + addend of pairs of 16-bit floats, each rounded once (and here exact)."""
+def _of_three(text: gl.constexpr, first, second, third):
+    """An instruction that makes $0 of three registers, $1 to $3, for each element."""
     return gl.inline_asm_elementwise(
-        "fma.rn." + KIND + "x2 $0, $1, $2, $3;",
+        text,
         "=r,r,r,r",
-        [a, factor, addend],
+        [first, second, third],
         dtype=gl.int32,
         is_pure=True,
         pack=1,
     )
+
+
+@gluon.jit
+def _fma(a, factor, addend, KIND: gl.constexpr):
+    """a·factor + addend of pairs of 16-bit floats, each rounded once (and here exact)."""
+    return _of_three("fma.rn." + KIND + "x2 $0, $1, $2, $3;", a, factor, addend)
 
 
 @gluon.jit
 def _placed(word, mask, offset):
     """word & mask | offset, as one instruction: the compiler takes two where both are constant."""
-    return gl.inline_asm_elementwise(
-        "lop3.b32 $0, $1, $2, $3, 0xEA;",
-        "=r,r,r,r",
-        [word, mask, offset],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    return _of_three("lop3.b32 $0, $1, $2, $3, 0xEA;", word, mask, offset)
 
 
 @gluon.jit
 def permuted(low, high, selector):
     """Bytes of two words, chosen by the nibbles of the selector."""
-    return gl.inline_asm_elementwise(
-        "prmt.b32 $0, $1, $2, $3;",
-        "=r,r,r,r",
-        [low, high, selector],
-        dtype=gl.int32,
-        is_pure=True,
-        pack=1,
-    )
+    return _of_three("prmt.b32 $0, $1, $2, $3;", low, high, selector)
 
 
 @gluon.jit
@@ -80,8 +72,8 @@ def operand(w, minus, BITS: gl.constexpr, FP8: gl.constexpr, CONVERTS: gl.conste
     """The four registers of A in a lane (NW, MT, 1, 32, 4), of the words of one step.
 
     w: one word or two, int32 (NW, MT, 1, 32, 1); minus: addend of 4-bit codes, or anything;
-    CONVERTS: whether there is an instruction that makes e4m3 values f16. The numbers are `step`
-    times smaller than the codes.
+    CONVERTS: whether there is an instruction that makes e4m3 values f16. The numbers are
+    `step_of` times smaller than the codes.
     """
     register = axis(4, 4, ACC)
     odd = register % 2 == 1
