@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -75,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="owl: layers with more outliers keep more, in all as many (uniform)",
     )
     parser.add_argument(
+        "--owl-outlier", type=options.above_zero, help="OWL: times the mean that is an outlier (5)"
+    )
+    parser.add_argument(
+        "--owl-spread", type=options.fraction, help="OWL: how far layers' sparsity differs (0.08)"
+    )
+    parser.add_argument(
         "--revive-zeros",
         action="store_true",
         help="SparseGPT: let zeros of an earlier pruning become weights again",
@@ -120,9 +127,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     folder = options.output(args, options.CHECKPOINT)
     recipe = _recipe(args)
     reconstruct = _reconstruct(args)
-    calibrated = reconstruct is not None or any(
-        method.calibrated for method in recipe.rules.values()
-    )
+    calibrated = reconstruct is not None or recipe.calibrated
     calibration = options.calibration(args) if calibrated else None
 
     from prunekit import checkpoint
@@ -187,7 +192,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     given |= {"sparsity": args.sparsity} if args.sparsity is not None else {}
     given |= {"power": args.power} if args.power is not None else {}
     given |= {"keep_zeros": False} if args.revive_zeros else {}
-    shared = {"ignore": ignore, "budget": args.budget}
+    shared = {"ignore": ignore, "budget": _budget(args)}
     if args.rules is None:
         return Recipe.from_dict({"method": "wanda", **given, **shared})
     if given:
@@ -195,6 +200,21 @@ def _recipe(args: argparse.Namespace) -> Recipe:
             f"--{next(iter(given))} contradicts 'rules' of the configuration: put it into a rule"
         )
     return Recipe.from_dict({"rules": args.rules, **shared})
+
+
+def _budget(args: argparse.Namespace) -> Any:
+    given = _settings(args, "owl", ("outlier", "spread"))
+    if not given:
+        return args.budget
+    if args.budget != "owl" and not isinstance(args.budget, Mapping):
+        raise PrunekitError(f"--owl-{next(iter(given))} needs --budget owl")
+    return given if args.budget == "owl" else {**args.budget, **given}
+
+
+def _settings(args: argparse.Namespace, of: str, names: Sequence[str]) -> dict[str, Any]:
+    """What options --OF-NAME were given."""
+    found = {name: getattr(args, f"{of}_{name}") for name in names}
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def bits(text: str) -> int | str:
@@ -205,11 +225,7 @@ def bits(text: str) -> int | str:
 def _reconstruct(args: argparse.Namespace) -> Reconstruction | None:
     from prunekit.pruning import Reconstruction
 
-    given = {
-        name: getattr(args, f"reconstruct_{name}")
-        for name in ("steps", "lr")
-        if getattr(args, f"reconstruct_{name}") is not None
-    }
+    given = _settings(args, "reconstruct", ("steps", "lr"))
     if not args.reconstruct:
         if given:
             raise PrunekitError(f"--reconstruct-{next(iter(given))} needs --reconstruct")

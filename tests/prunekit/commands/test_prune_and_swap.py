@@ -59,6 +59,22 @@ def test_prune_reconstructs(here, tmp_path, capsys):
     assert "--reconstruct-lr needs --reconstruct" in capsys.readouterr().err
 
 
+def test_prune_takes_the_settings_of_owl(here, tmp_path, capsys):
+    line = f"prune dense --method magnitude --budget owl --owl-spread 0.2 {QUICK}"
+    assert cli.main([*line.split(), "-o", f"{tmp_path}/owl"]) == 0
+    capsys.readouterr()
+    kept = json.loads((tmp_path / "owl" / "prunekit.json").read_text())["report"]["prune"]
+    shares = {matrix["sparsity"] for matrix in kept["matrices"]}
+    assert 0.38 < max(shares) - min(shares) < 0.41  # 2λ
+    settings = tmp_path / "owl.yaml"
+    settings.write_text("budget: {outlier: 7}\n")
+    line = f"prune dense --method magnitude --config {settings} --owl-spread 0 {QUICK}"
+    assert cli.main([*line.split(), "-o", f"{tmp_path}/no"]) == 2
+    assert "OWL outlier 7 and spread 0.0" in capsys.readouterr().err
+    assert cli.main(["prune", "dense", "--owl-outlier", "3", "-o", f"{tmp_path}/no"]) == 2
+    assert "--owl-outlier needs --budget owl" in capsys.readouterr().err
+
+
 def test_recover_trains_and_says_what_it_did(here, tmp_path, capsys):
     pruned, folder = tmp_path / "pruned", tmp_path / "recovered"
     line = f"prune dense --method magnitude --pattern 2:4 --quiet --output {pruned}"
