@@ -27,6 +27,7 @@ import torch
 
 from bench.bench_prune import Peak, status
 from bench.harness import RESULTS
+from bench.research import pruning_functions
 from bench.result_rows import device_name, provenance
 from prunekit import checkpoint
 from prunekit.data import calibration
@@ -34,6 +35,7 @@ from prunekit.data.text_files import read_file
 from prunekit.divergence.two_models import kl_report
 from prunekit.evaluation.items import load_heldout
 from prunekit.evaluation.likelihood import perplexity
+from prunekit.models.architectures import Architecture
 from prunekit.pruning import ADMM, OWL, RIA, Magnitude, Method, Recipe, SparseGPT, Wanda, prune_
 
 METHODS: dict[str, Method | Recipe | None] = {
@@ -62,8 +64,16 @@ METHODS: dict[str, Method | Recipe | None] = {
     "admm, 4 bits 2:4": ADMM(pattern="2:4", bits=4),
     "wanda 70%": Wanda(0.7),
     "wanda, owl 70%": Recipe({"*": Wanda(0.7)}, budget=OWL()),
+    "wanda, owl 10 0.2 70%": Recipe({"*": Wanda(0.7)}, budget=OWL(10.0, 0.2)),
     "admm 70%": ADMM(0.7),
     "admm, owl 70%": Recipe({"*": ADMM(0.7)}, budget=OWL()),
+    "admm, owl 10 0.2 70%": Recipe({"*": ADMM(0.7)}, budget=OWL(10.0, 0.2)),
+}
+#: The research code's own functions, which need --research.
+THEIRS = {
+    f"{name}, research code{pattern}": f"{name}{pattern}"
+    for pattern in ("", " 2:4")
+    for name in ("wanda", "sparsegpt")
 }
 KEY = ("method", "pattern", "sparsity", "model", "calibration", "text", "context")
 
@@ -83,7 +93,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--kld-windows", type=int, default=8, help="of the text; 0: no KLD")
     parser.add_argument("--device", default=None)
     parser.add_argument("--calibration-dtype", choices=("bfloat16", "float32"))
-    parser.add_argument("--only", nargs="*", choices=METHODS, help="some of the methods")
+    parser.add_argument("--research", type=Path, help="the research code's checkout, beside ours")
+    every = {**METHODS, **THEIRS}
+    parser.add_argument("--only", nargs="*", choices=every, help="some of the methods")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--name", default="quality.csv", help="of the file to write")
     return parser.parse_args()
@@ -118,9 +130,9 @@ def main() -> None:
     else:
         held_out = "\n\n".join(rows(options.text, options.text_rows))
     scored = tokenizer(held_out, add_special_tokens=False, verbose=False)["input_ids"]
-    for name, method in METHODS.items():
+    for name in (*METHODS, *(THEIRS if options.research else ())):
         if not options.only or name in options.only:
-            row = {**measured(name, method, dense, tokens, scored, options), **context(options)}
+            row = measured(name, dense, tokens, scored, options)
             write_row(
                 options.output
                 / device_name(torch.device(options.device or "cpu")).replace(" ", "_")
@@ -130,24 +142,18 @@ def main() -> None:
 
 
 def measured(
-    name: str,
-    method: Method | Recipe | None,
-    dense: Any,
-    tokens: torch.Tensor,
-    scored: list[int],
-    options: argparse.Namespace,
+    name: str, dense: Any, tokens: torch.Tensor, scored: list[int], options: argparse.Namespace
 ) -> dict[str, Any]:
     """Prune a copy of the model and compare it with the model."""
     model = copy.deepcopy(dense)
     facts: dict[str, Any] = {"sparsity": "", "seconds": "", "processor_s": "", "added_mb": ""}
-    if method is not None:
+    pattern = ""
+    if name != "dense":
         held, start, busy = status("RssAnon"), time.perf_counter(), time.process_time()
-        dtype = options.calibration_dtype and getattr(torch, options.calibration_dtype)
         with Peak() as peak:
-            needed = tokens if method.calibrated else None
-            report = prune_(model, method, needed, calibration_dtype=dtype)
+            pattern, sparsity = pruned(model, name, tokens, options)
         facts = {
-            "sparsity": f"{report.sparsity:.6f}",
+            "sparsity": f"{sparsity:.6f}",
             "seconds": f"{time.perf_counter() - start:.0f}",
             "processor_s": f"{time.process_time() - busy:.0f}",
             "added_mb": f"{(peak.bytes - held) / 1e6:.0f}",
@@ -157,7 +163,6 @@ def measured(
     if options.kld_windows:
         sizes = {"context": options.context, "limit": options.kld_windows}
         apart = kl_report(dense, model, None, scored, **sizes, progress=True)
-    pattern = "" if method is None else Recipe.of(method).rules["*"].pattern
     row = {
         "method": name.removesuffix(f" {pattern}").removesuffix(" 70%"),
         "pattern": pattern,
@@ -169,6 +174,7 @@ def measured(
         "added_mb": facts["added_mb"],
         "kld_tokens": int(apart["rows"]),
         "scored_tokens": found.tokens,
+        **context(name, options),
     }
     print(
         f"{name:28} perplexity {float(row['perplexity']):8.2f}  KLD {row['kld'] or '–'}  "
@@ -178,10 +184,32 @@ def measured(
     return row
 
 
-def context(options: argparse.Namespace) -> dict[str, Any]:
-    """The columns that all rows of a run share."""
+def pruned(
+    model: Any, name: str, tokens: torch.Tensor, options: argparse.Namespace
+) -> tuple[str, float]:
+    """Prune the model; returns the pattern and the share of its weights that is zero."""
+    if name in THEIRS:
+        theirs = THEIRS[name]
+        pruning_functions(model, tokens, options.research)[theirs]()
+        arch = Architecture(model)
+        weights = [ref.matrix for layer in range(len(arch.layers)) for ref in arch.weights(layer)]
+        zeros = sum(int((weight == 0).sum()) for weight in weights)
+        pattern = theirs.partition(" ")[2] or "unstructured"
+        return pattern, zeros / sum(weight.numel() for weight in weights)
+    method = METHODS[name]
+    assert method is not None
+    dtype = options.calibration_dtype and getattr(torch, options.calibration_dtype)
+    needed = tokens if method.calibrated else None
+    report = prune_(model, method, needed, calibration_dtype=dtype)
+    return Recipe.of(method).rules["*"].pattern, report.sparsity
+
+
+def context(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """How a row was measured."""
     source = "self" if options.calibration is None else Path(options.calibration).name
     passes = f" {options.calibration_dtype}" if options.calibration_dtype else ""
+    if name in THEIRS:
+        passes = ""  # the research code's passes have the model's type
     text = f"{Path(options.text).name} rows {options.text_rows}" if options.text else "built-in"
     return {
         "model": options.model,

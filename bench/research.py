@@ -184,4 +184,5 @@ def pruning_functions(
         "wanda": lambda: call(prune.prune_wanda, 0, 0),
         "wanda 2:4": lambda: call(prune.prune_wanda, 2, 4),
         "sparsegpt": lambda: call(prune.prune_sparsegpt, 0, 0),
+        "sparsegpt 2:4": lambda: call(prune.prune_sparsegpt, 2, 4),
     }
