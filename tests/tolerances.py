@@ -255,8 +255,8 @@ def worse_than_allowed(
     return worse
 
 
-#: Largest relative error of ex2.approx.ftz.f32, by which GPUs compute w and v: 2 ulp (its sources
-#: stand in docs/metrics.md).
+#: How far ex2.approx.ftz.f32, by which GPUs compute w and v, may be from the correctly rounded
+#: result: 2 ulp by the PTX ISA, section ex2 (docs/metrics.md, "What a GPU's exponentials do").
 EX2 = 2.0**-22
 
 

@@ -217,12 +217,10 @@ def _measured(
 def _device_name(model: Any) -> str:
     import torch
 
-    on_gpu = model.device.type == "cuda"
-    return (
-        torch.cuda.get_device_name(model.device)
-        if on_gpu
-        else f"cpu, {torch.get_num_threads()} threads"
-    )
+    if model.device.type == "cuda":
+        return torch.cuda.get_device_name(model.device)
+    threads = torch.get_num_threads()
+    return f"cpu, {threads} thread{'s' * (threads > 1)}"
 
 
 def _write(found: dict[str, Any], folder: str, overwrite: bool) -> None:
@@ -270,22 +268,15 @@ def _figure(found: dict[str, Any]) -> Any:
         kind="bars",
         categories=[str(batch) for batch in batches],
     )
-    first = [next(row for row in rows if row["variant"] == name) for name in names]
+    sizes = {row["variant"]: row["weight_bytes"] / 1e6 for row in rows}
     size = Chart(
         "size",
         "Weights",
         "",
         "MB",
-        [
-            Series(
-                "weights",
-                "dense",
-                list(range(len(first))),
-                [r["weight_bytes"] / 1e6 for r in first],
-            )
-        ],
+        [Series(name, roles[name], [0], [sizes[name]]) for name in names],
         kind="bars",
-        categories=names,
+        categories=["at any batch"],
     )
     return Figure("speed", f"Speed and size of {found['model']}", "", [writing, reading, size])
 

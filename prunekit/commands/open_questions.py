@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunekit.commands import options
+from prunekit.errors import PrunekitError
 
 if TYPE_CHECKING:
     from prunekit.evaluation.answering import Asking
@@ -37,13 +39,19 @@ def load(args: argparse.Namespace, batch_size: int) -> tuple[list[Question], Ask
     """The questions, at most --limit of them, and how they are asked.
 
     Raises:
-        PrunekitError: The file can't be read, its layout is unknown, or no question is left.
+        PrunekitError: --generate names no file, the file can't be read, its layout is unknown, or
+            no question is left.
     """
     from prunekit.evaluation.answering import Asking
     from prunekit.evaluation.questions import load_questions, split_examples
 
     if args.generate == "none":
         return [], Asking()
+    if args.generate != "builtin" and not Path(args.generate).suffix:
+        raise PrunekitError(
+            f"--generate {args.generate}: give a file of questions (.jsonl or .json), 'builtin' or "
+            "'none'; how many are asked is --limit, and how long an answer may be --answer-tokens"
+        )
     fields = {"question_field": args.question_field, "answer_field": args.answer_field}
     questions = load_questions(None if args.generate == "builtin" else args.generate, **fields)
     if args.examples_from is not None:

@@ -160,3 +160,12 @@ def test_counted_instructions_are_those_of_todays_kernels():
 def test_roofs_are_rates_of_this_machine():
     bandwidth, flops = timers.roofs(torch.device("cpu"), torch.float32, quick=True)
     assert 1e8 < bandwidth < 1e13 and 1e8 < flops < 1e15
+
+
+def test_the_tables_of_packed_layers_know_the_same_gpus() -> None:
+    """Where products bound a dense layer, within what each counts large copies to reach."""
+    from prunekernels.sparse.tuning import machine
+
+    for name, known in MACHINES.items():
+        ridge = machine(f"NVIDIA {name}", (7, 5)).ridge
+        assert ridge == pytest.approx(known.flops / known.bandwidth, rel=0.15), name

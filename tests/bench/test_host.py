@@ -13,6 +13,7 @@ import torch
 from prunekernels import runtime
 from prunekernels.launch import calls as launch
 from prunekernels.sparse import launching
+from recorded_graph import RecordedGraph
 
 from bench import bench_host
 
@@ -40,6 +41,17 @@ def idle() -> Iterator[pytest.MonkeyPatch]:
 def test_a_call_of_a_known_shape_makes_few_calls(idle: pytest.MonkeyPatch, name: str) -> None:
     calls = bench_host.count_calls(bench_host.cases(torch.device("cpu"))[name])
     assert 10 < calls <= LIMITS[name]
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_captured_call_neither_waits_for_the_device_nor_copies_to_it(
+    idle: pytest.MonkeyPatch, name: str
+) -> None:
+    call = bench_host.cases(torch.device("cpu"))[name]
+    call()  # compiles
+    idle.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with RecordedGraph():
+        call()
 
 
 def test_a_known_shape_is_checked_no_more_and_every_other_one_is(idle: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,32 @@ def test_what_a_case_compiles_is_what_triton_would_launch(aligned: bool, wide: i
     assert divisible == list(case.divisible)
 
 
+def product_of(name: str, tokens: int, rows: int, columns: int) -> launches.Launch:
+    """The call of a tensor-core kernel for packed weights, with the tile of few tokens."""
+    from prunekernels.sparse.bitmap import layout as bitmaps
+    from prunekernels.sparse.bitmap import mma as bitmap
+    from prunekernels.sparse.bitmap.tuning import BitmapMmaConfig
+    from prunekernels.sparse.two_four import mma as two_four
+    from prunekernels.sparse.two_four.layout import packed_shape
+    from prunekernels.sparse.two_four.tuning import MmaConfig
+
+    x, y = (meta((tokens, width), torch.bfloat16) for width in (columns, rows))
+    if name == "2:4":
+        packed = meta(packed_shape(rows, columns, x.dtype), torch.int32)
+        return two_four.product(x, packed, None, None, y, "none", MmaConfig(1, 1, 2, 2))
+    parts = bitmaps.meta_parts(rows, columns)
+    return bitmap.product(x, *parts, 5, None, y, "none", BitmapMmaConfig(4, 1, 2, 2))
+
+
+@compiled_only
+@pytest.mark.parametrize("name", ["2:4", "bitmap"])
+def test_layers_of_other_sizes_share_a_compiled_kernel(name: str):
+    """A compilation takes seconds: M, N, units and splits, also 1 of them, are not worth one."""
+    sizes = [(1, 4096, 8192), (7, 4096, 8192), (8, 4096, 4096), (1, 1, 4096), (3, 33, 12288)]
+    kernels = {product_of(name, *size).specialisation() for size in sizes}
+    assert len(kernels) == 1
+
+
 @compiled_only
 def test_the_second_launch_goes_by_handle(gpu: types.SimpleNamespace):
     x, y = torch.ones(16), torch.ones(16)

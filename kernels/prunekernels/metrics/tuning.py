@@ -1,8 +1,10 @@
 """Launch configurations of the metric kernels.
 
 Pure functions of shape, type and architecture; nothing is probed at import, and at run time the
-number of multiprocessors alone. An entry marked *predicted* comes from byte counts and compiled
-instruction counts, not from a measurement.
+number of multiprocessors alone. An entry marked *measured* was measured on an H200 on 2026-11-27
+(bench/results/NVIDIA_H200); one marked *predicted* comes from byte counts and compiled instruction
+counts, not from a measurement. Other GPUs have the same tables, with splits by their own number of
+multiprocessors: predicted.
 """
 
 from __future__ import annotations
@@ -60,11 +62,10 @@ def pair_config(
 ) -> PairConfig:
     """The first pass over pairs of logit rows.
 
-    Core by "tile" was measured on an H200 on 2026-11-27 (the sweep is in bench/results/NVIDIA_H200,
-    each shape is within 3 % of its best): two warps where rows fill the machine, four where a row
-    is split over it. Everything else is predicted from compiled counts: "tile" of the precise level
-    and on AMD, and "warp", of whose programs of 32 threads 16 share a multiprocessor if each takes
-    128 registers.
+    Core by "tile" was measured (sweep_pair.csv, each shape is within 3 % of its best): two warps
+    where rows fill the machine, four where a row is split over it. Everything else is predicted
+    from compiled counts: "tile" of the precise level and on AMD, and "warp", of whose programs of
+    32 threads 16 share a multiprocessor if each takes 128 registers.
 
     Args:
         rows: N.
@@ -115,8 +116,8 @@ def pair_splits(
 ) -> int:
     """Programs that share a row, so that few rows fill the machine too.
 
-    "tile": as many as run at a time, each with at least 4096 columns (measured on an H200 for 1,
-    64 and 2048 rows). "warp", predicted: the fewest waves of equally long programs. A program takes
+    "tile": as many as run at a time, each with at least 4096 columns (measured for 1, 64 and 2048
+    rows). "warp", predicted: the fewest waves of equally long programs. A program takes
     as long as its tiles, and about two more for its start and end; a split costs the merge a bit.
 
     Args:
@@ -217,11 +218,11 @@ def head_splits(rows: int, vocab: int, config: HeadConfig) -> int:
 def head_fused(rows: int, one_head: bool) -> bool:
     """Whether the fused kernel is preferred to chunked products followed by the pair kernel.
 
-    Measured on an H200 (2026-11-27, D = 4096, V = 152064, bfloat16): at one row fused 0.41 ms, two
-    products and the pair kernel 0.62; at 64 rows 1.23 against 0.69; at 2048 rows with D = 1024 13.4
-    against 2.87. The bound between 1 and 64 is interpolated. *Predicted*: one product of both
-    states, which reads the head once, takes 0.34 at one row and would win everywhere; with two
-    heads the fused kernel reads both, and its lead ends sooner.
+    Measured (metrics.csv, D = 4096, V = 152064, bfloat16): at one row fused 0.41 ms, two products
+    and the pair kernel 0.62; at 64 rows 1.23 against 0.69; at 2048 rows with D = 1024 13.4 against
+    2.87. The bound between 1 and 64 is interpolated. *Predicted*: one product of both states, which
+    reads the head once, takes 0.34 at one row and would win everywhere; with two heads the fused
+    kernel reads both, and its lead ends sooner.
 
     Args:
         rows: N, pairs of states.

@@ -1,8 +1,7 @@
 """Launch configurations of the selection and update kernels.
 
-Pure functions of shape, type and architecture; nothing is probed at import or at run time. An
-entry marked *predicted* comes from byte counts and compiled instruction counts, not from a
-measurement.
+Pure functions of shape, type and architecture; nothing is probed at import or at run time. All of
+it is *predicted*, from byte counts and compiled instruction counts.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class RowConfig(NamedTuple):
 
 
 def row_tile(width: int) -> RowConfig:
-    """At most 32 scores per thread, which leaves registers for counting (predicted)."""
+    """At most 32 scores per thread, which leaves registers for counting."""
     block = 64
     while block < width:
         block *= 2
@@ -45,7 +44,7 @@ WORDS_REGISTERS = 168
 
 
 def words_tile(words: int) -> WordsConfig:
-    """A row's words in up to 8 parts of 8 per thread, by up to 4 warps (predicted)."""
+    """A row's words in up to 8 parts of 8 per thread, by up to 4 warps."""
     warps = 1
     while warps < 4 and words > 2048 * warps:
         warps *= 2
@@ -66,7 +65,7 @@ class NmConfig(NamedTuple):
 
 
 def nm_tile(of: int) -> NmConfig:
-    """About 8 scores per thread in small groups, one group per thread from 8 on (predicted)."""
+    """About 8 scores per thread in small groups, one group per thread from 8 on."""
     levels = max(0, (of - 1).bit_length())
     return NmConfig(levels, 256 if levels <= 2 else 128, 4)
 
@@ -84,7 +83,7 @@ UPDATE_COLUMNS = 128
 
 
 def update_tile(rows: int, columns: int) -> UpdateConfig:
-    """Few rows per program: the walk over columns is a chain of latencies (predicted)."""
+    """Few rows per program: the walk over columns is a chain of latencies."""
     block = 16
     while block < columns:
         block *= 2
@@ -92,5 +91,5 @@ def update_tile(rows: int, columns: int) -> UpdateConfig:
 
 
 #: Tile of the kernel with a row per thread: 16 columns, so that no register is spilled and the
-#: unrolled code stays short; one warp, so that few rows reach every processor (predicted).
+#: unrolled code stays short; one warp, so that few rows reach every processor.
 UPDATE_THREAD = UpdateConfig(32, 16, 1)

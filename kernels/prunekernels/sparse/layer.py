@@ -194,9 +194,10 @@ def expected_of(op: Op, tokens: int, w: PackedWeight) -> Expected:
     dense = rows * columns * w.dtype.itemsize
     sizes = tokens, dense, w.nbytes, w.format
     if w.device.type == "cuda":
-        speedup = packed_speedup(choice.name, *sizes, capability(w.device))
         gpu = torch.cuda.get_device_name(w.device)
-        return Expected(speedup, *choice, measured=was_measured(choice.name, tokens, gpu))
+        speedup = packed_speedup(choice.name, *sizes, capability(w.device), gpu)
+        measured = was_measured(choice.name, tokens, dense, gpu)
+        return Expected(speedup, *choice, measured=measured)
     return Expected(packed_speedup(choice.name, *sizes), *choice)
 
 

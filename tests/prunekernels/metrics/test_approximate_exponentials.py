@@ -1,7 +1,7 @@
 """The kernels with a GPU's exponentials: the floors of docs/metrics.md hold without a GPU.
 
-ex2.approx.ftz.f32 may be off by 2 ulp. In the interpreter every float32 exponential is moved by as
-much, in the directions that hurt most: w one way and v the other, or each at random.
+ex2.approx.ftz.f32 may be 2 ulp from the rounded exponential. In the interpreter every float32 one
+is moved by as much, in the directions that hurt most: w one way and v the other, or each at random.
 """
 
 from __future__ import annotations

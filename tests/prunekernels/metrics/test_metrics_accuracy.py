@@ -9,6 +9,7 @@ import pytest
 import torch
 from accuracy import STEPS, check_head, check_pair, of_splits, pair
 from interpreter import IMPL, run_interpreted
+from prunekernels import pair_stats
 from prunekernels.metrics import tuning
 from prunekernels.runtime import interpreting
 from rows import adversarial, for_splits, one_hot
@@ -69,13 +70,22 @@ def test_kernels_of_shifted_and_of_half_precision_rows(dtype, offsets, level):
         (151936, "peaked", "core", 4.5e-4, torch.float32),
         (151936, "peaked", "core", 4.5e-3, torch.bfloat16),
         (151936, "peaked", "precise", 4.5e-4, torch.float32),
-        (151936, "peaked", "full", 4.5e-3, torch.float32),
+        (151936, "peaked", "full", 4.5e-4, torch.float32),
         (262144, "peaked", "core", 4.5e-3, torch.float32),
         (262144, "flat", "precise", 4.5e-4, torch.float32),
     ],
 )
 def test_kernels_at_large_vocabularies(vocab, kind, level, noise, dtype):
     check_pair(IMPL, *pair(kind, vocab, (noise,), dtype=dtype), level)
+
+
+@interpreted
+@pytest.mark.slow
+def test_kernels_of_long_rows_with_nothing_in_common():
+    """Σab is small beside ‖a‖‖b‖: a lane that adds 1188 terms in a row lost 2e-6 of that."""
+    base, other = torch.randn(2, 1, 152064).bfloat16()
+    got = pair_stats(base, other, impl=IMPL).as_dict()
+    assert not worse_than_allowed(got, base, other)
 
 
 @compiled

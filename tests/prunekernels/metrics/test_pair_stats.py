@@ -86,6 +86,17 @@ def test_precise_small_divergences() -> None:
         assert bool(((found - truth).abs() <= 1e-4 * truth).all()), (noise, found, truth)
 
 
+@pytest.mark.parametrize("vocab", [1, 17])
+def test_the_reference_builds_nothing_elsewhere(vocab: int) -> None:
+    """The device that all tests have besides the CPU stands for a GPU."""
+    logits = torch.empty(3, vocab, device="meta", dtype=torch.float64)
+    labels = torch.zeros(3, dtype=torch.int64, device="meta")
+    found = reference.pair_stats(logits, logits.clone(), labels=labels, level="full")
+    assert {name: value.device.type for name, value in found.items()} == dict.fromkeys(
+        found, "meta"
+    )
+
+
 @pytest.mark.parametrize("level", LEVELS)
 def test_identical_rows_are_exactly_zero_and_one(level: str) -> None:
     for kind in ("peaked", "soft", "flat"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import torch
 from prunekernels.metrics import tuning
 
-SWEEP = Path(__file__).parents[3] / "bench" / "results" / "NVIDIA_H200" / "sweep_pair.csv"
+H200 = Path(__file__).parents[3] / "bench" / "results" / "NVIDIA_H200"
+SWEEP = H200 / "sweep_pair.csv"
 Shape = tuple[int, int, str, str]
 
 
@@ -38,6 +40,19 @@ def test_the_table_is_within_3_percent_of_the_best_that_was_swept(shape: Shape) 
     times = SWEPT[shape]
     assert chosen in times, f"{chosen} was not measured; the best is {min(times, key=times.get)}"  # type: ignore[arg-type]
     assert times[chosen] <= 1.03 * min(times.values()), (chosen, times[chosen])
+
+
+def test_heads_are_fused_where_that_was_measured_faster() -> None:
+    times: dict[int, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    with (H200 / "metrics.csv").open(encoding="utf-8") as file:
+        for line in csv.DictReader(file):
+            if line["op"] == "head_pair_stats" and line["status"] == "ok":
+                rows = int(re.findall(r"N=(\d+)", line["shape"])[0])
+                times[rows][line["provider"]].append(float(line["p50_ms"]))
+    assert set(times) == {1, 64, 2048}
+    for rows, found in times.items():
+        fused, chunked = (sum(found[f"prunekernels {name}"]) for name in ("fused", "chunked"))
+        assert tuning.head_fused(rows, True) == (fused < chunked), rows
 
 
 @pytest.mark.parametrize("design", tuning.DESIGNS)

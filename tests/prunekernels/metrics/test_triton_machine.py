@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 pytest.importorskip("triton")
-from prunekernels.compilation import compile_case, format_report
+from prunekernels.compilation import compile_case, compile_ptx, format_report
 from prunekernels.metrics import (
     head_triton,
     merge_triton,
@@ -120,3 +122,13 @@ def _check_other(case, arch):
     assert report.missing == []
     assert report.fits
     assert report.spills == 0
+
+
+@pytest.mark.parametrize("module", [pair_triton, second_pass_triton], ids=["first", "second"])
+def test_terms_are_made_with_the_approximations_whose_errors_are_derived(module):
+    """docs/metrics.md, "What a GPU's exponentials do"; the division is in a rare move alone."""
+    text, _ = compile_ptx(module.compile_cases()[0], 90)
+    found = set(re.findall(r"\b\w+\.(?:approx|full)[.\w]*", text))
+    assert "ex2.approx.ftz.f32" in found
+    assert found <= {"ex2.approx.ftz.f32", "lg2.approx.ftz.f32", "div.full.f32"}
+    assert text.count("div.full.f32") <= 2

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from prunekernels.sparse import launching
-from prunekernels.sparse.tuning import packed_speedup
+from prunekernels.sparse.tuning import packed_speedup, was_measured
 from prunekernels.sparse.two_four import tuning
 from prunekernels.sparse.two_four.tuning import sparse24_mma, sparse24_order, sparse24_portable
 
@@ -73,7 +73,56 @@ def test_where_dense_stays():
         assert gains == sorted(gains, reverse=True) and gains[0] > 1.5 and gains[-1] < 1
     reasons = {c: sparse24_order(8, 4096, 4096, c)[0][1] for c in ((9, 0), (8, 0), (10, 0))}
     assert "measured" in reasons[(9, 0)] and "predicted" in reasons[(8, 0)]
-    assert "tcgen05" in reasons[(10, 0)]
+    assert "tcgen05" in reasons[(10, 0)] and "predicted" in sparse24_order(20, 64, 64, (9, 0))[0][1]
+
+
+def test_other_gpus_scale_by_their_bandwidth_and_products():
+    """Beyond so many tokens a dense layer is bound by products: 403 on an L4, 117 on a 5090."""
+    dense = 2 * 14336 * 4096
+
+    def promised(tokens, gpu, capability, impl="mma_sp"):
+        return packed_speedup(impl, tokens, dense, dense * 9 // 16, "2:4", capability, gpu)
+
+    by_ridge = [
+        ("NVIDIA L4", (8, 9)),
+        ("NVIDIA H100 80GB HBM3", (9, 0)),
+        ("NVIDIA H200", (9, 0)),
+        ("NVIDIA GeForce RTX 4090", (8, 9)),
+        ("NVIDIA A100-SXM4-80GB", (8, 0)),
+        ("NVIDIA GeForce RTX 5090", (12, 0)),
+    ]
+    for tokens in (64, 128):
+        gains = [promised(tokens, *gpu) for gpu in by_ridge]
+        assert gains == sorted(gains, reverse=True) and gains[0] > 1.05 * gains[2]
+    # the same number of tokens over the ridge is the same gain, but for what a launch costs
+    assert promised(130, "NVIDIA L4", (8, 9)) == pytest.approx(
+        promised(64, "NVIDIA H200", (9, 0)), rel=0.1
+    )
+    # a launch is 1.2 MB of reading on an L4: one of its layers may be small
+    small = [packed_speedup("mma_sp", 1, 2 * 2**20, 9 * 2**17, "2:4", c, g) for g, c in by_ridge]
+    assert small[0] > 1.25 and max(small[1:3]) < 1.1
+    # names are words: other GPUs count as what their capability has
+    for name, typical in (("NVIDIA L40S", "RTX 4090"), ("NVIDIA GH200 480GB", "H200")):
+        capability = (8, 9) if "4090" in typical else (9, 0)
+        assert promised(128, name, capability) == promised(128, typical, capability)
+    assert promised(2048, "NVIDIA L4", (8, 9), "eager") < promised(2048, "x", (8, 6), "eager")
+
+
+def test_measured_is_what_the_sweep_had():
+    large, small = 2 * 14336 * 4096, 2 * 4096 * 4096
+    for tokens in (1, 16, 64, 256):
+        assert was_measured("mma_sp", tokens, large, "NVIDIA H200")
+        assert was_measured("mma_sp", tokens, small, "NVIDIA H200")
+    for impl, tokens, dense, gpu in (
+        ("mma_sp", 24, large, "NVIDIA H200"),
+        ("mma_sp", 257, large, "NVIDIA H200"),
+        ("mma_sp", 1, 2 * 1024 * 4096, "NVIDIA H200"),
+        ("mma_sp", 1, 2 * 28672 * 8192, "NVIDIA H200"),
+        ("mma_sp", 1, large, "NVIDIA H100 80GB HBM3"),
+        ("mma_sp", 1, large, "NVIDIA GH200 480GB"),
+        ("mma", 1, large, "NVIDIA H200"),
+    ):
+        assert not was_measured(impl, tokens, dense, gpu), (impl, tokens, dense, gpu)
 
 
 def test_a_measured_range_lets_auto_take_the_tma_kernel(monkeypatch):

@@ -122,9 +122,16 @@ def test_every_variant_of_the_plot_has_a_colour_of_its_own():
     row |= {"batch": 1, "prefill_tokens_per_second": 1.0, "weight_bytes": 1}
     found = dict.fromkeys(("cache", "device", "dtype", "prompt", "model"), "x")
     drawn = bench._figure({**found, "variants": [{**row, "variant": name} for name in names]})
-    for chart in drawn.charts[:2]:
+    assert len(drawn.charts) == 3
+    for chart in drawn.charts:
         assert [series.name for series in chart.series] == names
         assert len({COLORS[series.role] for series in chart.series}) == len(names)
+
+
+@pytest.mark.parametrize(("threads", "words"), [(1, "cpu, 1 thread"), (2, "cpu, 2 threads")])
+def test_the_device_is_named_in_words(threads, words, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert bench._device_name(torch.empty(1)) == words
 
 
 def test_a_variant_with_wrong_logits_is_not_timed(folder, capsys, monkeypatch):

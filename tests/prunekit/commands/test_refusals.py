@@ -74,6 +74,11 @@ BAD_INPUT = {
     "missing prompts": ("compare dense dense --prompts none.txt --output new", "none.txt", "path"),
     "empty prompts": ("compare dense dense --prompts empty.txt --output new", "empty.txt", "add"),
     "bad choices": ("compare dense dense --choices bad-choices.jsonl --output new", "line 1", "0"),
+    "a number of answers": (
+        "compare dense dense --generate 8 --output new",
+        "--generate 8",
+        "'builtin' or 'none'; how many are asked is --limit",
+    ),
     "temperature": (
         "compare dense dense --prompts prompts.txt --no-choices --temperature 0 --output new",
         "temperature",

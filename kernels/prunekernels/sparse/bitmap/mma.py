@@ -137,7 +137,7 @@ def _added(room, FIRST: gl.constexpr, COUNT: gl.constexpr, NT: gl.constexpr, NW:
     return total
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "N", "stages", "per_warp"])
 def _bitmap_mma_fwd_kernel(
     x_ptr,  # (M, columns padded to 128) as 32-bit words, rows stride_xm words apart
     records_ptr,  # as 32-bit words

@@ -1,15 +1,15 @@
 """Launch configurations and order of the 2:4 kernels.
 
 Pure functions of shape, type and architecture; nothing is probed at import or at run time. An
-entry marked *predicted* comes from byte counts and compiled instruction counts, not from a
-measurement.
+entry marked *measured* was measured on an H200 on 2026-11-27 (bench/results/NVIDIA_H200); one
+marked *predicted* comes from byte counts and compiled instruction counts, not from a measurement.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from prunekernels.sparse.tuning import PortableConfig
+from prunekernels.sparse.tuning import UNSWEPT_TOKENS, PortableConfig
 
 
 class MmaConfig(NamedTuple):
@@ -40,10 +40,10 @@ def sparse24_order(
 ) -> list[tuple[str, str]]:
     """Implementations of a 2:4 linear layer on an NVIDIA GPU, preferred first, with reasons.
 
-    Measured on an H200 (bench/results/NVIDIA_H200/sparse.csv): up to 256 tokens mma.sp is the
-    fastest way to multiply with a packed weight, from 1024 on to expand it and multiply densely. A
-    dense weight is faster than both from 64 tokens (4096 × 4096) or 256 (larger ones) on, which
-    `packed_speedup` tells. In between, and on other GPUs, predicted. Blackwell's data-centre GPUs
+    Measured (sparse.csv): up to 256 tokens mma.sp is the fastest way to multiply with a packed
+    weight, from 1024 on to expand it and multiply densely. A dense weight is faster than both from
+    64 tokens (4096 × 4096) or 256 (larger ones) on, which `packed_speedup` tells. In between, for
+    17 to 32 tokens, and on other GPUs, predicted. Blackwell's data-centre GPUs
     (10.x) have sparse tensor cores behind `tcgen05`, which no kernel here uses, and no `wgmma`:
     they keep mma.sp.
 
@@ -60,7 +60,8 @@ def sparse24_order(
     if itemsize > 2:
         # the portable kernel compiles to 32 instructions per float32 weight
         return [("eager", "float32: no tensor cores, so expand, then dense (predicted)")]
-    known = "measured on an H200" if capability == (9, 0) else "predicted"
+    swept = capability == (9, 0) and tokens not in UNSWEPT_TOKENS
+    known = "measured on an H200" if swept else "predicted"
     if capability[0] == 10:
         known += "; tcgen05's sparse products have no kernel"
     order = []
@@ -107,14 +108,14 @@ def sparse24_mma(
         The configuration: as many token tiles as M fills, at most eight, and a ring of two slots.
         Up to 16 tokens one row tile per warp and two programs per multiprocessor; beyond, where x
         costs as much as the weight, two row tiles and one program, unless that leaves a program
-        fewer than eight units. Within 3 % of the best of the sweep on an H200 at 1, 16 and 64
-        tokens (bench/results/NVIDIA_H200/sweep_mma24.csv); in between interpolated. Elsewhere
-        predicted: a multiprocessor whose share of the bandwidth, times 800 ns, is below a program's
-        18 KB of words in flight needs one program.
+        fewer than eight units. Measured at 1, 16 and 64 tokens (sweep_mma24.csv), where it is
+        within 3 % of the best of the sweep. Predicted: 17 to 32 tokens, gated, stacked projections,
+        and other GPUs, where a multiprocessor whose share of the bandwidth, times 800 ns, is below
+        a program's 18 KB of words in flight needs one program.
     """
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     few = token_tiles <= 2
-    # an H200 brings 25 KB to each in that time, an A100 13, a 5090 8, a 4090 6
+    # in that time an H200 brings 25 KB to each, an H100 18, an A100 13, a 5090 8, a 4090 6, an L4 4
     fast = capability[0] in (9, 10)
 
     def divided(row_tiles: int, resident: int) -> MmaConfig:
