@@ -379,7 +379,7 @@ class PairSums:
         """Sums `(…, R)` of rows from those of what stood below one another in a tile."""
         if sums.shape[-1] == rows:
             return sums
-        return sums.unflatten(-1, (rows, -1)).sum(-1, dtype=torch.float64)
+        return torch.unflatten(sums, -1, (rows, -1)).sum(-1, dtype=torch.float64)
 
     def _second_pass(self, rows: slice, base: Tensor, other: Tensor) -> None:
         """Jensen–Shannon, total variation and Hellinger: they need both normalisers first.
