@@ -7,6 +7,7 @@ depends on the values inside a tensor is checked within it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -82,17 +83,41 @@ def integers(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
 
 def positive(op: str, name: str, value: float) -> None:
     """A finite number above zero."""
-    if not 0.0 < value < math.inf:  # also False for NaN; traceable, unlike math.isfinite
-        raise ValueError(f"{op}: {name} must be a finite number above 0, got {value}")
+    # False for NaN, too; traceable, unlike math.isfinite
+    if not (_number(value) and 0.0 < value < math.inf):
+        raise ValueError(f"{op}: {name} must be a finite number above 0, got {value!r}")
+
+
+def scale(op: str, name: str, value: float) -> None:
+    """A finite number other than zero."""
+    if not (_number(value) and 0.0 < abs(value) < math.inf):
+        raise ValueError(f"{op}: {name} must be finite and not 0, got {value!r}")
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) or hasattr(value, "__float__")
+
+
+def names(op: str, fields: Sequence[str] | None) -> tuple[str, ...] | None:
+    """At least one name of a field, as a tuple, or None for all of them."""
+    if fields is None:
+        return None
+    several = hasattr(fields, "__iter__") and not isinstance(fields, str)
+    found = tuple(fields) if several else ()
+    if not found:
+        raise ValueError(
+            f"{op}: fields must be a sequence of names, got {fields!r}; leave it out for all"
+        )
+    return found
 
 
 def token_ids(op: str, vocab: int, labels: Tensor | None, subset: Tensor | None) -> None:
     """Ids lie in the vocabulary and the subset's differ: reads values, so it runs inside the op.
 
-    Skipped while a CUDA graph is captured, where a value cannot be read.
+    Skipped where no value can be read: on meta tensors, and while a CUDA graph is captured.
     """
     for name, ids in (("labels", labels), ("subset", subset)):
-        if ids is None or ids.numel() == 0 or _capturing(ids):
+        if ids is None or ids.numel() == 0 or _unreadable(ids):
             continue
         low, high = (int(value) for value in torch.aminmax(ids))
         if low < 0 or high >= vocab:
@@ -100,7 +125,7 @@ def token_ids(op: str, vocab: int, labels: Tensor | None, subset: Tensor | None)
             raise ValueError(
                 f"{op}: {name} holds token id {wrong}, outside the vocabulary 0..{vocab - 1}"
             )
-    if subset is not None and not _capturing(subset):
+    if subset is not None and not _unreadable(subset):
         unique, counts = torch.unique(subset, return_counts=True)
         if unique.numel() != subset.numel():
             twice = int(unique[counts > 1][0])
@@ -134,6 +159,10 @@ def no_flag(op: str, flag: Tensor, scores: Tensor, norms: Tensor | None) -> None
     if not _capturing(flag) and bool(flag):
         finite(op, scores, norms)
         raise ValueError(f"{op}: |weight|·norm overflows float32; scale the norms down")
+
+
+def _unreadable(tensor: Tensor) -> bool:
+    return tensor.is_meta or _capturing(tensor)
 
 
 def _capturing(tensor: Tensor) -> bool:

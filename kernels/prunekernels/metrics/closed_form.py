@@ -221,8 +221,8 @@ def pack(
     broken = ~torch.isfinite(tops)  # NaN, +inf, or nothing but −inf
     any_broken = broken.any(0)
     floats = tops.new_empty(len(names), tops.shape[1], dtype=torch.float32)
-    for row, name in zip(floats, names, strict=True):
-        row.copy_(fields[name])
+    if names:
+        torch.stack([fields[name] for name in names], out=floats)
     floats.masked_fill_(any_broken, float("nan"))
     ids = ids.masked_fill(broken, -1)
     valid = fields.get("estimate_valid", any_broken)  # any will do where it is not asked for

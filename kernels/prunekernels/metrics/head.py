@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -58,8 +57,14 @@ def _head_pair_stats(
     checks.token_ids("head_pair_stats", head.weight.shape[0], labels, subset)
     tensors = (base_hidden, other_hidden, head.weight)
     run = runtime.run("head_pair_stats", eager.head_pair_stats, tensors, impl)
+    if base_hidden.is_meta:
+        return _shapes(base_hidden, options, subset)
     packed: list[Tensor] = run(base_hidden, other_hidden, head, labels, subset, options)
     return packed
+
+
+def _shapes(hidden: Tensor, options: PairOptions, subset: Tensor | None) -> list[Tensor]:
+    return packed_like(hidden, hidden.numel() // hidden.shape[-1], options, subset is not None)
 
 
 @_head_pair_stats_op.register_fake
@@ -83,8 +88,7 @@ def _(
     impl: str,
 ) -> list[Tensor]:
     options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
-    rows = base_hidden.numel() // base_hidden.shape[-1]
-    return packed_like(base_hidden, rows, options, subset is not None)
+    return _shapes(base_hidden, options, subset)
 
 
 def head_pair_stats(
@@ -179,8 +183,8 @@ def head_pair_stats(
             raise ValueError(f"{op}: {name} must be {shape}, got {tuple(tensor.shape)}")
     if softcap is not None:
         checks.positive(op, "softcap", softcap)
-    if logit_scale is not None and not 0.0 < abs(logit_scale) < math.inf:
-        raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
+    if logit_scale is not None:
+        checks.scale(op, "logit_scale", logit_scale)
     checks.positive(op, "norm_eps", norm_eps)
     runtime.check_impl(impl)
     options = PairOptions.checked(

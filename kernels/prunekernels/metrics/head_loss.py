@@ -139,8 +139,8 @@ def head_pair_loss(
     checks.positive(op, "temperature", temperature)
     if softcap is not None:
         checks.positive(op, "softcap", softcap)
-    if logit_scale is not None and not 0.0 < abs(logit_scale) < math.inf:
-        raise ValueError(f"{op}: logit_scale must be finite and not 0, got {logit_scale}")
+    if logit_scale is not None:
+        checks.scale(op, "logit_scale", logit_scale)
     form = HeadForm(kind, float(temperature), softcap, 1.0 if logit_scale is None else logit_scale)
     lead, rows = student_hidden.shape[:-1], student_hidden.shape[:-1].numel()
     problem = Problem(student_hidden.device, student_hidden.dtype, (rows, *head_weight.shape))

@@ -70,11 +70,15 @@ class PairOptions:
             ValueError: for an unknown level, weighting or field, a field that the level or the
                 missing labels rule out, a temperature that is not above 0, or k above V.
         """
+        fields = checks.names(op, fields)
         key: tuple[Any, ...] | None = None
         if not torch.compiler.is_compiling():
-            names = fields if fields is None or isinstance(fields, str) else tuple(fields)
-            key = (op, vocab, labels, temperature, topk, level, weights, names)
-            if (known := _checked.get(key)) is not None:
+            key = (op, vocab, labels, temperature, topk, level, weights, fields)
+            try:
+                known = _checked.get(key)
+            except TypeError:  # something that no option can be, such as a list
+                known = None
+            if known is not None:
                 return known
         if level not in LEVELS:
             raise ValueError(f"{op}: level must be one of {', '.join(LEVELS)}, got {level!r}")
@@ -253,14 +257,10 @@ def checked_subset(
     return subset.long()
 
 
-def _field_names(op: str, fields: Sequence[str] | None, level: str, labels: bool) -> str:
+def _field_names(op: str, fields: tuple[str, ...] | None, level: str, labels: bool) -> str:
     """The names asked for in the order of a result, with commas between them; "" for all."""
     if fields is None:
         return ""
-    if isinstance(fields, str) or not fields:
-        raise ValueError(
-            f"{op}: fields must be a sequence of names, got {fields!r}; leave it out for all"
-        )
     known = needed_sums.PAIR_FIELDS
     for name in fields:
         if name not in known:

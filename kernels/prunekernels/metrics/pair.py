@@ -41,8 +41,14 @@ def _pair_stats(
 ) -> list[Tensor]:
     checks.token_ids("pair_stats", base.shape[-1], labels, subset)
     run = runtime.run("pair_stats", eager.pair_stats, (base, other), impl)
+    if base.is_meta:
+        return _shapes(base, options, subset)
     packed: list[Tensor] = run(base, other, labels, subset, options)
     return packed
+
+
+def _shapes(base: Tensor, options: PairOptions, subset: Tensor | None) -> list[Tensor]:
+    return packed_like(base, base.numel() // base.shape[-1], options, subset is not None)
 
 
 @_pair_stats_op.register_fake
@@ -59,7 +65,7 @@ def _(
     impl: str,
 ) -> list[Tensor]:
     options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
-    return packed_like(base, base.numel() // base.shape[-1], options, subset is not None)
+    return _shapes(base, options, subset)
 
 
 def pair_stats(
@@ -114,10 +120,11 @@ def pair_stats(
     """
     if base is None or other is None:
         checks.given("pair_stats", base=base, other=other)
+    if not (fields is None or type(fields) is tuple):
+        fields = checks.names("pair_stats", fields)
     key = None
     if labels is None and subset is None and runtime.plain(base, other):
-        names = fields if fields is None or isinstance(fields, str) else tuple(fields)
-        options_key = temperature, topk, level, weights, names, impl
+        options_key = temperature, topk, level, weights, fields, impl
         key, known = again("pair_stats", base, other, options_key)
         if known is not None:
             found: PairStats = known

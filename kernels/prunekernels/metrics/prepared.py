@@ -97,7 +97,7 @@ class Prepared:
 
 
 def again(op: str, base: Tensor, other: Tensor, *options: Any) -> tuple[Any, Any]:
-    """Key of a call, and its result if a call of that key was prepared (else None).
+    """Key of a call (None: it has none), and its result if a call of that key was prepared.
 
     Args:
         op: The op's name.
@@ -119,7 +119,10 @@ def again(op: str, base: Tensor, other: Tensor, *options: Any) -> tuple[Any, Any
         (at | at_other) & 15 == 0,
         options,
     )
-    prepared = runtime.known(op).prepared.get(key)
+    try:
+        prepared = runtime.known(op).prepared.get(key)
+    except TypeError:  # something that no option can be, such as a list
+        return None, None
     if prepared is None:
         return key, None
     if isinstance(prepared, Prepared):

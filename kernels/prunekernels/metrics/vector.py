@@ -57,17 +57,19 @@ def vector_stats(
     """
     if base is None or other is None:
         checks.given("vector_stats", base=base, other=other)
+    if not (fields is None or type(fields) is tuple):
+        fields = checks.names("vector_stats", fields)
     direct, key = runtime.plain(base, other), None
     if direct:
-        names = fields if fields is None or isinstance(fields, str) else tuple(fields)
-        key, known = again("vector_stats", base, other, names, impl)
+        key, known = again("vector_stats", base, other, fields, impl)
         if known is not None:
             found: VectorStats = known
             return found
     checks.floats("vector_stats", base=base, other=other)
     checks.alike("vector_stats", base=base, other=other)
     runtime.check_impl(impl, "triton_warp")
-    asked = VECTOR_FLOATS if fields is None else _checked_fields(fields)
+    names = checks.names("vector_stats", fields)
+    asked = VECTOR_FLOATS if names is None else _checked_fields(names)
     if direct:
         packed = _vector_stats(base, other, asked, impl)
 
@@ -86,13 +88,8 @@ def _named(packed: Tensor, lead: torch.Size, asked: Sequence[str]) -> VectorStat
     return VectorStats.of({name: named[name] for name in asked})
 
 
-def _checked_fields(fields: Sequence[str]) -> tuple[str, ...]:
+def _checked_fields(fields: tuple[str, ...]) -> tuple[str, ...]:
     """The names in the order of a result."""
-    if isinstance(fields, str) or not fields:
-        raise ValueError(
-            f"vector_stats: fields must be a sequence of names, got {fields!r}; "
-            "leave it out for all"
-        )
     for name in fields:
         if name not in VECTOR_FLOATS:
             raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from allocations import Allocations
-from prunekernels import PairStats, head_pair_stats, pair_stats, vector_stats
+from prunekernels import PairStats, head_pair_loss, head_pair_stats, pair_stats, vector_stats
 from prunekernels.metrics import eager
 from prunekernels.metrics.options import OutputHead, PairOptions
 from torch import Tensor
@@ -188,6 +188,30 @@ def bad_calls() -> dict[str, tuple[Any, str]]:
             "got inf",
         ),
         "temperature nan": (lambda: pair_stats(LOGITS, CHANGED, temperature=nan), "got nan"),
+        "temperature text": (
+            lambda: pair_stats(LOGITS, CHANGED, temperature="1"),  # type: ignore[arg-type]
+            "temperature must be a finite number above 0, got '1'",
+        ),
+        "temperature list": (
+            lambda: pair_stats(LOGITS, CHANGED, temperature=[1.0]),  # type: ignore[arg-type]
+            r"temperature must be a finite number above 0, got \[1.0\]",
+        ),
+        "loss temperature": (
+            lambda: head_pair_loss(HIDDEN, HIDDEN, HEAD, temperature="1"),  # type: ignore[arg-type]
+            "head_pair_loss: temperature must be a finite number above 0, got '1'",
+        ),
+        "fields a number": (
+            lambda: pair_stats(vector, vector, fields=3),  # type: ignore[arg-type]
+            "pair_stats: fields must be a sequence of names, got 3",
+        ),
+        "fields a list of lists": (
+            lambda: pair_stats(vector, vector, fields=[["js"]]),  # type: ignore[list-item]
+            r"pair_stats: fields holds \['js'\], which is not one of",
+        ),
+        "vector fields a number": (
+            lambda: vector_stats(vector, vector, fields=3),  # type: ignore[arg-type]
+            "vector_stats: fields must be a sequence of names, got 3",
+        ),
         "label too large": (
             lambda: pair_stats(vector, vector, labels=torch.tensor([0, 50, 1, 2])),
             r"labels holds token id 50, outside the vocabulary 0\.\.49",
@@ -255,6 +279,10 @@ def bad_calls() -> dict[str, tuple[Any, str]]:
         "softcap": (lambda: head_pair_stats(HIDDEN, HIDDEN, HEAD, softcap=0.0), "softcap must"),
         "eps": (lambda: head_pair_stats(HIDDEN, HIDDEN, HEAD, norm_eps=-1.0), "norm_eps must"),
         "scale": (lambda: head_pair_stats(HIDDEN, HIDDEN, HEAD, logit_scale=nan), "logit_scale"),
+        "scale text": (
+            lambda: head_pair_stats(HIDDEN, HIDDEN, HEAD, logit_scale="2"),  # type: ignore[arg-type]
+            "logit_scale must be finite and not 0, got '2'",
+        ),
         "head device": (
             lambda: head_pair_stats(HIDDEN, HIDDEN, HEAD.to("meta")),
             "head_weight is on meta and the rest on cpu",
@@ -274,6 +302,26 @@ def test_bad_input_is_a_value_error_that_names_the_fix(name: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+def test_meta_tensors_give_results_of_the_right_shapes() -> None:
+    on_meta = {**EVERYTHING, "labels": EVERYTHING["labels"].to("meta")}
+    logits, hidden, head = (tensor.to("meta") for tensor in (LOGITS, HIDDEN, HEAD))
+    for here, there in (
+        (pair_stats(LOGITS, CHANGED, **EVERYTHING), pair_stats(logits, logits, **on_meta)),
+        (
+            head_pair_stats(HIDDEN, HIDDEN, HEAD, topk=2),
+            head_pair_stats(hidden, hidden, head, topk=2),
+        ),
+    ):
+        wanted = {name: (x.shape, x.dtype) for name, x in here.as_dict().items()}
+        assert {name: (x.shape, x.dtype) for name, x in there.as_dict().items()} == wanted
+        assert all(x.is_meta for x in there.as_dict().values())
+
+
+def test_generators_name_fields_too() -> None:
+    asked = (name for name in ("kl_base_other", "tie"))
+    assert set(pair_stats(LOGITS, CHANGED, fields=asked).as_dict()) == {"kl_base_other", "tie"}  # type: ignore[arg-type]
 
 
 def test_parameters_pass_where_no_gradient_is_recorded() -> None:

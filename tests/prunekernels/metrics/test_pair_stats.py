@@ -61,6 +61,17 @@ def test_matches_reference_at_the_largest_vocabularies(vocab: int, level: str) -
         check(*rows("peaked", vocab, 3, noise), level=level)
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("vocab", [40002, 70001])
+def test_a_long_row_alone(vocab: int, level: str) -> None:
+    """On a CPU its pieces are summed below one another, and the last one may be shorter."""
+    base, other = rows("soft", vocab, 1, 0.3)
+    check(base, other, level=level)
+    base[0, 100], other[0, -100] = NEG_INF, NEG_INF
+    base[0, 20_000:20_100] = other[0, 20_000:20_100] = NEG_INF
+    check(base, other, level=level)
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.5, 0.7, 2.0])
 @pytest.mark.parametrize("weights", ["base", "other"])
 @pytest.mark.parametrize("level", ["core", "precise"])

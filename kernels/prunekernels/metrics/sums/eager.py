@@ -52,8 +52,9 @@ _OF_ONE_ROW = frozenset((*needed_sums.MASSES, "Wy", "Vy"))  # these need no x
 _BY_DOT = frozenset(("W2", "V2", "R1", "S1", "R2", "S2", "U2"))
 DOT_ROW = 1 << 12
 # Columns of a tile on a CPU at most: of more, float32 sums round too much. A call on one such row
-# runs in one thread, so that none waits for another; several rows keep several busy.
+# runs in one thread; several rows keep several busy, and so do pieces of one row below one another.
 _COLUMNS = 1 << 15
+_PIECES = 1 << 17  # elements of a tile of such pieces at most
 _KEPT_SHARE = 0.04  # of the logits' bytes, at most, for the weights of a block of whole rows
 
 
@@ -92,6 +93,9 @@ class PairSums:
         longest = min(tile, _COLUMNS) if device.type == "cpu" else tile
         self.columns = -(-vocab // -(-vocab // longest))  # as many in each tile of a row
         self.block_rows = min(tile // self.columns, max(rows, 1))
+        self.pieces = 1
+        if self.block_rows == 1:
+            self.pieces = max(1, min(tile, _PIECES, vocab) // self.columns)
         # Finding the maxima takes few bytes per row but many small launches: more rows at once.
         self.group_rows = max(self.block_rows, GROUP_ROWS)
         # Whether the second pass finds the weights that the first pass took.
@@ -206,7 +210,9 @@ class PairSums:
         if view is None:
             if name not in self.buffers:
                 self.buffers[name] = torch.empty(
-                    self.block_rows * self.columns, dtype=self.work, device=self.sums.device
+                    self.block_rows * self.pieces * self.columns,
+                    dtype=self.work,
+                    device=self.sums.device,
                 )
             view = self.buffers[name][: shape.numel()].view(shape)
             self.views[name, shape] = view
@@ -249,8 +255,8 @@ class PairSums:
 
     def _first_pass(self, rows: slice, base: Tensor, other: Tensor) -> Tensor:
         total = torch.zeros(len(SUMS), base.shape[0], dtype=torch.float64, device=base.device)
-        part = total.to(self.work, copy=True)
-        slots = dict(zip(SUMS, part, strict=True))
+        part = total.new_empty(0, 0)
+        slots: dict[str, Tensor] = {}
         found: dict[str, list[float]] = {}
 
         def needs(*names: str) -> bool:
@@ -275,12 +281,16 @@ class PairSums:
                 return
             both = zip(rows_of(left), rows_of(right), strict=True)
             so_far = found.get(name)
-            found[name] = [torch.dot(x, y).item() for x, y in both]
+            values = [torch.dot(x, y).item() for x, y in both]
+            found[name] = values if len(values) == total.shape[1] else [sum(values)]
             if so_far is not None:
                 found[name] = [x + y for x, y in zip(so_far, found[name], strict=True)]
 
         of_a, of_b, gap = self.gaps[:, rows, None]
         for tile, tile_a, tile_b in self._tiles(base, other):
+            if part.shape[1] != tile_a.shape[0]:
+                part = total.new_zeros(len(SUMS), tile_a.shape[0], dtype=self.work)
+                slots = dict(zip(SUMS, part, strict=True))
             a, b = self._load("a", tile_a), self._load("b", tile_b)
             of_inputs: dict[int, tuple[Tensor, ...]] = {}
             xa, xb, w, v = self._powers(rows, tile, a, b)
@@ -293,7 +303,7 @@ class PairSums:
             dot("Wy", w, xa)
             dot("Vy", v, xb)
             if self.needed <= _OF_ONE_ROW:
-                total += part
+                total += self._of_rows(part, len(base))
                 continue
             # From here on the buffers of a' and b' hold what is short-lived.
             x = torch.sub(b, a, out=self._buffer("x", a.shape))
@@ -330,7 +340,7 @@ class PairSums:
                 rho = torch.sub(v, w, out=self._buffer("xb", a.shape))
                 dot("Pw", w, rho)
                 dot("P2", rho, rho)
-            total += part
+            total += self._of_rows(part, len(base))
         for name, values in found.items():
             total[_INDEX[name]] = torch.tensor(values, dtype=torch.float64)
         return total
@@ -352,9 +362,24 @@ class PairSums:
         return a, b, holes
 
     def _tiles(self, base: Tensor, other: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Number and columns of each tile of a block of rows."""
-        pairs = zip(*(torch.split(x, self.columns, 1) for x in (base, other)), strict=True)
-        return ((tile, a, b) for tile, (a, b) in enumerate(pairs))
+        """Number and columns of each tile of a block of rows.
+
+        Of a row alone, as many tiles as `pieces` stand below one another, as those of rows do.
+        """
+        rows, vocab = base.shape
+        tile, start = 0, 0
+        while start < vocab:
+            pieces = max(1, min(self.pieces, (vocab - start) // self.columns)) if rows == 1 else 1
+            stop = min(start + pieces * self.columns, vocab)
+            shape = rows * pieces, (stop - start) // pieces
+            yield tile, base[:, start:stop].view(shape), other[:, start:stop].view(shape)
+            tile, start = tile + 1, stop
+
+    def _of_rows(self, sums: Tensor, rows: int) -> Tensor:
+        """Sums `(…, R)` of rows from those of what stood below one another in a tile."""
+        if sums.shape[-1] == rows:
+            return sums
+        return torch.unflatten(sums, -1, (rows, -1)).sum(-1, dtype=torch.float64)
 
     def _second_pass(self, rows: slice, base: Tensor, other: Tensor) -> None:
         """Jensen–Shannon, total variation and Hellinger: they need both normalisers first.
@@ -378,11 +403,11 @@ class PairSums:
             q.mul_(ratio)  # both are W0 times what they are called
             torch.sub(q, p, out=s)
             if "total_variation" in self.full:
-                tv += torch.abs(s, out=log).sum(-1)
+                tv += self._of_rows(torch.abs(s, out=log).sum(-1), len(base))
             if "js" in self.full:
-                js += self._twice_js(p, q, s, log)
+                js += self._of_rows(self._twice_js(p, q, s, log), len(base))
             if "hellinger" in self.full:
-                he += q.sqrt_().sub_(p.sqrt_()).square_().sum(-1)
+                he += self._of_rows(q.sqrt_().sub_(p.sqrt_()).square_().sum(-1), len(base))
         self.sums[[_INDEX[name] for name in _SECOND], rows] = found / w0[:, 0]
 
     def _twice_js(self, p: Tensor, q: Tensor, s: Tensor, log: Tensor) -> Tensor:
@@ -445,6 +470,8 @@ class PairSums:
         """Floats, ids, flags; then the subset's three; then the top tokens' three."""
         alpha, beta = self.references
         named = dict(zip(SUMS, self.sums, strict=True))
+        if not self.masked:  # nothing was excluded
+            del named["only_base"], named["only_other"]
         fields = pair_fields(named, alpha, beta, self.options, full=bool(self.full))
         packed = pack(
             fields,
