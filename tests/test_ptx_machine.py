@@ -43,6 +43,8 @@ IN_ANY_ORDER = pytest.mark.parametrize("seed", [None, *range(5)])
 
 def test_memory_and_instructions_are_checked():
     assert np.array_equal(run("add.s32 %r3, %r1, -1;" + STORE), THREADS - 1)
+    onto_itself = "mov.b32 %r3, 7; mad.lo.s32 %r3, %r1, 3, %r3;"
+    assert np.array_equal(run(onto_itself + STORE), 3 * THREADS + 7)
     with pytest.raises(ValueError, match="outside every array"):
         run("mov.b32 %r3, 7; add.s32 %r2, %r2, 4;" + STORE)
     with pytest.raises(ValueError, match="unknown instruction"):

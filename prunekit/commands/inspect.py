@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -11,7 +12,8 @@ from prunekit.commands import options
 SUMMARY = "say what a checkpoint is: layers, sparsity, pattern, what was dropped"
 DESCRIPTION = """\
 Load a model, check it (completeness, checksums if prunekit saved it, finite weights), and say how
-large and how sparse it is, which N:M pattern its matrices have, and what was dropped.
+large and how sparse it is, which N:M pattern its matrices have, how they are packed, and what was
+dropped.
 """
 EXAMPLE = "prunekit inspect out/wanda24"
 
@@ -65,6 +67,7 @@ def _facts(source: str, model: Any) -> dict[str, Any]:
         "vocabulary": arch.head.weight.shape[0],
         "context_length": arch.context_length,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "packed": dict(Counter(layer.format for _, layer in packed.packed_layers(model))),
         "parameters": packed.weight_count(model),
         "parameter_bytes": packed.weight_bytes(model),
         "file_bytes": measures.folder_bytes(path) if path.exists() else None,
@@ -86,6 +89,7 @@ def _shown(found: dict[str, Any]) -> Any:
     if kept != list(range(layers)):
         dropped.append(f"blocks (kept {kept} of the original model)")
     files = "" if found["file_bytes"] is None else f", {terminal.size(found['file_bytes'])} on disk"
+    packed = [f"{count} layers as {name}" for name, count in found["packed"].items()]
     rows = [
         ("Architecture", found["architecture"]),
         ("Format", f"{found['format']} (checksums: {found['checksums']})"),
@@ -97,6 +101,7 @@ def _shown(found: dict[str, Any]) -> Any:
         ("Layers", f"{layers}, hidden size {found['hidden_size']}"),
         ("Vocabulary", f"{found['vocabulary']:,}, context {found['context_length']:,} tokens"),
         ("Dropped", "; ".join(dropped) or "nothing"),
+        ("Packed", ", ".join(packed) or "nothing"),
         (
             "KV cache",
             f"{found['cache_entries']} entries, {found['cache_bytes_per_token']:,} bytes per token",

@@ -153,9 +153,12 @@ class Registers:
             self._binary(opcode, operands, active, np.multiply)
 
     def _mad(self, opcode: list[str], operands: list[Any], active: Array) -> None:
-        self._mul(["mul", *opcode[1:]], [operands[0], *operands[1:3]], active)
         kind = opcode[-1][0] + ("64" if "wide" in opcode else opcode[-1][1:])
-        self._binary(["add", kind], [operands[0], operands[0], operands[3]], active, np.add)
+        # read before the product is written: it may be the same register
+        addend = self._value(operands[3], kind)
+        self._mul(["mul", *opcode[1:]], operands[:3], active)
+        with np.errstate(all="ignore"):
+            self._set(operands[0], self._value(operands[0], kind) + addend, active)
 
     def _fma(self, opcode: list[str], operands: list[Any], active: Array) -> None:
         if opcode[-1] in ("bf16x2", "f16x2"):

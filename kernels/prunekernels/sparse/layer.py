@@ -7,7 +7,7 @@ before is launched at once, with addresses alone (`launching.prepared_run`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, Self, TypeVar
 
 import torch
@@ -248,18 +248,35 @@ class Calls:
 
 def call_key(x: Tensor, w: Any, device: torch.device, bias: Tensor | None, *rest: Any) -> Any:
     """What a prepared call depends on, and what the checks look at; the shape of x comes first."""
+    if x is None:
+        check_tensor("x", x)
     if bias is None:
         return x.shape, x.dtype, x.device, w.shape, w.dtype, device, None, rest
     bias_key = bias.shape, bias.dtype, bias.device
     return x.shape, x.dtype, x.device, w.shape, w.dtype, device, bias_key, rest
 
 
+def check_tensor(name: str, given: object) -> None:
+    """Raise ValueError unless `given`, the argument `name`, is a tensor."""
+    if not isinstance(given, Tensor):
+        raise ValueError(f"{name} must be a tensor, not {type(given).__name__}")
+
+
+def check_packed(w: Any, kinds: Collection[str], pack: str, name: str = "w") -> None:
+    """Raise ValueError unless w, the argument `name`, is packed as one of `kinds` (by `pack`)."""
+    held = getattr(w, "format", None)
+    if held not in kinds:
+        given = held if isinstance(held, str) else type(w).__name__
+        raise ValueError(
+            f"{name} must be a weight packed as {' or '.join(kinds)}, not {given}: pack it with "
+            f"{pack}"
+        )
+
+
 def check_input(x: Tensor, w: Any, kind: str, pack: str, name: str = "w") -> None:
     """Raise ValueError unless w is packed in the format `kind` (by `pack`) and x fits it."""
-    if getattr(w, "format", None) != kind:
-        raise ValueError(
-            f"a packed weight is needed, not {type(w).__name__}: pack it with {pack}(weight)"
-        )
+    check_packed(w, (kind,), pack, name)
+    check_tensor("x", x)
     packed: Any = w
     if x.ndim == 0 or x.shape[-1] != packed.shape[1]:
         raise ValueError(
@@ -293,6 +310,7 @@ def check_epilogue(
 ) -> str:
     """Raise ValueError unless bias and activation fit a weight of this shape; returns its name."""
     if bias is not None:
+        check_tensor(f"{op}: bias", bias)
         if tuple(bias.shape) != (shape[0],):
             raise ValueError(
                 f"{op}: bias must have shape ({shape[0]},) for a weight of shape {tuple(shape)}, "

@@ -55,6 +55,12 @@ def test_only_matrices_pack(form, shape):
 
 
 @every_format
+def test_what_is_no_tensor_does_not_pack(form):
+    with pytest.raises(ValueError, match=f"{form.name}_pack: weight must be a tensor, not None"):
+        form.function("pack")(None)
+
+
+@every_format
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int8, torch.bool])
 def test_other_value_types_name_the_fix(form, dtype):
     with pytest.raises(ValueError, match=r"weight\.to\(torch\.bfloat16\)"):

@@ -82,7 +82,11 @@ def test_a_layer_compiles_as_one_graph(form):
 
 
 REFUSED = {
-    "a dense weight": (lambda x, w, b: ((x, w.to_dense()), {}), "{name}_pack"),
+    "a dense weight": (lambda x, w, b: ((x, w.to_dense()), {}), "w must .*Tensor.*{name}_pack"),
+    "no weight": (lambda x, w, b: ((x, None), {}), "w must .* not NoneType.*{name}_pack"),
+    "no x": (lambda x, w, b: ((None, w), {}), "x must be a tensor, not NoneType"),
+    "a list as x": (lambda x, w, b: (([1.0], w), {}), "x must be a tensor, not list"),
+    "a number as bias": (lambda x, w, b: ((x, w, 1.0), {}), "bias must be a tensor, not float"),
     "other columns": (lambda x, w, b: ((x[:, :8], w), {}), r"\(2, 8\) .* 12 columns .*\(8, 12\)"),
     "a scalar": (lambda x, w, b: ((x[0, 0], w), {}), "12 columns"),
     "float16": (lambda x, w, b: ((x.half(), w), {}), "torch.float16 and w torch.bfloat16"),

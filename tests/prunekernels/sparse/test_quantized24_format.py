@@ -160,6 +160,22 @@ def refusals():
     yield given("2:4-fp8", integers=lambda m: nan), "NaN in row 0, column 0"
 
 
+@pytest.mark.parametrize("name", ["integers", "mask", "scales"])
+def test_what_is_no_tensor_is_refused_by_its_name(name):
+    given = quantized.integers(16, 200, "2:4-int4", 64, True)
+    for wrong, called in ((None, "NoneType"), ([1.0], "list")):
+        with pytest.raises(ValueError, match=f"pack: {name} must be a tensor, not {called}"):
+            quantized24_pack(*given._replace(**{name: wrong}), kind="2:4-int4")
+    with pytest.raises(ValueError, match="pack: zeros must be a tensor, not list"):
+        quantized24_pack(*given._replace(zeros=[8]), kind="2:4-int4")
+    with pytest.raises(ValueError, match="round: weight must be a tensor, not NoneType"):
+        quantized24_round(None, "2:4-int4")
+    with pytest.raises(ValueError, match="round: mask must be a tensor, not list"):
+        quantized24_round(given.integers.float(), "2:4-int4", mask=[True])
+    with pytest.raises(ValueError, match=r"must be one of 2:4-int8, .* not \[\]"):
+        quantized24_pack(*given, kind=[])
+
+
 @pytest.mark.parametrize(("given", "message"), refusals())
 def test_what_does_not_fit_is_refused_with_both_values(given, message):
     integers, kind = given

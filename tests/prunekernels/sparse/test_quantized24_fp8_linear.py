@@ -87,8 +87,12 @@ def test_what_is_refused():
     packed, _ = made(20, 200)
     other, _ = quantized.made(20, 200, "2:4-int8", 0)
     x = torch.randn(3, 200).to(torch.bfloat16)
-    with pytest.raises(ValueError, match="a packed weight is needed, not Int8Sparse24"):
+    with pytest.raises(ValueError, match="w must be a weight packed as 2:4-fp8, not 2:4-int8"):
         quantized24_fp8_linear(x, other)
+    with pytest.raises(ValueError, match="x must be a tensor, not NoneType"):
+        quantized24_fp8_linear(None, packed)
+    with pytest.raises(ValueError, match="quantize_tokens: x must be a tensor, not list"):
+        quantize_tokens([1.0])
     with pytest.raises(ValueError, match=r"x is torch.float16 and w torch.bfloat16"):
         quantized24_fp8_linear(x.half(), packed)
     with pytest.raises(ValueError, match="impl must be one of auto, eager, mma_sp, got 'triton'"):

@@ -91,7 +91,9 @@ def test_bad_input_is_refused_with_both_values():
     for arguments, message in (
         ((x.half(), packed), "torch.float16 and w torch.bfloat16"),
         ((x[:, :8], packed), r"\(2, 8\) .* 200 columns"),
-        ((x, packed.to_dense()), "quantized24_pack"),
+        ((x, packed.to_dense()), r"w must be .*2:4-int8 .* not Tensor: .*quantized24_round\("),
+        ((None, packed), "x must be a tensor, not NoneType"),
+        ((x, packed, [1.0]), "bias must be a tensor, not list"),
         ((x, packed, x[0]), r"shape \(32,\)"),
         ((x, packed, None, "swish"), "silu.*'swish'"),
         ((x, packed, None, None, "cuda"), "mma_sp.*'cuda'"),
@@ -101,6 +103,17 @@ def test_bad_input_is_refused_with_both_values():
             quantized24_linear(*arguments)
     with pytest.raises(ValueError, match="pack them alike"):
         quantized24_gate_up(x, packed, other)
+    whole, _ = quantized.made(32, 200, "2:4-int8", 0)
+    for arguments, message in (
+        (
+            (x, whole, packed),
+            r'up must .*2:4-int8, not 2:4-int4: .*quantized24_round\(weight, "2:4-i',
+        ),
+        ((x, None, packed), "gate must be .*, not NoneType"),
+        ((None, packed, packed), "x must be a tensor, not NoneType"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            quantized24_gate_up(*arguments)
     with pytest.raises(ValueError, match="does not hold"):
         torch.ops.prunekernels.quantized24_linear(
             x.to("meta"), packed.packed, packed.scales, None, 48, 200, "2:4-int4", None, "none", ""

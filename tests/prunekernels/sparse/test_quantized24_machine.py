@@ -49,12 +49,15 @@ CASES = [
     # kind, group, zeros, dtype, tokens, rows, columns, config, activation, bias
     ("2:4-int4", 128, False, BF16, 3, 150, 832, MmaConfig(2, 1, 2, 2), "none", False),
     ("2:4-int8", 0, False, BF16, 1, 128, 512, MmaConfig(2, 1, 2, 1), "none", False),
+    # five units: twice two, and one
+    ("2:4-int8", 128, False, BF16, 2, 40, 1344, MmaConfig(1, 1, 2, 1), "none", True),
 ]
 MORE = [
     ("2:4-int4", 128, False, BF16, 3, 150, 1344, MmaConfig(2, 1, 4, 2), "silu", True),
     ("2:4-int4", 64, True, F16, 8, 40, 832, MmaConfig(2, 1, 2, 1), "relu", True),
     ("2:4-int4", 64, True, BF16, 13, 100, 300, MmaConfig(1, 2, 4, 1), "none", True),
     ("2:4-int4", 128, True, BF16, 2, 33, 1600, MmaConfig(1, 1, 2, 3), "gelu", False),
+    ("2:4-int4", 64, True, F16, 3, 30, 1600, MmaConfig(2, 1, 4, 1), "none", False),
     ("2:4-int4", 0, False, F16, 33, 80, 832, MmaConfig(1, 4, 2, 1), "silu", False),
     ("2:4-int4", 0, True, BF16, 5, 16, 320, MmaConfig(2, 1, 4, 1), "none", True),
     ("2:4-int8", 128, False, F16, 9, 33, 2048, MmaConfig(2, 2, 2, 8), "none", False),

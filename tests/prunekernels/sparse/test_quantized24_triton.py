@@ -115,23 +115,22 @@ MMA = [
     for p in _cases("mma")
 ]
 #: Most instructions for each weight of the dense matrix, at up to 8 tokens, by the form's name and
-#: the activations' type. More than was asked (0.9 and 1.3) take int8 in groups, whose sums are
-#: scaled, and e4m3 values where no instruction makes them what the tensor cores multiply: sign and
-#: magnitude do not stand together in a bfloat16.
+#: the activations' type. More than was asked (0.9 and 1.3) take e4m3 values where no instruction
+#: makes them what the tensor cores multiply: sign and magnitude do not stand together there.
 MOST = {
     ("int8", "bf16"): 0.9,
-    ("int8", "f16"): 0.65,
-    ("int8g128", "bf16"): 0.95,
-    ("int8g128", "f16"): 0.72,
-    ("fp8", "bf16"): 1.4,
-    ("fp8", "f16"): 1.12,
-    ("fp8", "f16", "cvt"): 0.65,
-    ("int4", "bf16"): 0.95,
-    ("int4", "f16"): 0.85,
-    ("int4g128", "bf16"): 1.05,
-    ("int4g128", "f16"): 0.95,
-    ("int4g64z", "bf16"): 1.3,
-    ("int4g64z", "f16"): 1.3,
+    ("int8", "f16"): 0.6,
+    ("int8g128", "bf16"): 0.9,
+    ("int8g128", "f16"): 0.7,
+    ("fp8", "bf16"): 1.25,
+    ("fp8", "f16"): 1.0,
+    ("fp8", "f16", "cvt"): 0.6,
+    ("int4", "bf16"): 0.9,
+    ("int4", "f16"): 0.8,
+    ("int4g128", "bf16"): 1.0,
+    ("int4g128", "f16"): 0.9,
+    ("int4g64z", "bf16"): 1.2,
+    ("int4g64z", "f16"): 1.2,
 }
 
 

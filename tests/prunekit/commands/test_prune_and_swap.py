@@ -10,6 +10,7 @@ import torch
 from command_line import QUICK, tiny_model, tiny_tokenizer, weights_of
 from safetensors.torch import load_file
 
+import prunekit as pk
 from prunekit import checkpoint, cli
 
 
@@ -37,7 +38,7 @@ def test_prune_saves_and_reports(here, tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     patterns = {row["kind"]: (row["pattern"], row["sparsity"]) for row in facts["matrices"]}
     assert patterns["self_attn.q_proj"] == ("", 0) and patterns["mlp.up_proj"] == ("2:4", 0.5)
-    assert facts["checksums"] == "verified" and facts["layers"] == 3
+    assert facts["checksums"] == "verified" and facts["layers"] == 3 and facts["packed"] == {}
     # 3 attentions × keys and values × 2 heads × 8 numbers × 4 bytes
     assert facts["cache_entries"] == 3 and facts["cache_bytes_per_token"] == 3 * 2 * 2 * 8 * 4
 
@@ -124,7 +125,7 @@ def test_swap_packs_and_turns_back(wide, tmp_path, capsys):
     assert cli.main(["inspect", packed, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     patterns = {row["kind"]: (row["pattern"], row["sparsity"]) for row in facts["matrices"]}
-    assert patterns["self_attn.k_proj"] == ("2:4", 0.5)
+    assert patterns["self_attn.k_proj"] == ("2:4", 0.5) and facts["packed"] == {"2:4": 21}
     assert facts["parameter_bytes"] == found["parameters_bytes"]
     assert facts["parameters"] == sum(t.numel() for t in weights_of(pruned).values())
 
@@ -145,6 +146,15 @@ def test_swap_packs_and_turns_back(wide, tmp_path, capsys):
     assert "output head" not in said  # the table of what was packed now has nothing to say
     ours, theirs = weights_of(dense), weights_of(pruned)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_inspect_names_values_of_few_bits(tmp_path, capsys):
+    model = tiny_model(hidden=64, inner=128)
+    pk.prune_(model, pk.Magnitude(pattern="2:4"))
+    pk.swap_(model, formats=["2:4-int4"])
+    folder = checkpoint.save(model, tiny_tokenizer(), tmp_path / "packed")
+    assert cli.main(["inspect", str(folder)]) == 0
+    assert "21 layers as 2:4-int4" in capsys.readouterr().out
 
 
 def test_prune_can_pack_at_once(wide, tmp_path, capsys):

@@ -29,7 +29,7 @@ from prunekernels.sparse.bitmap.layout import (
 )
 from prunekernels.sparse.bitmap.linear import bitmap_expected, bitmap_gate_up, bitmap_linear
 from prunekernels.sparse.bitmap.packing import as_starts, pack, pack_rows
-from prunekernels.sparse.layer import Expected, GateUp, unchecked
+from prunekernels.sparse.layer import Expected, GateUp, check_tensor, unchecked
 from prunekernels.sparse.stacking import ROWS, split_lines, stacked_rows
 
 _NAMES = frozenset({"records", "starts", "room", "header"})
@@ -234,6 +234,7 @@ def bitmap_pack(weight: Tensor) -> BitmapSparse:
     Raises:
         ValueError: If the weight is not a non-empty matrix of such a type.
     """
+    check_tensor("bitmap_pack: weight", weight)
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"bitmap_pack takes a non-empty matrix, not a weight of shape {tuple(weight.shape)}"

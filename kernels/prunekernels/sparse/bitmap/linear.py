@@ -82,7 +82,7 @@ def bitmap_linear(
         y: Tensor | None = _calls.again(key, x, weight, bias)
         if y is not None:
             return y
-    check_input(x, w, "bitmap", "bitmap_pack")
+    check_input(x, w, "bitmap", "bitmap_pack(weight)")
     name = check_epilogue("bitmap_linear", x, w.shape, bias, activation)
     OP.check_impl(impl)
     parts = w.records, w.starts, w.chunks
@@ -120,7 +120,7 @@ def bitmap_gate_up(x: Tensor, gate: BitmapSparse, up: BitmapSparse, impl: str = 
         y: Tensor | None = _calls.again(key, x, weights, None)
         if y is not None:
             return y
-    check_gated("bitmap_gate_up", x, gate, up, "bitmap", "bitmap_pack")
+    check_gated("bitmap_gate_up", x, gate, up, "bitmap", "bitmap_pack(weight)")
     OP.check_impl(impl)
     rows, columns = gate.shape
     flat = x.reshape(-1, columns)

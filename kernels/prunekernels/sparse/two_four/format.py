@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from prunekernels.sparse.layer import Expected, GateUp, unchecked
+from prunekernels.sparse.layer import Expected, GateUp, check_tensor, unchecked
 from prunekernels.sparse.stacking import split_lines, stacked_rows
 from prunekernels.sparse.two_four.expand import sparse24_unpack
 from prunekernels.sparse.two_four.layout import (
@@ -201,6 +201,7 @@ def sparse24_pack(weight: Tensor, mask: Tensor | None = None) -> Sparse24:
         ValueError: If the weight is not a non-empty matrix of such a type, the mask does not fit
             it, or what is kept is not 2:4 (names the first row and column).
     """
+    check_tensor("sparse24_pack: weight", weight)
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"sparse24_pack takes a non-empty matrix, not a weight of shape {tuple(weight.shape)}"
@@ -210,16 +211,18 @@ def sparse24_pack(weight: Tensor, mask: Tensor | None = None) -> Sparse24:
             f"sparse24_pack takes {VALUE_NAMES} values, not {weight.dtype}: convert the weight "
             "first, for example weight.to(torch.bfloat16)"
         )
-    if mask is not None and (mask.dtype != torch.bool or mask.shape != weight.shape):
-        raise ValueError(
-            f"sparse24_pack: the mask must be bool of shape {tuple(weight.shape)}, not {mask.dtype}"
-            f" of shape {tuple(mask.shape)}"
-        )
-    if mask is not None and mask.device != weight.device:
-        raise ValueError(
-            f"sparse24_pack: the weight is on {weight.device} and the mask on {mask.device}: move "
-            "one of them"
-        )
+    if mask is not None:
+        check_tensor("sparse24_pack: mask", mask)
+        if mask.dtype != torch.bool or mask.shape != weight.shape:
+            raise ValueError(
+                f"sparse24_pack: the mask must be bool of shape {tuple(weight.shape)}, not "
+                f"{mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        if mask.device != weight.device:
+            raise ValueError(
+                f"sparse24_pack: the weight is on {weight.device} and the mask on {mask.device}: "
+                "move one of them"
+            )
     weight = weight.detach()
     rows, columns = weight.shape
     lines, units, tails = line_blocks(rows, columns)

@@ -85,7 +85,7 @@ def sparse24_linear(
         y: Tensor | None = _calls.again(key, x, (w.packed,), bias)
         if y is not None:
             return y
-    check_input(x, w, "2:4", "sparse24_pack")
+    check_input(x, w, "2:4", "sparse24_pack(weight)")
     name = check_epilogue("sparse24_linear", x, w.shape, bias, activation)
     OP.check_impl(impl)
     if direct:
@@ -121,7 +121,7 @@ def sparse24_gate_up(x: Tensor, gate: Sparse24, up: Sparse24, impl: str = "auto"
         y: Tensor | None = _calls.again(key, x, (first, second), None)
         if y is not None:
             return y
-    check_gated("sparse24_gate_up", x, gate, up, "2:4", "sparse24_pack")
+    check_gated("sparse24_gate_up", x, gate, up, "2:4", "sparse24_pack(weight)")
     OP.check_impl(impl)
     if direct:
         return _gate_up(x, gate.packed, up.packed, *gate.shape, impl, key)

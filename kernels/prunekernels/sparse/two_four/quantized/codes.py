@@ -43,6 +43,12 @@ def _placed(word, mask, offset):
 
 
 @gluon.jit
+def _selected(mask, one, other):
+    """The bits of `one` where the mask has ones, else those of `other`."""
+    return _of_three("lop3.b32 $0, $1, $2, $3, 0xCA;", mask, one, other)
+
+
+@gluon.jit
 def permuted(low, high, selector):
     """Bytes of two words, chosen by the nibbles of the selector."""
     return _of_three("prmt.b32 $0, $1, $2, $3;", low, high, selector)
@@ -95,11 +101,15 @@ def operand(w, minus, BITS: gl.constexpr, FP8: gl.constexpr, CONVERTS: gl.conste
     if FP8:
         if CONVERTS and KIND == "f16":
             return halves(word, True)
-        # exponent and mantissa to the lowest bits of the exponent: a power of two too small
-        word = gl.where(odd, word << 8, word)
+        # exponent and mantissa to the lowest bits of the exponent: a power of two too small. Signs
+        # are masked for two registers at once: the other's fall where the magnitude is selected
+        signs = word & -0x7F7F7F80
+        signs = gl.where(odd, signs << 8, signs)
         if KIND == "f16":
-            return (word >> 1) & 0x3F803F80 | word & -0x7FFF8000
-        held = (word >> 4) & 0x07F007F0 | word & -0x7FFF8000
+            moved = gl.where(odd, word << 7, word >> 1)
+            return _selected(gl.full(all_four, 0x3F803F80, gl.int32, ACC), moved, signs)
+        moved = gl.where(odd, word << 4, word >> 4)
+        held = _selected(gl.full(all_four, 0x07F007F0, gl.int32, ACC), moved, signs)
         factor = gl.full(all_four, 0x7B807B80, gl.int32, ACC)
     else:
         # sign and magnitude as a subnormal number, which counts in steps without an offset

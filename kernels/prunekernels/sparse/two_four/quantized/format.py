@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from prunekernels.sparse.layer import Expected, GateUp, unchecked
+from prunekernels.sparse.layer import Expected, GateUp, check_tensor, unchecked
 from prunekernels.sparse.stacking import split_lines, stacked_rows
 from prunekernels.sparse.two_four.quantized.expand import unpack
 from prunekernels.sparse.two_four.quantized.layout import (
@@ -330,6 +330,9 @@ def quantized24_pack(
         ValueError: Something does not fit; names both values, or the first row and column.
     """
     values = _kind(kind)
+    given = {"integers": integers, "mask": mask, "scales": scales}
+    for argument, value in (given if zeros is None else {**given, "zeros": zeros}).items():
+        check_tensor(f"quantized24_pack: {argument}", value)
     _check_matrix("integers", integers, values.dtype, tuple(integers.shape))
     shape = rows, columns = integers.shape[0], integers.shape[1]
     _check_matrix("the mask", mask, torch.bool, shape)
@@ -398,6 +401,9 @@ def quantized24_round(
         ValueError: The weight is no such matrix, or an option does not fit the kind.
     """
     values = _kind(kind)
+    check_tensor("quantized24_round: weight", weight)
+    if mask is not None:
+        check_tensor("quantized24_round: mask", mask)
     if weight.ndim != 2 or weight.numel() == 0:
         raise ValueError(
             f"quantized24_round takes a non-empty matrix, not a weight of shape "
@@ -438,7 +444,7 @@ def quantized24_parts(w: Quantized24) -> tuple[Tensor, Tensor | None]:
 
 
 def _kind(name: str) -> ValueKind:
-    if name not in KINDS:
+    if not isinstance(name, str) or name not in KINDS:
         raise ValueError(f"the kind must be one of {', '.join(KINDS)}, not {name!r}")
     return KINDS[name]
 

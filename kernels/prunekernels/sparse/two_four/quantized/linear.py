@@ -23,6 +23,7 @@ from prunekernels.sparse.layer import (
     check_epilogue,
     check_gated,
     check_input,
+    check_packed,
     expands_by_kernel,
     expected_of,
     gated_gradient,
@@ -55,6 +56,7 @@ OP = Op(
 )
 register(OP)
 _calls = Calls(OP)
+_PACKED_BY = "quantized24_round(weight, kind)"
 
 
 def quantized24_linear(
@@ -94,8 +96,8 @@ def quantized24_linear(
         y: Tensor | None = _calls.again(key, x, given, bias)
         if y is not None:
             return y
-    _check_kind(w)
-    check_input(x, w, w.format, "quantized24_pack")
+    check_packed(w, KINDS, _PACKED_BY)
+    check_input(x, w, w.format, _packed_by(w.format))
     name = check_epilogue("quantized24_linear", x, w.shape, bias, activation)
     OP.check_impl(impl)
     parts = w.packed, w.scales, w.zeros
@@ -138,8 +140,8 @@ def quantized24_gate_up(
         y: Tensor | None = _calls.again(key, x, (*ours, *theirs), None)
         if y is not None:
             return y
-    _check_kind(gate)
-    check_gated("quantized24_gate_up", x, gate, up, gate.format, "quantized24_pack")
+    check_packed(gate, KINDS, _PACKED_BY, "gate")
+    check_gated("quantized24_gate_up", x, gate, up, gate.format, _packed_by(gate.format))
     if _likeness(gate) != _likeness(up):
         raise ValueError(f"quantized24_gate_up: {up} does not fit {gate}: pack them alike")
     OP.check_impl(impl)
@@ -179,12 +181,8 @@ def _likeness(w: Quantized24) -> Any:
     return w.format, w.shape, w.dtype, w.device, w.scales.shape, w.zeros is None
 
 
-def _check_kind(w: Any) -> None:
-    if getattr(w, "format", None) not in KINDS:
-        raise ValueError(
-            f"a packed weight is needed, not {type(w).__name__}: pack it with quantized24_pack or "
-            "quantized24_round"
-        )
+def _packed_by(kind: str) -> str:
+    return f'quantized24_round(weight, "{kind}")'
 
 
 @torch.library.custom_op("prunekernels::quantized24_expand", mutates_args=())

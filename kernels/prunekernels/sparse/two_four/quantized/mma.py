@@ -4,12 +4,12 @@
 
 As in `two_four.mma`, each warp loads units of 256 columns into registers, x goes through a ring in
 shared memory, and columns may be split. As a unit has few bytes here, two are on their way while
-one is multiplied, in two sets of registers that take turns. Before a product, codes become pairs of
-16-bit floats (`codes`): a logical instruction puts them into mantissas, and one `fma` for each
-pair takes the offset away or multiplies a power of two back. So the operand holds whole numbers
-(e4m3 values, as they are), or these divided by a power of two, without any rounding. Where groups
-have scales, sums start anew in each group and are scaled in float32; a row's scale multiplies its
-sum at the end, after that power of two.
+one is multiplied, in two sets of registers that take turns: the loop goes on by two. Before a
+product, codes become pairs of 16-bit floats (`codes`): a logical instruction puts them into
+mantissas, and one `fma` for each pair takes the offset away or multiplies a power of two back. So
+the operand holds whole numbers (e4m3 values, as they are), or these divided by a power of two,
+without any rounding. Where groups have scales, sums start anew in each group and are scaled in
+float32; a row's scale multiplies its sum at the end, after that power of two.
 Format: `two_four.quantized.layout`.
 
 DENSE takes the sparsity out, for benchmarks: a register of the operand then holds two neighbours
@@ -50,7 +50,12 @@ from prunekernels.sparse.two_four.quantized.codes import (
 from prunekernels.sparse.two_four.quantized.layout import KINDS, ROWS, Parts, filled, line_blocks
 from prunekernels.sparse.two_four.quantized.portable import case_parts, shared_options
 from prunekernels.sparse.two_four.quantized.tuning import quantized24_mma
-from prunekernels.sparse.two_four.quantized.unit import at_unit, load_unit, multiply_unit
+from prunekernels.sparse.two_four.quantized.unit import (
+    at_unit,
+    load_scales,
+    load_unit,
+    multiply_unit,
+)
 from prunekernels.sparse.two_four.tuning import MmaConfig
 
 
@@ -147,41 +152,52 @@ def _mma24q_fwd_kernel(
         x_word = gl.arange(0, X_WORDS, gl.SliceLayout(0, COPY))[None, :]
         x_ok = token < M
         x_ptrs = x_ptr + token.to(gl.int64) * stride_xm + x_word
-        ring = gl.allocate_shared_memory(gl.int32, [STAGES, 8 * NT, X_WORDS], RING)
+        # of even units and of odd ones: the compiler sees that a copy and the product beside it
+        # use different memory, and adds no barrier
+        HALF: gl.constexpr = STAGES // 2
+        even = gl.allocate_shared_memory(gl.int32, [HALF, 8 * NT, X_WORDS], RING)
+        odd = gl.allocate_shared_memory(gl.int32, [HALF, 8 * NT, X_WORDS], RING)
+        ring = (even, odd)
         for stage in gl.static_range(STAGES - 1):
             # past the slice, and past the last unit, something readable that nobody uses
-            x_at = gl.minimum(first + stage, units - 1) * X_WORDS
-            async_copy.async_copy_global_to_shared(ring.index(stage), x_ptrs + x_at, mask=x_ok)
+            x_at = gl.minimum(first + stage, units - 1).to(gl.int64) * X_WORDS
+            async_copy.async_copy_global_to_shared(
+                ring[stage % 2].index(stage // 2), x_ptrs + x_at, mask=x_ok
+            )
             async_copy.commit_group()
-        begin = at_unit(first, line_ptrs + word, s_ptrs, z_ptrs, UNIT, PER_UNIT)
-        one = load_unit(begin, P, PER_UNIT, HAS_ZEROS, DENSE)
-        at = at_unit(gl.minimum(count - 1, 1), *begin, UNIT, PER_UNIT)
-        other = load_unit(at, P, PER_UNIT, HAS_ZEROS, DENSE)
-        for pair_of_units in range(0, count // 2):
+        at = at_unit(first, line_ptrs + word, s_ptrs, z_ptrs, UNIT, PER_UNIT)
+        next_at = at_unit(gl.minimum(count - 1, 1), *at, UNIT, PER_UNIT)
+        one = load_unit(at, P, PER_UNIT, HAS_ZEROS, DENSE)
+        other = load_unit(next_at, P, PER_UNIT, HAS_ZEROS, DENSE)
+        scales = load_scales(at, PER_UNIT), load_scales(next_at, PER_UNIT)
+        for unit in range(0, count - 1, 2):
+            # past the last two units these again, which are in a cache
+            at = at_unit(gl.minimum(count - 2 - unit, 2), *at, UNIT, PER_UNIT)
+            next_at = at_unit(1, *at, UNIT, PER_UNIT)
             for turn in gl.static_range(2):
-                unit = 2 * pair_of_units + turn
+                ahead = unit + turn + STAGES - 1
                 async_copy.wait_group(STAGES - 2)
                 # every warp is done with the slot that is filled next
                 barrier()
-                ahead = unit + STAGES - 1
-                x_at = gl.minimum(first + ahead, units - 1) * X_WORDS
-                slot = ring.index(ahead & (STAGES - 1))
+                x_at = gl.minimum(first + ahead, units - 1).to(gl.int64) * X_WORDS
+                slot = ring[1 - turn].index(ahead // 2 & (HALF - 1))
                 async_copy.async_copy_global_to_shared(slot, x_ptrs + x_at, mask=x_ok)
                 async_copy.commit_group()
-                # past the last unit the last again, which is in a cache and which nobody uses
-                at = at_unit(gl.minimum(unit + 2, count - 1), *begin, UNIT, PER_UNIT)
-                slot = ring.index(unit & (STAGES - 1))
+                slot = ring[turn].index(unit // 2 & (HALF - 1))
                 acc, held = multiply_unit(
-                    acc, one, minus, slot, at,
+                    acc, one, scales[turn], minus, slot, next_at if turn else at,
                     BITS, FP8, CONVERTS, HAS_ZEROS, GROUP, DENSE, KIND, ACC, X,
                 )  # fmt: skip
                 one, other = other, held
+            # here the sums are scaled, so that each of these takes its predecessor's register
+            scales = load_scales(at, PER_UNIT), load_scales(next_at, PER_UNIT)
         async_copy.wait_group(0)
         barrier()
         if count % 2 == 1:
-            slot = ring.index((count - 1) & (STAGES - 1))
+            # the last two units are held, or the only one twice
+            slot = even.index(count // 2 & (HALF - 1))
             acc, one = multiply_unit(
-                acc, one, minus, slot, at,
+                acc, other, scales[1], minus, slot, at,
                 BITS, FP8, CONVERTS, HAS_ZEROS, GROUP, DENSE, KIND, ACC, X,
             )  # fmt: skip
 
@@ -314,7 +330,7 @@ def product(
     block = 8 * config.token_tiles, config.warps * config.row_tiles * ROWS
     room, counter = room_for_parts(y, token_blocks, blocks, splits, *block)
     options = shared_options(parts, kind, columns)
-    crowded = options["GROUP"] == (128 if options["HAS_ZEROS"] else 64)
+    crowded = options["GROUP"] == 64 or (options["GROUP"] > 0 and options["HAS_ZEROS"])
     return Launch(
         _mma24q_fwd_kernel,
         (token_blocks, blocks, splits),

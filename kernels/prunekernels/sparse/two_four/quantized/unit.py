@@ -20,48 +20,56 @@ from prunekernels.sparse.two_four.quantized.codes import add_scaled, minus_of, o
 @gluon.jit
 def at_unit(unit, w_ptrs, s_ptrs, z_ptrs, UNIT: gl.constexpr, PER_UNIT: gl.constexpr):
     """Pointers to a unit's words, scales and zeros, of those to the first unit's."""
-    unit = unit.to(gl.int64)
+    unit = gl.to_tensor(unit).to(gl.int64)
     return w_ptrs + unit * UNIT, s_ptrs + unit * (PER_UNIT * 16), z_ptrs + unit * (PER_UNIT * 8)
+
+
+@gluon.jit
+def load_scales(at, PER_UNIT: gl.constexpr):
+    """Scales of a unit's groups. at: what `at_unit` gave."""
+    scales = ()
+    for group in gl.static_range(PER_UNIT):
+        scales = scales + (gl.load(at[1] + group * 16),)  # noqa: RUF005
+    return scales
 
 
 @gluon.jit
 def load_unit(at, P: gl.constexpr, PER_UNIT: gl.constexpr, HAS_ZEROS: gl.constexpr,
               DENSE: gl.constexpr):  # fmt: skip
-    """A unit's blocks of words (tiles, 128), metadata (none if DENSE), scales and zeros.
+    """A unit's blocks of words (tiles, 128), metadata (none if DENSE) and zeros.
 
     at: what `at_unit` gave.
     """
-    w_ptrs, s_ptrs, z_ptrs = at
-    a, meta, scales, zeros = (), (), (), ()
+    w_ptrs, _, z_ptrs = at
+    a, meta, zeros = (), (), ()
     for block in gl.static_range(2 * P):
         a = a + (gl.load(w_ptrs + block * 128),)  # noqa: RUF005
-    for group in gl.static_range(PER_UNIT):
-        scales = scales + (gl.load(s_ptrs + group * 16),)  # noqa: RUF005
-        if HAS_ZEROS:
+    if HAS_ZEROS:
+        for group in gl.static_range(PER_UNIT):
             zeros = zeros + (gl.load(z_ptrs + group * 8),)  # noqa: RUF005
     if not DENSE:
         meta = gl.load(w_ptrs + 256 * P)
-    return a, meta, scales, zeros
+    return a, meta, zeros
 
 
 @gluon.jit
 def multiply_unit(
-    acc, held, minus, xs, at, BITS: gl.constexpr, FP8: gl.constexpr, CONVERTS: gl.constexpr,
+    acc, held, scales, minus, xs, at, BITS: gl.constexpr, FP8: gl.constexpr, CONVERTS: gl.constexpr,
     HAS_ZEROS: gl.constexpr, GROUP: gl.constexpr, DENSE: gl.constexpr, KIND: gl.constexpr,
     ACC: gl.constexpr, X: gl.constexpr,
 ):  # fmt: skip
     """Multiply one unit of eight steps held in registers, and load the next but one.
 
-    held: what `load_unit` gave; minus: a row's `minus_of`, where its groups have none; xs:
-    (tokens, 128, or 64 if DENSE) words of x in shared memory; at: `at_unit` of the unit after the
-    next.
+    held, scales: what `load_unit` and `load_scales` gave; minus: a row's `minus_of`, where its
+    groups have none; xs: (tokens, 128, or 64 if DENSE) words of x in shared memory; at: `at_unit`
+    of the unit after the next, whose scales the caller loads.
     """
-    w_ptrs, s_ptrs, z_ptrs = at
+    w_ptrs, _, z_ptrs = at
     NW: gl.constexpr = acc.shape[0]
     MT: gl.constexpr = acc.shape[1]
     P: gl.constexpr = BITS // 4
     STEP_K: gl.constexpr = 16 if DENSE else 32
-    a, meta, scales, zeros = held
+    a, meta, zeros = held
     if not DENSE:
         even, odd = gl.split(gl.reshape(meta, [NW * MT, 32, 2, 2]))
         e0, e2 = gl.split(even)
@@ -70,7 +78,7 @@ def multiply_unit(
     words = ()
     for block in gl.static_range(2 * P):
         words = words + quarters(a[block], NW, MT, ACC)
-    next_a, next_scales, next_zeros = (), (), ()
+    next_a, next_zeros = (), ()
     part = acc
     for step in gl.static_range(8):
         if GROUP and step * STEP_K % GROUP == 0:
@@ -91,8 +99,6 @@ def multiply_unit(
             next_a = next_a + (gl.load(next_at),)  # noqa: RUF005
         if GROUP and (step + 1) * STEP_K % GROUP == 0:
             acc = add_scaled(acc, part, scales[step * STEP_K // GROUP], ACC)
-            s_at = s_ptrs + step * STEP_K // GROUP * 16
-            next_scales = next_scales + (gl.load(s_at),)  # noqa: RUF005
             if HAS_ZEROS:
                 z_at = z_ptrs + step * STEP_K // GROUP * 8
                 next_zeros = next_zeros + (gl.load(z_at),)  # noqa: RUF005
@@ -100,4 +106,4 @@ def multiply_unit(
         meta = gl.load(w_ptrs + 256 * P)
     if not GROUP:
         acc = part
-    return acc, (next_a, meta, next_scales, next_zeros)
+    return acc, (next_a, meta, next_zeros)

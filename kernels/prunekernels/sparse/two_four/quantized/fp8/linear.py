@@ -79,7 +79,7 @@ def quantized24_fp8_linear(
     Raises:
         ValueError: If shapes, types or devices do not fit, or the implementation cannot run here.
     """
-    check_input(x, w, FORMAT, "quantized24_round")
+    check_input(x, w, FORMAT, 'quantized24_round(weight, "2:4-fp8")')
     name = check_epilogue("quantized24_fp8_linear", x, w.shape, bias, activation)
     OP.check_impl(impl)
     return torch.ops.prunekernels.quantized24_fp8_linear(

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from prunekernels.sparse.layer import check_tensor
+
 #: The largest e4m3 number, and the least scale: the smallest normal float32.
 MOST, LEAST_SCALE = 448.0, 2.0**-126
 
@@ -42,6 +44,7 @@ def quantize_tokens(x: Tensor) -> Tokens:
     Raises:
         ValueError: The type or the shape is another.
     """
+    check_tensor("quantize_tokens: x", x)
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(
             f"quantize_tokens takes bfloat16, float16 or float32, not {x.dtype}: convert x first"
