@@ -16,7 +16,9 @@ def quality(rows: Rows, table: Table) -> str:
     names = {
         "magnitude": "magnitude",
         "wanda": "Wanda",
+        "wanda, research code": "Wanda, research code",
         "sparsegpt": "SparseGPT",
+        "sparsegpt, research code": "SparseGPT, research code",
         "sparsegpt, refitted": "SparseGPT, refitted",
         "ria, permuted, refitted": "RIA, permuted, refitted",
         "admm": "ADMM",
@@ -49,10 +51,22 @@ def recipes(rows: Rows, table: Table) -> str:
     for row in rows("quality_c4.csv"):
         numbers = [form.format(float(row[k])) if row[k] else "–" for k, form in forms.items()]
         how = row["calibration"].partition(" ")[2].replace("x", " × ")
-        body.append([row["method"], row["pattern"] or "–", numbers[0], how, *numbers[1:]])
+        name = row["method"].replace("owl 10 0.2", "owl (M 10, λ 0.2)")
+        body.append([name, row["pattern"] or "–", numbers[0], how, *numbers[1:]])
     head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD"]
     head += ["elapsed", "processor", "memory"]
-    return table(head, body)
+    return "\n".join([table(head, body), "", *_owl(rows("quality_c4.csv"))])
+
+
+def _owl(measured: list[dict[str, str]]) -> list[str]:
+    """What OWL leaves of the perplexity that layers pruned alike have, at 70 %."""
+    left = {r["method"]: float(r["perplexity"]) for r in measured if r["sparsity"][:3] != "0.5"}
+    return [
+        f"- {name} at 70 % with OWL: {left[f'{method}, owl'] / left[method]:.2f} times the "
+        f"perplexity without it; with M = 10 and λ = 0.2, "
+        f"{left[f'{method}, owl 10 0.2'] / left[method]:.2f} times."
+        for method, name in (("wanda", "Wanda"), ("admm", "ADMM"))
+    ]
 
 
 def joint_rounding(rows: Rows, table: Table) -> str:
