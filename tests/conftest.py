@@ -6,14 +6,19 @@ A test that breaks the GPU for its process (an illegal access) ends the session 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator
 
 import pytest
 import torch
+from interpreter import patch_language_once
 from torch.utils._device import _device_constructors
 
 # torch lists, once, the functions that `with torch.device(…)` concerns: before they are poisoned
 _device_constructors()
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    patch_language_once()
 
 BROKEN = 76  # bench/gpu.sh and bench/guard.py use the same exit status
 _BROKE = pytest.StashKey[bool]()

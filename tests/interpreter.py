@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 #: The kernels that tests of the metric ops ask for, by name.
 IMPL = os.environ.get("PRUNEKERNELS_TEST_IMPL", "triton")
@@ -26,3 +28,24 @@ def run_interpreted(file: str, *options: str, impl: str = "triton") -> None:
     )
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def patch_language_once() -> None:
+    """Let a launch patch `triton.language` once, and not at each call of a device function.
+
+    That takes a third of the time of interpreting a kernel of many small functions. Both modules
+    that functions may know are patched, so that a nested call finds nothing left to do.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    scope = getattr(interpreter, "_LangPatchScope", None)
+    if patch is None or scope is None:  # another version of Triton
+        return
+    both = SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
+
+    def once(_: Any) -> Any:
+        return patch(both) if tl.core.is_builtin(tl.load) else scope()
+
+    interpreter._patch_lang = once
