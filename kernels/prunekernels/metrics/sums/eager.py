@@ -94,10 +94,14 @@ class PairSums:
         buffers = 6 + 2 * (dtype != self.work) + bool(self.full)
         tile = tile_elements(rows * vocab, buffers, self.work, dtype, device)
         longest = min(tile, _COLUMNS) if device.type == "cpu" else tile
-        self.columns = -(-vocab // -(-vocab // longest))  # as many in each tile of a row
-        self.block_rows = min(tile // self.columns, max(rows, 1))
         # a GPU's sum is a tree already, and float64 needs none
         self.runs = device.type == "cpu" and self.work == torch.float32
+        if self.runs:
+            longest -= longest % _RUN
+        self.columns = -(-vocab // -(-vocab // longest))  # as many in each tile of a row
+        if self.runs and self.columns < vocab:
+            self.columns = -(-self.columns // _RUN) * _RUN
+        self.block_rows = min(tile // self.columns, max(rows, 1))
         self.pieces = 1
         if self.block_rows == 1:
             self.pieces = max(1, min(tile, _PIECES, vocab) // self.columns)
@@ -263,6 +267,7 @@ class PairSums:
         part = total.new_empty(0, 0)
         slots: dict[str, Tensor] = {}
         found: dict[str, list[float]] = {}
+        in_runs: dict[str, Tensor] = {}  # of a tile, still to be added up
 
         def needs(*names: str) -> bool:
             return not self.needed.isdisjoint(names)
@@ -271,7 +276,7 @@ class PairSums:
             if name not in self.needed:
                 return
             if name in _OF_ONE_ROW and self.runs:
-                total[_INDEX[name]] += self._of_rows(_sum_of_runs(value), total.shape[1])
+                in_runs[name] = _sums_of_runs(value)
             else:
                 torch.sum(value, -1, out=slots[name])
 
@@ -310,6 +315,9 @@ class PairSums:
             add("V0", v)
             dot("Wy", w, xa)
             dot("Vy", v, xb)
+            if in_runs:
+                sums = torch.stack(list(in_runs.values())).sum(-1, dtype=torch.float64)
+                total[[_INDEX[name] for name in in_runs]] += self._of_rows(sums, len(base))
             if self.needed <= _OF_ONE_ROW:
                 total += self._of_rows(part, len(base))
                 continue
@@ -499,13 +507,13 @@ class PairSums:
         return packed
 
 
-def _sum_of_runs(values: Tensor) -> Tensor:
-    """Sums `(R,)` in float64 of `(R, C)` values, `_RUN` neighbours each added in their own type."""
+def _sums_of_runs(values: Tensor) -> Tensor:
+    """Sums `(R, ⌈C / _RUN⌉)` of `(R, C)` values, `_RUN` neighbours each."""
     whole = values.shape[1] // _RUN * _RUN
     runs = torch.unflatten(values[:, :whole], 1, (-1, _RUN)).sum(-1)
     if whole < values.shape[1]:
         runs = torch.cat([runs, values[:, whole:].sum(-1, keepdim=True)], 1)
-    return runs.sum(-1, dtype=torch.float64)
+    return runs
 
 
 def tile_elements(
