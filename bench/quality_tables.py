@@ -32,7 +32,11 @@ def quality(rows: Rows, table: Table) -> str:
             half = row["sparsity"].startswith("0.5") and row["pattern"] == pattern
             if half and row["method"] in names:
                 perplexity, kld = f"{float(row['perplexity']):.1f}", f"{float(row['kld']):.2f}"
-                body.append([names[row["method"]], pattern, perplexity, kld])
+                ours = "research code" not in row["method"]
+                wide = (
+                    ", passes in float32" if ours and "bfloat16" not in row["calibration"] else ""
+                )
+                body.append([names[row["method"]] + wide, pattern, perplexity, kld])
     for row in rows("recovery.csv"):
         method, _, then = row["case"].partition(", ")
         base, pattern = method.split(" ", 1)
