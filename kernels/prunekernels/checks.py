@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -95,7 +96,8 @@ def scale(op: str, name: str, value: float) -> None:
 
 
 def _number(value: object) -> bool:
-    return isinstance(value, int | float) or hasattr(value, "__float__")
+    # no tensor: what it holds may change after calls of the same options were prepared
+    return isinstance(value, int | float | Real)
 
 
 def names(op: str, fields: Sequence[str] | None) -> tuple[str, ...] | None:

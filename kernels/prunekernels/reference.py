@@ -80,8 +80,8 @@ def pair_stats(
     if level == "full":
         m = 0.5 * (p + q)
         out["js"] = 0.5 * (
-            torch.where(p > 0, m * _xlogx((p - m) / m), 0.0)
-            + torch.where(q > 0, m * _xlogx((q - m) / m), 0.0)
+            torch.where((p > 0) & (m > 0), m * _xlogx((p - m) / m), 0.0)
+            + torch.where((q > 0) & (m > 0), m * _xlogx((q - m) / m), 0.0)
             + torch.where((p == 0) & (q > 0), m, 0.0)
             + torch.where((q == 0) & (p > 0), m, 0.0)
         ).sum(-1)

@@ -291,7 +291,8 @@ class OWL:
     spread: float = 0.08
 
     def __post_init__(self) -> None:
-        if not self.outlier > 0 or not 0 < self.spread < 1:
+        numbers = _is_number(self.outlier) and _is_number(self.spread)
+        if not numbers or not self.outlier > 0 or not 0 < self.spread < 1:
             raise PrunekitError(
                 f"OWL outlier {self.outlier} and spread {self.spread}: use an outlier above 0, "
                 "such as 5, and a spread in (0, 1), such as 0.08"
@@ -337,6 +338,10 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.rules:
             raise PrunekitError('the recipe has no rules: give for example {"*": Wanda()}')
+        if not isinstance(self.budget, OWL | None):
+            raise PrunekitError(
+                f"the recipe's budget can't be {self.budget!r}: give OWL(), or leave it out"
+            )
 
     @classmethod
     def of(cls, recipe: Recipe | Method) -> Recipe:

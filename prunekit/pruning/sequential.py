@@ -241,13 +241,14 @@ def _check_tokens(
     layers: Sequence[Sequence[WeightRef]], assigned: Mapping[str, Method], tokens: int
 ) -> None:
     """Raise a PrunekitError where fewer tokens than inputs are to be fitted (experts: noted)."""
-    for ref in (ref for refs in layers for ref in refs if ref.expert is None):
-        needed, method = ref.matrix.shape[1], assigned[ref.name]
-        if method.fits and tokens < needed:
-            raise PrunekitError(
-                f"{method.name} as set fits {needed} weights a row of {ref.name}: calibrate on at "
-                f"least {needed} tokens, not {tokens}"
-            )
+    refs = (ref for refs in layers for ref in refs if ref.expert is None)
+    fitted = [ref for ref in refs if assigned[ref.name].fits]
+    widest = max(fitted, key=lambda ref: ref.matrix.shape[1], default=None)
+    if widest is not None and tokens < (needed := widest.matrix.shape[1]):
+        raise PrunekitError(
+            f"{assigned[widest.name].name} as set fits {needed} weights a row of {widest.name}: "
+            f"calibrate on at least {needed} tokens, not {tokens}"
+        )
 
 
 def _observe(

@@ -246,9 +246,14 @@ def checked_subset(
                 f"{op}: subset is a {type(subset).__name__}, and a CUDA graph is being captured; "
                 f"pass torch.tensor(subset, device={str(device)!r}) made beforehand"
             )
-        # without a type, so that numbers which are no integers are refused and not rounded
-        ids = list(subset)
-        subset = torch.tensor(ids, dtype=None if ids else torch.int64, device=device)
+        try:
+            ids = list(subset)
+            # without a type, so that numbers which are no integers are refused and not rounded
+            subset = torch.tensor(ids, dtype=None if ids else torch.int64, device=device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                f"{op}: subset must be a non-empty list of token ids, got {subset!r}"
+            ) from error
     checks.integers(op, "subset", subset, device)
     if subset.dim() != 1 or subset.numel() == 0:
         raise ValueError(

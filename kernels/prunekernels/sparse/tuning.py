@@ -153,9 +153,12 @@ def machine(gpu: str, capability: tuple[int, int]) -> Gpu:
 
 
 def _named(gpu: str) -> str | None:
-    """The known GPU that a word of the name names: an L40 is no L4, a GH200 no H200."""
+    """The known GPU that a word of the name names: an L40 is no L4, a GH200 no H200.
+
+    An instance of a divided GPU (MIG) has a part of its bandwidth and products: it is none of them.
+    """
     words = re.findall(r"\w+", gpu)
-    return next((name for name in _GPUS if name in words), None)
+    return next((name for name in _GPUS if name in words and "MIG" not in words), None)
 
 
 def _reached(tokens: float, dense: int) -> float:

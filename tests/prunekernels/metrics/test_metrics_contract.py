@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from allocations import Allocations
@@ -196,6 +197,14 @@ def bad_calls() -> dict[str, tuple[Any, str]]:
             lambda: pair_stats(LOGITS, CHANGED, temperature=[1.0]),  # type: ignore[arg-type]
             r"temperature must be a finite number above 0, got \[1.0\]",
         ),
+        "temperature a tensor": (  # which may change after the call was prepared
+            lambda: pair_stats(LOGITS, CHANGED, temperature=torch.tensor(0.7)),  # type: ignore[arg-type]
+            r"temperature must be a finite number above 0, got tensor\(0.7",
+        ),
+        "temperature an array": (
+            lambda: pair_stats(LOGITS, CHANGED, temperature=np.array([0.7, 1.0])),  # type: ignore[arg-type]
+            "pair_stats: temperature must be a finite number above 0, got array",
+        ),
         "loss temperature": (
             lambda: head_pair_loss(HIDDEN, HIDDEN, HEAD, temperature="1"),  # type: ignore[arg-type]
             "head_pair_loss: temperature must be a finite number above 0, got '1'",
@@ -240,6 +249,14 @@ def bad_calls() -> dict[str, tuple[Any, str]]:
         "subset floats": (
             lambda: pair_stats(vector, vector, subset=torch.tensor([0.5])),
             "subset must be an int64",
+        ),
+        "subset a number": (
+            lambda: pair_stats(vector, vector, subset=3),  # type: ignore[arg-type]
+            "subset must be a non-empty list of token ids, got 3",
+        ),
+        "subset of nothing": (
+            lambda: pair_stats(vector, vector, subset=[None]),  # type: ignore[list-item]
+            r"subset must be a non-empty list of token ids, got \[None\]",
         ),
         "subset rounded": (
             lambda: pair_stats(vector, vector, subset=[1.5, 2.5]),

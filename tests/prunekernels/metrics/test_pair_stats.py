@@ -97,6 +97,14 @@ def test_precise_small_divergences() -> None:
         assert bool(((found - truth).abs() <= 1e-4 * truth).all()), (noise, found, truth)
 
 
+def test_the_reference_has_half_of_the_smallest_probability() -> None:
+    logits = torch.tensor([[0.0, -744.5, -3.0]], dtype=torch.float64)  # exp(−744.5) is 2⁻¹⁰⁷⁴
+    other = torch.tensor([[0.0, -800.0, -2.0]], dtype=torch.float64)
+    found = reference.pair_stats(logits, other, level="full")["js"]
+    without = reference.pair_stats(logits[:, [0, 2]], other[:, [0, 2]], level="full")["js"]
+    assert torch.equal(found, without)
+
+
 @pytest.mark.parametrize("vocab", [1, 17])
 def test_the_reference_builds_nothing_elsewhere(vocab: int) -> None:
     """The device that all tests have besides the CPU stands for a GPU."""

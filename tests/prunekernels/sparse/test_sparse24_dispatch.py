@@ -120,6 +120,7 @@ def test_measured_is_what_the_sweep_had():
         ("mma_sp", 1, 2 * 28672 * 8192, "NVIDIA H200"),
         ("mma_sp", 1, large, "NVIDIA H100 80GB HBM3"),
         ("mma_sp", 1, large, "NVIDIA GH200 480GB"),
+        ("mma_sp", 1, large, "NVIDIA H200 MIG 1g.18gb"),
         ("mma", 1, large, "NVIDIA H200"),
     ):
         assert not was_measured(impl, tokens, dense, gpu), (impl, tokens, dense, gpu)

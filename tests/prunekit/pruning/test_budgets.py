@@ -165,6 +165,15 @@ def test_unusable_budgets(setting, message):
         Recipe.from_dict({"method": "wanda", "budget": setting})
 
 
+def test_budgets_in_python_are_owl_itself():
+    for budget in ("owl", {"spread": 0.1}, OWL):
+        with pytest.raises(PrunekitError, match=r"budget can't be .*: give OWL\(\), or leave"):
+            Recipe({"*": Wanda()}, budget=budget)
+    for fields in ({"outlier": None}, {"spread": "0.1"}):
+        with pytest.raises(PrunekitError, match="use an outlier above 0"):
+            OWL(**fields)
+
+
 def test_owl_needs_calibration(tiny):
     with pytest.raises(PrunekitError, match="OWL needs calibration"):
         prune(tiny("llama"), Recipe({"*": Magnitude()}, budget=OWL()))

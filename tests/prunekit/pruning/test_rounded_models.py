@@ -103,7 +103,7 @@ def test_refusals_in_a_run(tiny, many_tokens):
     model = tiny("llama")
     with pytest.raises(PrunekitError, match="magnitude needs calibration"):
         prune(model, Magnitude(bits=8))
-    with pytest.raises(PrunekitError, match=r"wanda as set fits 32 weights a row of .*q_proj"):
+    with pytest.raises(PrunekitError, match=r"wanda as set fits 48 weights a row of .*down_proj"):
         prune(model, Wanda(bits=8), many_tokens[:1, :20])
     with pytest.raises(PrunekitError, match=r"reconstruction would move .* off its 8-bit values"):
         prune(model, Wanda(bits=8), many_tokens, reconstruct=Reconstruction())
