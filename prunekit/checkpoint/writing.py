@@ -22,6 +22,7 @@ from prunekit.models.layouts import SUBLAYERS, base_model_type
 from prunekit.models.masks import check_masks
 from prunekit.models.packed_saving import write_packed, write_state
 from prunekit.models.saveable import check_saveable
+from prunekit.packed import FORMATS
 from prunekit.packed.described import dense_state, is_packed
 from prunekit.packed.modules import packed_layers
 from prunekit.process.ambient import usual_torch
@@ -114,6 +115,12 @@ def _check_tokenizer(tokenizer: Any) -> None:
 
 def check_format(format: str) -> None:
     """Raise a PrunekitError unless `format` is one that `save` writes."""
+    if format in FORMATS:
+        raise PrunekitError(
+            f"{format!r} is how a weight is packed, not how a checkpoint is written: swap packs "
+            "what fits, and prune with --bits 8 or 4 makes values of so many bits; use one of "
+            f"{', '.join(SAVE_FORMATS)}"
+        )
     if format not in SAVE_FORMATS:
         raise PrunekitError(f"unknown format {format!r}: use one of {', '.join(SAVE_FORMATS)}")
 

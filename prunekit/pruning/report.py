@@ -143,7 +143,10 @@ class PruneReport:
         }
 
     def table(self, *, verbose: bool = False) -> str:
-        """A plain-text table: a line per kind of matrix, or per matrix if `verbose`."""
+        """A plain-text table: a line per kind of matrix, or per matrix if `verbose`.
+
+        Where layers differ, as a budget lets them, the least and the largest sparsity stand behind.
+        """
         header = ("matrix", "count", "shape", "method", "pattern", "sparsity", "relative error")
         rows = [header]
         groups: dict[Any, list[MatrixReport]] = {}
@@ -153,6 +156,8 @@ class PruneReport:
             pattern = matrix.pattern + ("" if held is None else f", {held}")
             groups.setdefault((kind, matrix.shape, matrix.method, pattern), []).append(matrix)
         for (kind, shape, method, pattern), members in groups.items():
+            parts = sorted(m.sparsity for m in members)
+            spread = f" ({parts[0]:.2f}–{parts[-1]:.2f})" if parts[-1] - parts[0] > 0.005 else ""
             sparsity = sum(m.zeros for m in members) / sum(m.size for m in members)
             errors = [m.relative_error for m in members if m.relative_error is not None]
             rows.append(
@@ -162,7 +167,7 @@ class PruneReport:
                     f"{shape[0]}×{shape[1]}",
                     method,
                     pattern,
-                    f"{sparsity:.4f}",
+                    f"{sparsity:.4f}{spread}",
                     f"{sum(errors) / len(errors):.4f}" if errors else "–",
                 )
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,7 @@ def test_prune_reconstructs(here, tmp_path, capsys):
 def test_prune_takes_the_settings_of_owl(here, tmp_path, capsys):
     line = f"prune dense --method magnitude --budget owl --owl-spread 0.2 {QUICK}"
     assert cli.main([*line.split(), "-o", f"{tmp_path}/owl"]) == 0
-    capsys.readouterr()
+    assert re.search(r"0\.\d{4} \(0\.\d\d–0\.\d\d\)", capsys.readouterr().out)
     kept = json.loads((tmp_path / "owl" / "prunekit.json").read_text())["report"]["prune"]
     shares = {matrix["sparsity"] for matrix in kept["matrices"]}
     assert 0.38 < max(shares) - min(shares) < 0.41  # 2λ
@@ -179,6 +180,7 @@ def test_prune_can_pack_at_once(wide, tmp_path, capsys):
     [
         ("swap dense --output out", "nothing of dense was packed (first layer: "),
         ("swap dense --output out --format gguf", "unknown format 'gguf': use one of auto, dense"),
+        ("swap dense --output out --format 2:4-int8", "'2:4-int8' is how a weight is packed, not"),
         ("swap dense", "where to? give --output DIR"),
         ("swap --output out", "which model?"),
         ("swap dense --output out --tokens 0", "'0' is not a whole number from 1"),
