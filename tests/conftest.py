@@ -11,13 +11,14 @@ from collections.abc import Generator
 
 import pytest
 import torch
-from interpreter import patch_language_once
 from torch.utils._device import _device_constructors
 
 # torch lists, once, the functions that `with torch.device(…)` concerns: before they are poisoned
 _device_constructors()
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    from interpreter import patch_language_once
+
     patch_language_once()
 
 BROKEN = 76  # bench/gpu.sh and bench/guard.py use the same exit status
