@@ -51,15 +51,15 @@ def recipes(rows: Rows, table: Table) -> str:
     """Everything that `bench_quality` measured, with what it cost."""
     forms = {"sparsity": "{:.0%}", "perplexity": "{:.1f}", "kld": "{:.3f}"}
     costs = {"seconds": "{:.0f} s", "processor_s": "{:.0f} s", "added_mb": "{:.0f} MB"}
-    body, forms = [], forms | costs
-    for row in rows("quality_c4.csv"):
+    body, forms, measured = [], forms | costs, rows("quality_c4.csv")
+    for row in measured:
         numbers = [form.format(float(row[k])) if row[k] else "–" for k, form in forms.items()]
         how = row["calibration"].partition(" ")[2].replace("x", " × ")
         name = row["method"].replace("owl 10 0.2", "owl (M 10, λ 0.2)")
         body.append([name, row["pattern"] or "–", numbers[0], how, *numbers[1:]])
     head = ["method", "pattern", "zeros", "calibrated on", "perplexity", "KLD"]
     head += ["elapsed", "processor", "memory"]
-    return "\n".join([table(head, body), "", *_owl(rows("quality_c4.csv"))])
+    return "\n".join([table(head, body), "", *_owl(measured)])
 
 
 def _owl(measured: list[dict[str, str]]) -> list[str]:

@@ -33,7 +33,7 @@ def run_interpreted(file: str, *options: str, impl: str = "triton") -> None:
 def patch_language_once() -> None:
     """Let a launch patch `triton.language` once, and not at each call of a device function.
 
-    That takes a third of the time of interpreting a kernel of many small functions. Both modules
+    That takes half of the time of interpreting a kernel of many small functions. Both modules
     that functions may know are patched, so that a nested call finds nothing left to do.
     """
     import triton.language as tl

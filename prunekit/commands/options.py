@@ -278,6 +278,12 @@ def _json(data: Any, encoding: str) -> str:
     return text
 
 
+def given(args: argparse.Namespace, names: Iterable[str], prefix: str = "") -> dict[str, Any]:
+    """The values by name of the options, each called by prefix and name, that were given."""
+    found = {name: getattr(args, prefix + name) for name in names}
+    return {name: value for name, value in found.items() if value is not None}
+
+
 def whole(text: str) -> int:
     """A whole number from 0."""
     return _at_least(text, 0)

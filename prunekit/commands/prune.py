@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -203,18 +203,12 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _budget(args: argparse.Namespace) -> Any:
-    given = _settings(args, "owl", ("outlier", "spread"))
+    given = options.given(args, ("outlier", "spread"), "owl_")
     if not given:
         return args.budget
     if args.budget != "owl" and not isinstance(args.budget, Mapping):
         raise PrunekitError(f"--owl-{next(iter(given))} needs --budget owl")
     return given if args.budget == "owl" else {**args.budget, **given}
-
-
-def _settings(args: argparse.Namespace, of: str, names: Sequence[str]) -> dict[str, Any]:
-    """What options --OF-NAME were given."""
-    found = {name: getattr(args, f"{of}_{name}") for name in names}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def bits(text: str) -> int | str:
@@ -225,7 +219,7 @@ def bits(text: str) -> int | str:
 def _reconstruct(args: argparse.Namespace) -> Reconstruction | None:
     from prunekit.pruning import Reconstruction
 
-    given = _settings(args, "reconstruct", ("steps", "lr"))
+    given = options.given(args, ("steps", "lr"), "reconstruct_")
     if not args.reconstruct:
         if given:
             raise PrunekitError(f"--reconstruct-{next(iter(given))} needs --reconstruct")

@@ -69,8 +69,7 @@ def run(args: argparse.Namespace, answer: TextIO) -> None:
     from prunekit.process import distributed
     from prunekit.pruning import journal
 
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    recovery = Recovery(**given, seed=args.seed)
+    recovery = Recovery(**options.given(args, _SETTINGS), seed=args.seed)
     calibration = options.calibration(args)
     if source == args.teacher:
         raise PrunekitError(

@@ -295,8 +295,9 @@ class VectorStats(_Fields):
     norm_other: Tensor
 
 
-def packed_like(like: Tensor, rows: int, options: PairOptions, subset: bool) -> list[Tensor]:
-    """Uninitialised tensors of the shapes that a pair op returns (for `register_fake`)."""
+def packed_like(like: Tensor, options: PairOptions, subset: bool) -> list[Tensor]:
+    """Uninitialised tensors as a pair op returns for `like` (…, V or D): of fake and meta ones."""
+    rows = like.numel() // like.shape[-1]
     packed = []
     for some in (options, options.of_subset)[: 1 + subset]:
         packed.append(like.new_empty(len(some.floats), rows, dtype=torch.float32))

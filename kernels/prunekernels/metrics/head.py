@@ -58,13 +58,9 @@ def _head_pair_stats(
     tensors = (base_hidden, other_hidden, head.weight)
     run = runtime.run("head_pair_stats", eager.head_pair_stats, tensors, impl)
     if base_hidden.is_meta:
-        return _shapes(base_hidden, options, subset)
+        return packed_like(base_hidden, options, subset is not None)
     packed: list[Tensor] = run(base_hidden, other_hidden, head, labels, subset, options)
     return packed
-
-
-def _shapes(hidden: Tensor, options: PairOptions, subset: Tensor | None) -> list[Tensor]:
-    return packed_like(hidden, hidden.numel() // hidden.shape[-1], options, subset is not None)
 
 
 @_head_pair_stats_op.register_fake
@@ -88,7 +84,7 @@ def _(
     impl: str,
 ) -> list[Tensor]:
     options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
-    return _shapes(base_hidden, options, subset)
+    return packed_like(base_hidden, options, subset is not None)
 
 
 def head_pair_stats(

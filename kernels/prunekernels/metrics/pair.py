@@ -42,13 +42,9 @@ def _pair_stats(
     checks.token_ids("pair_stats", base.shape[-1], labels, subset)
     run = runtime.run("pair_stats", eager.pair_stats, (base, other), impl)
     if base.is_meta:
-        return _shapes(base, options, subset)
+        return packed_like(base, options, subset is not None)
     packed: list[Tensor] = run(base, other, labels, subset, options)
     return packed
-
-
-def _shapes(base: Tensor, options: PairOptions, subset: Tensor | None) -> list[Tensor]:
-    return packed_like(base, base.numel() // base.shape[-1], options, subset is not None)
 
 
 @_pair_stats_op.register_fake
@@ -65,7 +61,7 @@ def _(
     impl: str,
 ) -> list[Tensor]:
     options = PairOptions(temperature, topk, level, weights, fields, labels is not None)
-    return _shapes(base, options, subset)
+    return packed_like(base, options, subset is not None)
 
 
 def pair_stats(

@@ -317,9 +317,9 @@ class PairSums:
             dot("Vy", v, xb)
             if in_runs:
                 sums = torch.stack(list(in_runs.values())).sum(-1, dtype=torch.float64)
-                total[[_INDEX[name] for name in in_runs]] += self._of_rows(sums, len(base))
+                total[[_INDEX[name] for name in in_runs]] += _of_rows(sums, len(base))
             if self.needed <= _OF_ONE_ROW:
-                total += self._of_rows(part, len(base))
+                total += _of_rows(part, len(base))
                 continue
             # From here on the buffers of a' and b' hold what is short-lived.
             x = torch.sub(b, a, out=self._buffer("x", a.shape))
@@ -356,7 +356,7 @@ class PairSums:
                 rho = torch.sub(v, w, out=self._buffer("xb", a.shape))
                 dot("Pw", w, rho)
                 dot("P2", rho, rho)
-            total += self._of_rows(part, len(base))
+            total += _of_rows(part, len(base))
         for name, values in found.items():
             total[_INDEX[name]] = torch.tensor(values, dtype=torch.float64)
         return total
@@ -380,22 +380,16 @@ class PairSums:
     def _tiles(self, base: Tensor, other: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Number and columns of each tile of a block of rows.
 
-        Of a row alone, as many tiles as `pieces` stand below one another, as those of rows do.
+        As many as `pieces` of them, of a row alone, stand below one another, as those of rows do.
         """
         rows, vocab = base.shape
         tile, start = 0, 0
         while start < vocab:
-            pieces = max(1, min(self.pieces, (vocab - start) // self.columns)) if rows == 1 else 1
+            pieces = max(1, min(self.pieces, (vocab - start) // self.columns))
             stop = min(start + pieces * self.columns, vocab)
             shape = rows * pieces, (stop - start) // pieces
             yield tile, base[:, start:stop].view(shape), other[:, start:stop].view(shape)
             tile, start = tile + 1, stop
-
-    def _of_rows(self, sums: Tensor, rows: int) -> Tensor:
-        """Sums `(…, R)` of rows from those of what stood below one another in a tile."""
-        if sums.shape[-1] == rows:
-            return sums
-        return torch.unflatten(sums, -1, (rows, -1)).sum(-1, dtype=torch.float64)
 
     def _second_pass(self, rows: slice, base: Tensor, other: Tensor) -> None:
         """Jensen–Shannon, total variation and Hellinger: they need both normalisers first.
@@ -419,11 +413,11 @@ class PairSums:
             q.mul_(ratio)  # both are W0 times what they are called
             torch.sub(q, p, out=s)
             if "total_variation" in self.full:
-                tv += self._of_rows(torch.abs(s, out=log).sum(-1), len(base))
+                tv += _of_rows(torch.abs(s, out=log).sum(-1), len(base))
             if "js" in self.full:
-                js += self._of_rows(self._twice_js(p, q, s, log), len(base))
+                js += _of_rows(self._twice_js(p, q, s, log), len(base))
             if "hellinger" in self.full:
-                he += self._of_rows(q.sqrt_().sub_(p.sqrt_()).square_().sum(-1), len(base))
+                he += _of_rows(q.sqrt_().sub_(p.sqrt_()).square_().sum(-1), len(base))
         self.sums[[_INDEX[name] for name in _SECOND], rows] = found / w0[:, 0]
 
     def _twice_js(self, p: Tensor, q: Tensor, s: Tensor, log: Tensor) -> Tensor:
@@ -505,6 +499,13 @@ class PairSums:
             self.topk_rows.masked_fill_(any_broken, float("nan"))
             packed += [self.topk_floats, self.topk_rows, self.topk_ids]
         return packed
+
+
+def _of_rows(sums: Tensor, rows: int) -> Tensor:
+    """Sums `(…, R)` of rows from those of what stood below one another in a tile."""
+    if sums.shape[-1] == rows:
+        return sums
+    return torch.unflatten(sums, -1, (rows, -1)).sum(-1, dtype=torch.float64)
 
 
 def _sums_of_runs(values: Tensor) -> Tensor:
